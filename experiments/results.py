@@ -1,0 +1,280 @@
+"""What an evaluation leaves on disk: finished lines that survive an interruption, and a summary.
+
+A run's directory holds `run.json` (the settings that make results comparable, and their fingerprint),
+`results.jsonl` (one line per method and example, each on disk before the next begins) and `summary.json`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import reprlib
+import shlex
+from typing import Any
+
+Row = dict[str, Any]
+
+FIELDS = (
+    "method",
+    "task",
+    "example",
+    "nll",
+    "exact_match",
+    "cache_bytes",
+    "full_bytes",
+    "kept_tokens",
+    "prefill_seconds",
+    "decode_tokens_per_second",
+)
+PACKAGES = ("jax", "jaxlib", "numpy", "kvjax")
+_GROUPING = ("method", "task", "example")
+# What a file system reports when nothing more fits: the disk, the quota, the file-size limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ResultsFile:
+    """The lines of `results.jsonl`, earlier and new; only ever appended to.
+
+    Opening keeps the complete lines of an earlier run of the same settings and drops a last line that was cut.
+    `(method, task, example) in results` says whether that line is already there.
+
+    Args:
+        directory: where the files lie; created where missing.
+        settings: JSON values of everything that decides a result (model, methods' bindings, seed ...), not of what
+            only adds lines.
+        overwrite: remove what an earlier run left instead of going on with it.
+
+    Raises:
+        ValueError: if the directory holds a run of other settings, or a file that is not such a run's.
+        OSError: if it cannot be written.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        folder = pathlib.Path(directory)
+        self.path = folder / "results.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in ("results.jsonl", "run.json", "summary.json"):
+                (folder / name).unlink(missing_ok=True)
+        _claim(folder, _plain(settings))
+        self._file = open(self.path, "a+b", buffering=0)
+        self.rows, self._end = _complete_lines(self._file, self.path)
+        self._file.truncate(self._end)
+        self._done = {_key(row) for row in self.rows}
+
+    def __enter__(self) -> "ResultsFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def __contains__(self, key: tuple[str, str, int]) -> bool:
+        return key in self._done
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes one line and waits until it is on disk. Numbers that are not finite become null.
+
+        Args:
+            row: all of `FIELDS`, and whatever else is worth keeping.
+
+        Raises:
+            ValueError: for a row without one of `FIELDS`, or one whose method, task and example are already there.
+            OSError: if the line could not be written; the file then ends with the line before.
+        """
+        missing = [field for field in FIELDS if field not in row]
+        if missing:
+            raise ValueError(f"row: got no {', '.join(missing)}, expected all of {', '.join(FIELDS)}")
+        if _key(row) in self._done:
+            raise ValueError(f"row: got {_key(row)} a second time, expected each method, task and example once")
+        plain = _plain(row)
+        line = json.dumps(plain, allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(line):  # an unbuffered write may stop early, for example where the disk ends
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(self._end)
+            raise _explained(error, self.path, f"{len(self.rows)} finished lines are kept") from error
+        self._end += len(line)
+        self.rows.append(plain)
+        self._done.add(_key(plain))
+
+
+def summarise(rows: Iterable[Row]) -> dict[str, Any]:
+    """Means over examples, per method and task.
+
+    A mean leaves out nulls and is null where nothing is left. Exact match counts as 0 or 1. `mean` weighs every task
+    alike, whatever its number of examples.
+
+    Args:
+        rows: lines of `results.jsonl`.
+
+    Returns:
+        `{method: {"examples": count, "mean": {field: mean}, "tasks": {task: {"examples": count, field: mean}}}}`, in
+        the order in which methods and tasks first appear.
+    """
+    grouped: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        grouped.setdefault(row["method"], {}).setdefault(row["task"], []).append(row)
+    summary = {}
+    for method, by_task in grouped.items():
+        tasks = {task: _means(task_rows) for task, task_rows in by_task.items()}
+        counts = {task: {"examples": len(task_rows)} for task, task_rows in by_task.items()}
+        summary[method] = {
+            "examples": sum(len(task_rows) for task_rows in by_task.values()),
+            "mean": _means(list(tasks.values())),
+            "tasks": {task: counts[task] | means for task, means in tasks.items()},
+        }
+    return summary
+
+
+def write_summary(
+    path: str | os.PathLike[str],
+    rows: Iterable[Row],
+    *,
+    command: Sequence[str],
+    gin_config: str,
+    device: str,
+) -> dict[str, Any]:
+    """Writes `summary.json` in one step: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: of the file.
+        rows: lines of `results.jsonl`.
+        command: the arguments that started the program, its own name first.
+        gin_config: the resolved configuration as gin prints it.
+        device: what the model ran on, for example "cpu" or "NVIDIA H100 80GB HBM3".
+
+    Returns:
+        What was written; `methods` holds `summarise(rows)`.
+
+    Raises:
+        OSError: if it cannot be written; an earlier file is then unchanged.
+    """
+    summary = _plain(
+        {
+            "command": shlex.join(command),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "machine": {
+                "platform": platform.platform(),
+                "processor": platform.machine(),
+                "cpus": os.cpu_count(),
+                "device": device,
+            },
+            "methods": summarise(rows),
+            "gin_config": gin_config,
+        }
+    )
+    _write_atomically(pathlib.Path(path), summary)
+    return summary
+
+
+def _claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Makes the directory this run's, or checks that it is."""
+    run = folder / "run.json"
+    go_on = "pass another --output_dir, or --overwrite to start afresh"
+    if not run.exists():
+        if (folder / "results.jsonl").exists():
+            raise ValueError(f"{folder}: got a results.jsonl without its run.json; {go_on}")
+        _write_atomically(run, {"fingerprint": _fingerprint(settings), "settings": settings})
+        return
+    try:
+        earlier = json.loads(run.read_text(encoding="utf-8"))
+        earlier_settings, fingerprint = dict(earlier["settings"]), earlier["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{run}: got a file that is not the settings of an evaluation; {go_on}") from None
+    if fingerprint != _fingerprint(settings):
+        changes = [
+            f"{name} was {reprlib.repr(earlier_settings.get(name))} and is {reprlib.repr(settings.get(name))}"
+            for name in sorted({*settings, *earlier_settings})
+            if settings.get(name) != earlier_settings.get(name)
+        ]
+        raise ValueError(f"{folder}: holds results of other settings ({'; '.join(changes)}); {go_on}")
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _complete_lines(file: Any, path: pathlib.Path) -> tuple[list[Row], int]:
+    """The lines that end with a line break, and the byte after the last of them."""
+    file.seek(0)
+    rows, end = [], 0
+    for number, raw in enumerate(file.read().splitlines(keepends=True), start=1):
+        if not raw.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(raw)
+            _key(row)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}: got {raw[:40]!r}, expected a line of results; pass another --output_dir, or"
+                " --overwrite to start afresh"
+            ) from None
+        rows.append(row)
+        end += len(raw)
+    return rows, end
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[field] for field in _GROUPING)
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float | None]:
+    fields = dict.fromkeys(field for row in rows for field in row if field not in _GROUPING)
+    means: dict[str, float | None] = {}
+    for field in fields:
+        values = [row[field] for row in rows if row.get(field) is not None]
+        if all(isinstance(value, (bool, int, float)) for value in values):
+            means[field] = math.fsum(values) / len(values) if values else None
+    return means
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: array scalars as numbers, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _write_atomically(path: pathlib.Path, value: Any) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _explained(error, path, "the file is as it was before") from error
+
+
+def _explained(error: OSError, path: pathlib.Path, state: str) -> OSError:
+    if error.errno in _FULL:
+        return OSError(error.errno, f"no space left; {state}; make room and run the same command again", str(path))
+    return OSError(error.errno, f"{error.strerror}; {state}", str(path))

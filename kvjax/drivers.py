@@ -1,0 +1,264 @@
+"""Runs a decoder over a cache that a transform keeps small: prefill, extend, generate.
+
+A decoder is any function `Step`: it reads a cache, appends to it and reports what was asked for. The
+functions here are pure; callers jit them (with the cache donated) and see only the arrays they pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import query_window
+from kvjax.cache import Cache
+from kvjax.observation import ALL, LayerObservation, Needs, Observation
+from kvjax.sampling import Sampler
+from kvjax.transforms.base import CacheTransform
+
+
+class StepOutput(NamedTuple):
+    """What one call of a decoder returns."""
+
+    logits: jax.Array  # f32[B, T, V], or f32[B, 1, V] of the last real token
+    cache: Cache
+    layers: tuple[LayerObservation, ...]
+
+
+class Step(Protocol):
+    """A decoder: the only thing the drivers ask of a model."""
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, cache: Cache, *, needs: Needs, last_only: bool
+    ) -> StepOutput:
+        """Processes T new tokens of every row.
+
+        Args:
+          tokens: i32[B, T].
+          positions: i32[B, T], increasing; -1 is padding, which comes last.
+          cache: attended to, then appended to.
+          needs: what to collect in `StepOutput.layers`.
+          last_only: logits of each row's last real token only.
+        """
+
+
+class Run(NamedTuple):
+    """A sequence in progress: what the next call needs."""
+
+    logits: jax.Array  # f32[B, V], of the next token
+    cache: Cache
+    state: Any  # of the transform
+    prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
+
+
+def _positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:
+    index = jnp.arange(T)[None]
+    return jnp.where(index < lengths[:, None], cache.length[:, None] + index, -1)
+
+
+def prefill(
+    step: Step,
+    transform: CacheTransform,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
+    *,
+    room: int,
+    call_tokens: int = 1,
+    chunk: int | None = None,
+) -> Run:
+    """Reads the prompts, compresses the cache and makes room for what follows.
+
+    In one shot (`chunk=None`) the prompt attends to itself exactly and `transform.init` compresses the
+    result inside the same program, so the compiler frees each layer's keys and values as it goes. In chunks,
+    a transform that acts while the prompt arrives (`frees_in_prefill`) keeps memory constant whatever the
+    prompt's length; any other acts at the end, on the full cache.
+
+    Args:
+      step: the decoder.
+      transform: what compresses.
+      tokens: i32[B, T], prompts padded at their end.
+      lengths: i32[B], tokens of each prompt, at least 1.
+      cache: an empty cache with 0 slots.
+      room: tokens that will follow, over all later calls.
+      call_tokens: the most tokens a later call brings at once.
+      chunk: tokens of a chunk, or None.
+
+    Returns:
+      `Run`, whose cache takes `room` more tokens.
+
+    Raises:
+      ValueError: the transform wants every query of the prompt, which chunks do not keep.
+    """
+    T = tokens.shape[1]
+    if chunk is None or chunk >= T:
+        out = step(
+            tokens, _positions(cache, lengths, T), cache, needs=transform.needs, last_only=True
+        )
+        seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
+        cache, state = transform.init(out.cache, seen)
+        logits = out.logits
+    else:
+        logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
+    return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens), state, lengths)
+
+
+def _reserve(transform: CacheTransform, cache: Cache, room: int, call_tokens: int) -> Cache:
+    interval = transform.frees_in_decode
+    return cache.reserve(room if interval is None else min(room, interval - 1 + call_tokens))
+
+
+def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
+    B, T = tokens.shape
+    bounded = transform.frees_in_prefill is not None
+    window = transform.needs.queries
+    if window == ALL and not bounded:
+        raise ValueError(
+            "chunk must be None for a transform that wants every query of the prompt at its end: wrap it in "
+            "every_step or every_chunk instead of at_prefill_end."
+        )
+    needs = transform.needs if bounded else Needs(queries=min(window, chunk))
+    count = -(-T // chunk)
+    tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - T))).reshape(B, count, chunk)
+
+    def observed(layers, new):
+        return Observation(layers, new=new, prompt=lengths, prompt_slots=T)
+
+    # One padding token shows what a call reports of each layer; the compiler drops its arithmetic.
+    probe = step(
+        tokens[:, 0, :1], jnp.full((B, 1), -1), cache, needs=Needs(), last_only=True
+    )
+    nothing_seen = observed(probe.layers, jnp.zeros_like(lengths))
+    if bounded:
+        cache, state = (transform.begin or transform.init)(cache, nothing_seen)
+        cache = cache.reserve(transform.frees_in_prefill - 1 + chunk)
+    else:
+        state = ()
+        cache = cache.reserve(T)
+    keep = window if window not in (0, ALL) else 0
+    queries = query_window.start(keep, nothing_seen)
+
+    def body(carry, t):
+        cache, state, queries, logits = carry
+        new = jnp.clip(lengths - t * chunk, 0, chunk)
+        out = step(
+            jax.lax.dynamic_index_in_dim(tokens, t, axis=1, keepdims=False),
+            _positions(cache, new, chunk),
+            cache,
+            needs=needs,
+            last_only=True,
+        )
+        seen = observed(out.layers, new)
+        cache = out.cache
+        if bounded:
+            cache, state = transform.step(cache, state, seen)
+        if keep:
+            queries = query_window.extend(queries, seen)
+        logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
+        return (cache, state, queries, logits), None
+
+    start = (cache, state, queries, jnp.zeros_like(probe.logits))
+    (cache, _, queries, logits), _ = jax.lax.scan(body, start, jnp.arange(count))
+    seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
+    cache, state = transform.init(cache, seen)
+    return logits, cache, state
+
+
+def extend(
+    step: Step,
+    transform: CacheTransform,
+    run: Run,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    prompt_slots: int,
+) -> tuple[Run, jax.Array]:
+    """Feeds T given tokens in one call: a question, a forced answer.
+
+    Args:
+      step: the decoder.
+      transform: what compresses.
+      run: the sequence so far.
+      tokens: i32[B, T], padded at the end.
+      lengths: i32[B], real tokens of each row.
+      prompt_slots: the longest prompt of the batch, as at `prefill`.
+
+    Returns:
+      The run after them, and f32[B, T, V], the logits after each of them.
+    """
+    positions = _positions(run.cache, lengths, tokens.shape[1])
+    out = step(tokens, positions, run.cache, needs=transform.needs, last_only=False)
+    seen = Observation(
+        out.layers, new=lengths, prompt=run.prompt, prompt_slots=prompt_slots, phase="decode"
+    )
+    cache, state = transform.step(out.cache, run.state, seen)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    logits = jnp.take_along_axis(out.logits, last, axis=1)[:, 0]
+    logits = jnp.where((lengths > 0)[:, None], logits, run.logits)
+    return Run(logits, cache, state, run.prompt), out.logits
+
+
+class Generated(NamedTuple):
+    """Tokens drawn by `generate`."""
+
+    tokens: jax.Array  # i32[B, max_new_tokens]; after a stop token, the stop token again
+    lengths: jax.Array  # i32[B], tokens before and including the stop token
+    run: Run
+
+
+def generate(
+    step: Step,
+    transform: CacheTransform,
+    run: Run,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    key: jax.Array,
+    stop_tokens: tuple[int, ...] = (),
+    prompt_slots: int,
+) -> Generated:
+    """Draws tokens one by one in a `lax.while_loop`, until every row has stopped.
+
+    Args:
+      step: the decoder.
+      transform: what compresses; its `step` runs after every token.
+      run: the sequence so far, with room for `max_new_tokens`.
+      max_new_tokens: at most this many for each row.
+      sampler: draws a token from logits.
+      key: PRNG key for the sampler.
+      stop_tokens: a row ends with any of these.
+      prompt_slots: the longest prompt of the batch, as at `prefill`.
+    """
+    B = run.logits.shape[0]
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+
+    def draw(run, index):
+        return sampler(run.logits, jax.random.fold_in(key, index))
+
+    def going(carry):
+        index, done, _, _, _ = carry
+        return (index < max_new_tokens) & ~jnp.all(done)
+
+    def body(carry):
+        index, done, tokens, lengths, run = carry
+        token = draw(run, index)
+        token = jnp.where(done, tokens[:, jnp.maximum(index - 1, 0)], token)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
+        alive = (~done).astype(jnp.int32)
+        lengths = lengths + alive
+        done = done | jnp.any(token[:, None] == stops, axis=-1)
+        run, _ = extend(step, transform, run, token[:, None], alive, prompt_slots=prompt_slots)
+        return index + 1, done, tokens, lengths, run
+
+    start = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((B,), bool),
+        jnp.zeros((B, max_new_tokens), jnp.int32),
+        jnp.zeros((B,), jnp.int32),
+        run,
+    )
+    index, _, tokens, lengths, run = jax.lax.while_loop(going, body, start)
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+    tokens = jnp.where(jnp.arange(max_new_tokens) < index, tokens, last)
+    return Generated(tokens, lengths, run)

@@ -1,0 +1,25 @@
+"""KIVI: keys quantized per channel, values per token, the newest tokens exact.
+
+Liu, Yuan, Jin, Zhong, Xu, Braverman, Chen, Hu. "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV
+Cache". ICML 2024. arXiv:2402.02750.
+"""
+
+from __future__ import annotations
+
+from kvjax.transforms import CacheTransform, at_prefill_end, quantize
+
+
+def kivi(bits: int = 2, group: int = 32, residual: int = 128) -> CacheTransform:
+    """Quantizes the cache to `bits` per number, `group` numbers to a scale.
+
+    Bytes per token and KV head: `2 * H * (bits / 8 + 4 / group) + 4`, plus the residual.
+
+    Deviations: values leave the exact tail in the same blocks as keys, not one by one; scales are bfloat16
+    rounded outwards instead of float16.
+
+    Args:
+      bits: 2, 4 or 8.
+      group: tokens of a key channel, and channels of a value, that share a scale.
+      residual: tokens of a block; the newest `length mod residual` stay exact.
+    """
+    return at_prefill_end(quantize(bits, key_group=group, value_group=group, residual=residual))

@@ -1,0 +1,23 @@
+"""StreamingLLM: attention sinks and a window of the newest tokens, positions counted inside the cache.
+
+Xiao, Tian, Chen, Han, Lewis. "Efficient Streaming Language Models with Attention Sinks". ICLR 2024.
+arXiv:2309.17453.
+"""
+
+from __future__ import annotations
+
+from kvjax.transforms import CacheTransform, ring
+
+
+def streamingllm(budget: int | float = 516, sinks: int = 4, reindex: bool = True) -> CacheTransform:
+    """Keeps the first `sinks` tokens and the newest `budget - sinks`, in constant memory for ever.
+
+    Keys are stored un-rotated and rotated at every read at their rank in the cache, and so is the query:
+    positions never exceed the cache's size plus the tokens of the current call.
+
+    Args:
+      budget: tokens per KV head, sinks included (the official class keeps 4 and 512).
+      sinks: first tokens that are never overwritten.
+      reindex: positions inside the cache, as in the paper; False keeps the original ones.
+    """
+    return ring(budget, sinks=sinks, key_rope="rank" if reindex else "stored")

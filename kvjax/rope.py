@@ -1,0 +1,51 @@
+"""Rotary positions: one rotation, used by the decoder, by segments and by everything that re-indexes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Rope:
+    """The angular frequencies of a rotary embedding: `angle(pos, i) = pos * inv_freq[i]`."""
+
+    inv_freq: jax.Array  # f32[H / 2], radians per token
+
+    @classmethod
+    def from_base(cls, base: float, head_dim: int) -> Rope:
+        """`inv_freq[i] = base ** (-2 i / H)`. Source: Su et al., RoFormer (2021), section 3.2."""
+        exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+        return cls(inv_freq=base**-exponent)
+
+
+def rotate(x: jax.Array, pos: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates each pair `(x[i], x[i + H/2])` by `pos * inv_freq[i]`.
+
+    Args:
+      x: [..., H].
+      pos: i32, broadcastable to x.shape[:-1]; token positions, or any other index.
+      rope: the frequencies.
+
+    Returns:
+      [..., H] in x's dtype, computed in float32.
+    """
+    angle = pos[..., None].astype(jnp.float32) * rope.inv_freq
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def re_rotate(x: jax.Array, delta: jax.Array, rope: Rope) -> jax.Array:
+    """Moves rotated keys by `delta` tokens: `R(delta) R(pos) k = R(pos + delta) k`.
+
+    Args:
+      x: [..., H], already rotated.
+      delta: i32, broadcastable to x.shape[:-1]; new position minus old.
+      rope: the frequencies.
+
+    Returns:
+      [..., H] in x's dtype.
+    """
+    return rotate(x, delta, rope)

@@ -1,0 +1,168 @@
+"""A compressed body with a dense tail that flushes into it block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvjax.rope import Rope
+from kvjax.segments.dense import DenseSegment
+from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from pallas_kernels.partial import Partial, combine
+
+_LAST = jnp.iinfo(jnp.int32).max
+
+
+@struct.dataclass
+class BufferedSegment:
+    """New tokens land in `tail`; whenever a row and head has `block` of them, they are encoded into `body`.
+
+    The body is any segment with `encode_like(DenseSegment)` and `slot_axes()`. Rows and heads flush each
+    on their own, so a row of a padded batch holds what its own run holds. The newest `length mod block`
+    tokens are exact.
+    """
+
+    body: Segment
+    tail: DenseSegment  # `block` slots
+
+    @classmethod
+    def from_dense(cls, slots: DenseSegment, encode, block: int) -> BufferedSegment:
+        """Encodes the whole blocks of each row, in token order; the remainder stays dense.
+
+        Args:
+          slots: what to store.
+          encode: `DenseSegment -> body`, for a number of slots that is a multiple of `block`.
+          block: slots of a block, and of the tail.
+        """
+        if slots.bias is not None:
+            raise TypeError("BufferedSegment cannot keep slots that stand for several tokens.")
+        S = slots.pos.shape[2]
+        slots = slots.replace(stats={})  # nothing scores slots once they are encoded
+        slots = _in_token_order(slots.resize(-(-S // block) * block))
+        occupied = jnp.sum(slots.pos >= 0, axis=-1, keepdims=True)
+        full = occupied // block * block
+        in_body = jnp.arange(slots.pos.shape[2]) < full
+        tail = _window(slots.resize(slots.pos.shape[2] + block), full[..., 0], block)
+        return cls(body=encode(slots.drop(~in_body)), tail=tail)
+
+    @property
+    def key_rope(self) -> KeyRope:
+        """The body's; the tail's is the same."""
+        return self.body.key_rope
+
+    @property
+    def pos(self) -> jax.Array:
+        """i32[B, K, S_body + block]."""
+        return jnp.concatenate([self.body.pos, self.tail.pos], axis=-1)
+
+    def attend(self, queries: Queries, **how) -> Partial:
+        """See `Segment.attend`."""
+        if how.pop("ranks", None) is not None:
+            raise TypeError("BufferedSegment does not re-index positions.")
+        return combine([self.body.attend(queries, **how), self.tail.attend(queries, **how)])
+
+    def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
+        """See `Segment.mass`."""
+        return jnp.concatenate(
+            [self.body.mass(queries, lse, **how), self.tail.mass(queries, lse, **how)], axis=-1
+        )
+
+    def dense(self) -> DenseSegment:
+        """Body and tail as one dense segment, float32."""
+        return jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2),
+            self.body.dense(),
+            self.tail,
+        )
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BufferedSegment:
+        """See `Segment.append`."""
+        block = self.tail.pos.shape[2]
+        T = pos.shape[1]
+        pending = jnp.sum(self.tail.pos >= 0, axis=-1)  # [B, K]
+        arriving = jnp.sum(pos >= 0, axis=-1)[:, None]
+        flushes = (pending + arriving) // block  # [B, K], blocks that fill up
+        most = (block - 1 + T) // block
+
+        def stay(tail):
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._blocks_like(most))
+            return tail.append(k, v, pos, rope), nothing
+
+        def flush(tail):
+            # The tail is in token order with its empty slots last, and so is the chunk.
+            both = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b], axis=2), tail, tail.slots_of(k, v, pos, rope)
+            )
+            ordered = _in_token_order(both.resize(max(both.pos.shape[2], (most + 1) * block)))
+            whole = jax.tree.map(lambda x: x[:, :, : most * block], ordered)
+            in_body = jnp.arange(most * block) < (flushes * block)[..., None]
+            return _window(ordered, flushes * block, block), self.body.encode_like(whole.drop(~in_body))
+
+        tail, blocks = jax.lax.cond(jnp.any(flushes > 0), flush, stay, self.tail)
+        return self.replace(body=self._write(blocks, flushes, most), tail=tail)
+
+    def reserve(self, tokens: int) -> BufferedSegment:
+        """Grows the body by the blocks that `tokens` more tokens can fill."""
+        block = self.tail.pos.shape[2]
+        extra = -(-tokens // block) * block
+        S = self.body.pos.shape[2]
+
+        def grow(x, axis):
+            pad = [(0, 0)] * x.ndim
+            pad[axis] = (0, x.shape[axis] * (S + extra) // S - x.shape[axis])
+            return jnp.pad(x, pad)
+
+        if S == 0:
+            slots = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype), self.tail)
+            body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1)))
+            return self.replace(body=body)
+        body = jax.tree.map(grow, self.body, self.body.slot_axes())
+        body = body.replace(pos=body.pos.at[:, :, S:].set(-1))
+        return self.replace(body=body)
+
+    def _blocks_like(self, count: int) -> Segment:
+        shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:2], count * x.shape[2], *x.shape[3:]), x.dtype)
+        return jax.eval_shape(self.body.encode_like, jax.tree.map(shape, self.tail))
+
+    def _write(self, blocks: Segment, flushes: jax.Array, most: int) -> Segment:
+        """Writes block j of each row and head at its first free block, where j < flushes."""
+        block = self.tail.pos.shape[2]
+        B, K, S = self.body.pos.shape
+        if S == 0:
+            return self.body
+        free = jnp.all(self.body.pos.reshape(B, K, S // block, block) < 0, axis=-1)
+        first = jnp.argmax(free, axis=-1)  # [B, K]
+
+        def write(j, old, new, axis):
+            per = old.shape[axis] * block // S  # entries of this leaf in a block
+
+            def one(old, new, first, flushes):
+                start = (first + j) * per
+                at = axis - 2
+                fresh = jax.lax.slice_in_dim(new, j * per, (j + 1) * per, axis=at)
+                kept = jax.lax.dynamic_slice_in_dim(old, start, per, axis=at)
+                return jax.lax.dynamic_update_slice_in_dim(
+                    old, jnp.where(j < flushes, fresh, kept), start, axis=at
+                )
+
+            return jax.vmap(jax.vmap(one))(old, new, first, flushes)
+
+        body = self.body
+        for j in range(most):
+            body = jax.tree.map(lambda *x, j=j: write(j, *x), body, blocks, self.body.slot_axes())
+        return body
+
+
+def _in_token_order(slots: DenseSegment) -> DenseSegment:
+    """Slots sorted by position, empty ones last."""
+    order = jnp.argsort(jnp.where(slots.pos < 0, _LAST, slots.pos), axis=-1, stable=True)
+    return slots.take(order, jnp.take_along_axis(slots.pos, order, axis=-1) >= 0)
+
+
+def _window(slots: DenseSegment, start: jax.Array, size: int) -> DenseSegment:
+    """`size` slots of every row and head from its own i32[B, K] start."""
+    index = start[..., None] + jnp.arange(size)
+    return slots.take(index, jnp.take_along_axis(slots.pos, index, axis=-1) >= 0)

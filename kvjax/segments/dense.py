@@ -1,0 +1,219 @@
+"""Slots with keys and values as they are; a ring of them when it overwrites its oldest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvjax.rope import Rope, rotate
+from kvjax.segments.protocol import KeyRope, Queries, Ranks
+from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.partial import Partial
+
+_LAST = jnp.iinfo(jnp.int32).max
+
+
+@struct.dataclass
+class DenseSegment:
+    """Keys and values in a floating dtype, one slot a token and KV head.
+
+    New tokens take the first empty slots. With `ring_sinks` set, a full segment overwrites its oldest
+    slots, but never tokens `0 .. ring_sinks - 1` (a ring buffer with attention sinks). Without it the
+    caller reserves room first; the drivers check that before anything runs.
+
+    A leading axis of 1 under a larger batch is a prefix shared by all rows: the queries of the whole batch
+    attend to it in one product.
+
+    Bytes: `B * K * S * (2 * H * itemsize + 4 + 4 * len(stats) + (4 if bias))`.
+    """
+
+    k: jax.Array  # [B, K, S, H]
+    v: jax.Array  # [B, K, S, H]
+    pos: jax.Array  # i32[B, K, S]
+    bias: jax.Array | None = None  # f32[B, K, S], log of how many tokens the slot stands for
+    stats: dict[str, jax.Array] = struct.field(default_factory=dict)  # each f32[B, K, S]
+    key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
+    ring_sinks: int | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, slots: int, head_dim: int, dtype, **static) -> DenseSegment:
+        """`slots` empty slots for every row and KV head."""
+        shape = (batch, heads, slots)
+        return cls(
+            k=jnp.zeros((*shape, head_dim), dtype),
+            v=jnp.zeros((*shape, head_dim), dtype),
+            pos=jnp.full(shape, -1, jnp.int32),
+            **static,
+        )
+
+    def attend(
+        self,
+        queries: Queries,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        shared: Any = None,
+        ranks: Ranks | None = None,
+    ) -> Partial:
+        """See `Segment.attend`."""
+        q, k = self._rotated(queries, ranks)
+        q_pos, batch = queries.pos, q.shape[0]
+        if self.k.shape[0] == 1 and batch > 1:
+            fold = lambda x: x.reshape(1, -1, *x.shape[2:])
+            q, q_pos = fold(q), fold(q_pos)
+        partial = decode_attention(
+            q, k, self.v, q_pos, self.pos, bias=self.bias, window=window, scale=scale
+        )
+        return Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
+
+    def mass(
+        self,
+        queries: Queries,
+        lse: jax.Array,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        shared: Any = None,
+        ranks: Ranks | None = None,
+    ) -> jax.Array:
+        """See `Segment.mass`."""
+        q, k = self._rotated(queries, ranks)
+        if self.k.shape[0] != q.shape[0]:
+            raise TypeError("A prefix shared by the batch has no per-row attention mass.")
+        return attention_mass(
+            q, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale
+        )
+
+    def dense(self) -> DenseSegment:
+        """Itself."""
+        return self
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> DenseSegment:
+        """See `Segment.append`. A segment without slots becomes the tokens: the start of a prefill."""
+        new = self.slots_of(k, v, pos, rope)
+        if self.pos.shape[2] == 0:
+            return new
+        if self.ring_sinks is not None and pos.shape[1] > 1:
+            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self, new)
+            newest = jnp.where(both._is_sink(), _LAST, both.pos)
+            return both.take(*keep_highest(newest, both.pos >= 0, self.pos.shape[2]))
+        return self._write(new)
+
+    def slots_of(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> DenseSegment:
+        """The tokens as a segment of their own, with this segment's dtype, statistics and rotation."""
+        if self.key_rope == "stored":
+            k = rotate(k, pos[:, None], rope)
+        slot_pos = jnp.broadcast_to(pos[:, None], k.shape[:3])
+        fresh = lambda: jnp.zeros(slot_pos.shape, jnp.float32)
+        return self.replace(
+            k=k.astype(self.k.dtype),
+            v=v.astype(self.v.dtype),
+            pos=slot_pos,
+            bias=None if self.bias is None else fresh(),
+            stats={name: fresh() for name in self.stats},
+        )
+
+    def reserve(self, tokens: int) -> DenseSegment:
+        """Adds `tokens` empty slots; a ring stays as it is."""
+        if self.ring_sinks is not None:
+            return self
+        return self.resize(self.pos.shape[2] + tokens)
+
+    def resize(self, slots: int) -> DenseSegment:
+        """Pads with empty slots up to `slots`."""
+        extra = slots - self.pos.shape[2]
+        if extra < 0:
+            raise ValueError(f"slots must be at least {self.pos.shape[2]}, got {slots}.")
+        pad = lambda x, fill=0: jnp.pad(
+            x, [(0, 0), (0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 3), constant_values=fill
+        )
+        return jax.tree.map(pad, self).replace(pos=pad(self.pos, -1))
+
+    def take(self, index: jax.Array, valid: jax.Array) -> DenseSegment:
+        """Gathers slots: i32[B, K, n] of them, bool[B, K, n] where the result is occupied."""
+
+        def gather(x):
+            expand = (...,) + (None,) * (x.ndim - 3)
+            picked = jnp.take_along_axis(x, index[expand], axis=2)
+            return jnp.where(valid[expand], picked, jnp.zeros((), x.dtype))
+
+        taken = jax.tree.map(gather, self)
+        return taken.replace(pos=jnp.where(valid, taken.pos, -1))
+
+    def drop(self, slots: jax.Array) -> DenseSegment:
+        """Empties the slots where bool[B, K, S] is true; their room is used again."""
+        return self.replace(pos=jnp.where(slots, -1, self.pos))
+
+    def _rotated(self, queries, ranks):
+        if self.key_rope == "stored":
+            return queries.rotated, self.k
+        if self.key_rope == "at_attend":
+            return queries.rotated, rotate(self.k, self.pos, queries.rope)
+        if ranks is None:
+            raise TypeError("A segment with key_rope='rank' is read through its layer cache.")
+        return ranks.rotated_queries(queries), rotate(self.k, ranks.slots, queries.rope)
+
+    def _is_sink(self):
+        sinks = self.ring_sinks or 0
+        return (self.pos >= 0) & (self.pos < sinks)
+
+    def _write(self, new: DenseSegment) -> DenseSegment:
+        """Puts the occupied slots of `new` into the first empty (in a full ring: the oldest) slots."""
+        B, K, S = self.pos.shape
+        T = new.pos.shape[2]
+        order = jnp.where(self._is_sink(), _LAST, self.pos)
+        if T == 1:
+            slot = jnp.argmin(order, axis=-1, keepdims=True)
+        else:
+            slot = jnp.argsort(order, axis=-1, stable=True)[..., :T]
+        slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
+        rows = jnp.arange(B)[:, None, None]
+        heads = jnp.arange(K)[None, :, None]
+        put = lambda old, fresh: old.at[rows, heads, slot].set(
+            fresh, mode="drop", unique_indices=True
+        )
+        return jax.tree.map(put, self, new)
+
+
+def keep_highest(
+    scores: jax.Array, occupied: jax.Array, slots: int, count: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses which slots survive: the highest scores, returned in slot order.
+
+    Args:
+      scores: f32 or i32[B, K, S].
+      occupied: bool[B, K, S]; empty slots are never chosen.
+      slots: how many slots the result has, at most S.
+      count: i32[B] or [B, K], how many to keep; None: `slots`. Ties go to the lower slot.
+
+    Returns:
+      `(i32[B, K, slots], bool[B, K, slots])`: indices and which of them are real, for `take`.
+    """
+    lowest = -jnp.inf if jnp.issubdtype(scores.dtype, jnp.floating) else jnp.iinfo(scores.dtype).min
+    _, index = jax.lax.top_k(jnp.where(occupied, scores, lowest), slots)
+    valid = jnp.take_along_axis(occupied, index, axis=-1)
+    if count is not None:
+        count = count if count.ndim == 2 else count[:, None]
+        valid &= jnp.arange(slots) < count[..., None]
+    in_slot_order = jnp.argsort(jnp.where(valid, index, _LAST), axis=-1)
+    index, valid = (jnp.take_along_axis(x, in_slot_order, axis=-1) for x in (index, valid))
+    return index, valid
+
+
+def dense_tail(layer, transform: str) -> DenseSegment:
+    """The layer cache's last segment, if it is one whose slots can be gathered and dropped.
+
+    Raises:
+      ValueError: it is compressed; says which transform wanted it and what it found.
+    """
+    segment = layer.segments[-1]
+    if not isinstance(segment, DenseSegment):
+        raise ValueError(
+            f"{transform} needs dense slots to choose from, got a {type(segment).__name__}: put {transform} "
+            "before the transform that made it."
+        )
+    return segment

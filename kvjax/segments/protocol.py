@@ -1,0 +1,93 @@
+"""What a layer cache asks of a segment."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+
+from kvjax.rope import Rope, rotate
+from pallas_kernels.partial import Partial
+
+KeyRope = Literal["stored", "at_attend", "rank"]
+"""Where keys meet their position.
+
+stored: rotated once, when written, at the token's position.
+at_attend: stored un-rotated and rotated on every read, at the token's position.
+rank: stored un-rotated and rotated on every read at the slot's rank among the occupied slots of its
+  layer cache; so is the query (StreamingLLM, Locret).
+"""
+
+
+class Queries(NamedTuple):
+    """Queries before their rotation, with what is needed to rotate them any way a segment wants."""
+
+    raw: jax.Array  # [B, T, N, H], un-rotated
+    pos: jax.Array  # i32[B, T], -1 = padding
+    rope: Rope
+    ahead: jax.Array | int = 0  # i32[B, T]: tokens before the query that no slot holds yet
+
+    @property
+    def rotated(self) -> jax.Array:
+        """[B, T, N, H], rotated at the token positions."""
+        return rotate(self.raw, self.pos[..., None], self.rope)
+
+
+class Ranks(NamedTuple):
+    """Positions that count only what the layer cache holds."""
+
+    slots: jax.Array  # i32[B, K, S], this segment's slots among all occupied slots of the layer
+    queries: jax.Array  # i32[B, T, K]
+
+    def rotated_queries(self, queries: Queries) -> jax.Array:
+        """[B, T, N, H], each query head rotated at its rank in the cache of its KV head."""
+        B, T, N, H = queries.raw.shape
+        K = self.queries.shape[-1]
+        grouped = queries.raw.reshape(B, T, K, N // K, H)
+        return rotate(grouped, self.queries[..., None], queries.rope).reshape(B, T, N, H)
+
+
+class Segment(Protocol):
+    """A set of slots whose keys and values are stored in one representation; a frozen pytree.
+
+    Every segment attends; the last of a layer cache also appends. Empty slots have `pos == -1` and hold
+    finite values. What a segment cannot do it refuses with a `TypeError` that says what to do instead.
+    """
+
+    key_rope: KeyRope
+
+    @property
+    def pos(self) -> jax.Array:
+        """i32[B, K, S], token position of every slot, -1 = empty."""
+
+    def attend(
+        self,
+        queries: Queries,
+        *,
+        window: int | None,
+        scale: float | None,
+        shared: Any = None,
+        ranks: Ranks | None = None,
+    ) -> Partial:
+        """Attention of the queries over this segment's slots."""
+
+    def mass(
+        self,
+        queries: Queries,
+        lse: jax.Array,
+        *,
+        window: int | None,
+        scale: float | None,
+        shared: Any = None,
+        ranks: Ranks | None = None,
+    ) -> jax.Array:
+        """f32[B, N, S]: probability each slot received, given the queries' lse over the whole layer."""
+
+    def dense(self) -> Segment:
+        """The same slots with keys and values as stored numbers: what transforms that need values read."""
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
+        """Writes T new tokens: k, v [B, K, T, H], k un-rotated; pos i32[B, T], padding (-1) last."""
+
+    def reserve(self, tokens: int) -> Segment:
+        """Makes room for `tokens` more appended tokens. Changes shapes: only before the loop starts."""

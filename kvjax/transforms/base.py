@@ -1,0 +1,119 @@
+"""The transform, its composition, and the check that it keeps a cache's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from kvjax.cache import Cache
+from kvjax.observation import Needs, Observation
+
+State = Any
+
+
+def _keep(cache, state, observation):
+    return cache, state
+
+
+class CacheTransform(NamedTuple):
+    """Pure functions that rewrite a cache, with what a driver must know to run them.
+
+    Attributes:
+      init: `(cache, observation) -> (cache, state)`, when the prompt is in. May change the cache's structure:
+        which segments there are and how large.
+      begin: the same before the first chunk of a prefill that stays bounded, on a cache without slots;
+        None: `init`. `init` still runs at the end, on what the chunks left.
+      update: `(cache, state, observation) -> (cache, state)`, acts after a later call of the decoder. Keeps
+        tree, shapes and dtypes, so that it lives in `lax.scan` and `lax.while_loop` with a donated cache.
+      observe: as `update`, but only keeps statistics: runs after every call, also when `update` waits.
+      needs: what the decoder must collect for it.
+      frees_in_prefill: it frees slots at least every so many tokens while the prompt arrives; None: never.
+      frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a
+        token and the driver reserves room for all of them.
+      budget: tokens per KV head it keeps, as a count or as a fraction of the prompt; None: no token budget.
+    """
+
+    init: Callable[[Cache, Observation], tuple[Cache, State]]
+    begin: Callable[[Cache, Observation], tuple[Cache, State]] | None = None
+    update: Callable[[Cache, State, Observation], tuple[Cache, State]] = _keep
+    observe: Callable[[Cache, State, Observation], tuple[Cache, State]] = _keep
+    needs: Needs = Needs()
+    frees_in_prefill: int | None = None
+    frees_in_decode: int | None = None
+    budget: int | float | None = None
+
+    def step(self, cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
+        """What a driver runs after every call of the decoder: `observe`, then `update`."""
+        cache, state = self.observe(cache, state, observation)
+        return self.update(cache, state, observation)
+
+
+def identity() -> CacheTransform:
+    """Leaves the cache as it is."""
+    return CacheTransform(init=lambda cache, observation: (cache, ()))
+
+
+def chain(*transforms: CacheTransform) -> CacheTransform:
+    """Applies transforms in order, in `init` as in `observe` and `update`.
+
+    The result frees slots as often as the part that does so most often.
+    """
+
+    def start(name):
+        def run(cache, observation):
+            states = []
+            for t in transforms:
+                cache, state = (getattr(t, name) or t.init)(cache, observation)
+                states.append(state)
+            return cache, tuple(states)
+
+        return run
+
+    def each(name):
+        def run(cache, states, observation):
+            after = []
+            for t, state in zip(transforms, states, strict=True):
+                cache, state = getattr(t, name)(cache, state, observation)
+                after.append(state)
+            return cache, tuple(after)
+
+        return run
+
+    needs = Needs()
+    for t in transforms:
+        needs = needs.union(t.needs)
+    soonest = lambda intervals: min((i for i in intervals if i is not None), default=None)
+    return CacheTransform(
+        init=start("init"),
+        begin=start("begin"),
+        update=each("update"),
+        observe=each("observe"),
+        needs=needs,
+        frees_in_prefill=soonest(t.frees_in_prefill for t in transforms),
+        frees_in_decode=soonest(t.frees_in_decode for t in transforms),
+        budget=next((t.budget for t in transforms if t.budget is not None), None),
+    )
+
+
+def check_step(
+    transform: CacheTransform, cache: Cache, state: State, observation: Observation
+) -> None:
+    """Checks that `step` keeps tree, shapes and dtypes, without running it.
+
+    Raises:
+      ValueError: names the first leaf that moved, with what it was and what it became.
+    """
+    before = (cache, state)
+    after = jax.eval_shape(transform.step, cache, state, observation)
+    old, old_tree = jax.tree_util.tree_flatten_with_path(before)
+    new, new_tree = jax.tree_util.tree_flatten_with_path(after)
+    if old_tree != new_tree:
+        raise ValueError(f"step must keep the cache's tree, got\n{new_tree}\nfrom\n{old_tree}.")
+    for (path, a), (_, b) in zip(old, new):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise ValueError(
+                f"step must keep shapes and dtypes: leaf {jax.tree_util.keystr(path)} was "
+                f"{a.dtype}{list(a.shape)} and became {b.dtype}{list(b.shape)}."
+            )

@@ -1,0 +1,56 @@
+"""Keeps attention sinks and a ring of the newest tokens."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from kvjax.budget import budget_slots, check_budget
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Observation
+from kvjax.rope import re_rotate
+from kvjax.segments.dense import dense_tail, keep_highest
+from kvjax.segments.protocol import KeyRope
+from kvjax.transforms.base import CacheTransform
+
+
+def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
+    """Keeps tokens `0 .. sinks - 1` and the newest `budget - sinks`, in a segment that overwrites its oldest.
+
+    Memory never grows, in prefill or decode, and no slot is spent on slack.
+
+    Args:
+      budget: tokens per KV head, sinks included; a fraction refers to the longest prompt of the batch, since
+        a ring has one size.
+      sinks: first tokens that are never overwritten.
+      key_rope: "stored" keeps original positions; "rank" re-indexes them inside the cache.
+
+    Raises:
+      ValueError: the budget is no larger than the sinks.
+    """
+    if sinks < 0:
+        raise ValueError(f"sinks must be at least 0, got {sinks}.")
+    check_budget(budget, at_least=sinks + 1, holds=f"{sinks} sinks and one recent token")
+
+    def init(cache: Cache, observation: Observation):
+        slots = budget_slots(budget, observation.prompt_slots)
+        if slots <= sinks:
+            raise ValueError(
+                f"budget must hold more than {sinks} sinks, got {budget} of {observation.prompt_slots} "
+                f"tokens = {slots}."
+            )
+
+        def one(layer: LayerCache, seen: LayerObservation):
+            segment = dense_tail(layer, "ring")
+            if segment.pos.shape[2] < slots:
+                segment = segment.resize(slots)
+            is_sink = (segment.pos >= 0) & (segment.pos < sinks)
+            newest = jnp.where(is_sink, jnp.iinfo(jnp.int32).max, segment.pos)
+            segment = segment.take(*keep_highest(newest, segment.pos >= 0, slots))
+            if key_rope != segment.key_rope:
+                unrotated = re_rotate(segment.k, -segment.pos, seen.queries.rope)
+                segment = segment.replace(k=unrotated, key_rope=key_rope)
+            return layer.with_tail(segment.replace(ring_sinks=sinks))
+
+        return cache.map_layers(one, observation.layers), ()
+
+    return CacheTransform(init=init, frees_in_prefill=1, frees_in_decode=1, budget=budget)

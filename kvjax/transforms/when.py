@@ -1,0 +1,188 @@
+"""When a transform acts in the life of a cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import query_window
+from kvjax.budget import budget_rows
+from kvjax.cache import Cache
+from kvjax.observation import ALL
+from kvjax.transforms.base import CacheTransform
+
+
+def at_prefill_end(transform: CacheTransform) -> CacheTransform:
+    """Acts once, when the prompt is in. Afterwards the cache grows with every token."""
+    return CacheTransform(
+        init=transform.init,
+        begin=lambda cache, observation: (cache, ()),
+        needs=transform.needs,
+        budget=transform.budget,
+    )
+
+
+def every_chunk(transform: CacheTransform) -> CacheTransform:
+    """Acts after every chunk of the prompt and not while decoding: constant memory for any prompt length."""
+
+    def only_in_prefill(run):
+        return lambda cache, state, observation: (
+            run(cache, state, observation) if observation.phase == "prefill" else (cache, state)
+        )
+
+    return transform._replace(
+        update=only_in_prefill(transform.update),
+        observe=only_in_prefill(transform.observe),
+        frees_in_prefill=1,
+        frees_in_decode=None,
+    )
+
+
+def every_step(transform: CacheTransform) -> CacheTransform:
+    """Acts after every call of the decoder: each chunk of the prompt and each generated token."""
+    return _windowed(transform)._replace(frees_in_prefill=1, frees_in_decode=1)
+
+
+def every(n: int, transform: CacheTransform) -> CacheTransform:
+    """Acts whenever `n` tokens have come since it last did, row by row.
+
+    The cache holds up to `n` tokens more than the transform's budget.
+
+    Args:
+      n: tokens between two actions, at least 1.
+      transform: what acts. Its statistics are kept at every call.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1 token, got {n}.")
+    transform = _windowed(transform)
+
+    def starting(run):
+        def start(cache, observation):
+            cache, state = run(cache, observation)
+            return cache, (state, jnp.zeros_like(observation.new))
+
+        return start
+
+    def observe(cache, state, observation):
+        inner, since = state
+        cache, inner = transform.observe(cache, inner, observation)
+        return cache, (inner, since + observation.new)
+
+    def update(cache, state, observation):
+        inner, since = state
+        due = since >= n
+        cache, inner = _where_due(transform, cache, inner, observation, due)
+        return cache, (inner, jnp.where(due, 0, since))
+
+    return transform._replace(
+        init=starting(transform.init),
+        begin=starting(transform.begin or transform.init),
+        observe=observe,
+        update=update,
+        frees_in_prefill=n,
+        frees_in_decode=n,
+    )
+
+
+def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
+    """Acts on the rows whose first layer holds `slack` tokens more than the budget.
+
+    Like `every(slack, ...)`, but a row that is still below its budget is left alone.
+
+    Args:
+      slack: slots kept free above the budget, at least 1.
+      transform: what acts; it must have a token budget.
+    """
+    if slack < 1:
+        raise ValueError(f"slack must be at least 1 slot, got {slack}.")
+    if transform.budget is None:
+        raise ValueError("when_full needs a transform with a token budget, got one without.")
+    transform = _windowed(transform)
+
+    def occupied(cache: Cache) -> jax.Array:
+        return jnp.max(jnp.sum(cache.layers[0].segments[-1].pos >= 0, axis=-1), axis=-1)
+
+    def starting(run):
+        def start(cache, observation):
+            cache, state = run(cache, observation)
+            rows = budget_rows(transform.budget, observation.prompt)
+            return cache, (state, rows)
+
+        return start
+
+    def observe(cache, state, observation):
+        inner, rows = state
+        cache, inner = transform.observe(cache, inner, observation)
+        return cache, (inner, rows)
+
+    def update(cache, state, observation):
+        inner, rows = state
+        due = occupied(cache) >= rows + slack
+        cache, inner = _where_due(transform, cache, inner, observation, due)
+        return cache, (inner, rows)
+
+    return transform._replace(
+        init=starting(transform.init),
+        begin=starting(transform.begin or transform.init),
+        observe=observe,
+        update=update,
+        frees_in_prefill=slack,
+        frees_in_decode=slack,
+    )
+
+
+def _where_due(transform, cache, state, observation, due):
+    """Runs `update` where a row is due, and skips it altogether when none is."""
+    leaves, tree = jax.tree.flatten((cache, state))
+    changed: list[int] = []
+
+    def run(leaves):
+        after = jax.tree.leaves(transform.update(*jax.tree.unflatten(tree, leaves), observation))
+        changed[:] = [i for i, (a, b) in enumerate(zip(after, leaves)) if a is not b]
+        return [after[i] for i in changed]
+
+    jax.eval_shape(run, leaves)  # finds which leaves an update touches: only those cross the branch
+
+    def act(leaves):
+        row = lambda x: due.reshape(due.shape + (1,) * (x.ndim - 1))
+        return [jnp.where(row(new), new, leaves[i]) for i, new in zip(changed, run(leaves))]
+
+    touched = jax.lax.cond(jnp.any(due), act, lambda leaves: [leaves[i] for i in changed], leaves)
+    for i, new in zip(changed, touched):
+        leaves[i] = new
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _windowed(transform: CacheTransform) -> CacheTransform:
+    """Gives a transform that wants the last W queries those queries while decoding, too.
+
+    A call of the decoder shows only its own tokens; the earlier ones are kept in the state.
+    """
+    count = transform.needs.queries
+    if count in (0, 1, ALL):
+        return transform
+
+    def starting(run):
+        def start(cache, observation):
+            cache, state = run(cache, observation)
+            return cache, (state, query_window.start(count, observation))
+
+        return start
+
+    def observe(cache, state, observation):
+        inner, window = state
+        cache, inner = transform.observe(cache, inner, observation)
+        return cache, (inner, query_window.extend(window, observation))
+
+    def update(cache, state, observation):
+        inner, window = state
+        seen = query_window.observe(window, cache, observation)
+        cache, inner = transform.update(cache, inner, seen)
+        return cache, (inner, window)
+
+    return transform._replace(
+        init=starting(transform.init),
+        begin=starting(transform.begin or transform.init),
+        observe=observe,
+        update=update,
+    )

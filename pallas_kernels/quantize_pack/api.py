@@ -1,0 +1,55 @@
+"""Chooses an implementation of `quantize_pack`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize_pack import reference
+from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed
+
+Axis = Literal["channel", "token"]
+
+
+def quantize_pack(
+    x: jax.Array, valid: jax.Array, *, bits: int, group: int, axis: Axis, scale_dtype
+) -> Packed:
+    """Quantizes and packs keys or values group by group, in one pass.
+
+    With `lo`, `hi` the extremes of a group's occupied entries: `scale = (hi - lo) / (2**bits - 1)`,
+    `code = round((x - zero) / scale)`. `zero` is rounded down and `scale` up to `scale_dtype`, and codes
+    are computed against the rounded values, so `|x - dequantized| <= scale / 2` whatever `scale_dtype`.
+
+    Args:
+      x: [B, K, S, H].
+      valid: bool[B, K, S]; empty slots do not touch a group's extremes and get code 0.
+      bits: 2, 4 or 8.
+      group: entries that share one scale: tokens for "channel", channels for "token".
+      axis: "channel" has one scale per channel and group of `group` tokens (KIVI's keys); "token" one per
+        token and group of `group` channels (KIVI's values).
+      scale_dtype: floating dtype of `scale` and `zero`.
+
+    Returns:
+      `Packed`.
+
+    Raises:
+      ValueError: bits are unsupported, or S or H is not a multiple of what the layout needs.
+
+    Source: Liu et al., KIVI (2024), section 3.
+    """
+    S, H = x.shape[2:]
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
+    if S % (WORD_BITS // bits):
+        raise ValueError(f"slots must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {S}.")
+    length = S if axis == "channel" else H
+    if length % group:
+        raise ValueError(f"group must divide the {axis} group axis of length {length}, got {group}.")
+    return reference.quantize_pack(x, valid, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype)
+
+
+def dequantize(packed: Packed, *, bits: int, axis: Axis, dtype=jnp.float32) -> jax.Array:
+    """`scale * code + zero` as `dtype[B, K, S, H]`. Attention never calls this on a whole cache."""
+    return reference.dequantize(packed, bits=bits, axis=axis, dtype=dtype)

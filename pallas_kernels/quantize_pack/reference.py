@@ -1,0 +1,91 @@
+"""Defines `quantize_pack` and its inverse."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+WORD_BITS = 32
+
+
+class Packed(NamedTuple):
+    """Affine codes of `x[B, K, S, H]`: `x ~ scale * code + zero`, `code` in `[0, 2**bits)`.
+
+    Codes are packed along slots, low bits first: slot `s` is bits `[bits * j, bits * (j + 1))` of word
+    `s // per`, `j = s % per`, `per = 32 / bits`. H stays the minor axis, so TPU tiles carry no padding
+    and no re-layout copy is made before a kernel.
+    """
+
+    words: jax.Array  # u32[B, K, S * bits / 32, H]
+    scale: jax.Array  # [B, K, S / group, H] ("channel") or [B, K, H / group, S] ("token")
+    zero: jax.Array  # as scale
+
+
+def quantize_pack(x, valid, *, bits, group, axis, scale_dtype):
+    """See `pallas_kernels.quantize_pack.api.quantize_pack`."""
+    B, K, S, H = x.shape
+    x = x.astype(jnp.float32)
+    grouped_shape, reduce_axis = _grouping((B, K, S, H), group, axis)
+    grouped = x.reshape(grouped_shape)
+    mask = jnp.broadcast_to(valid[..., None], x.shape).reshape(grouped_shape)
+    lo = jnp.min(jnp.where(mask, grouped, jnp.inf), axis=reduce_axis)
+    hi = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=reduce_axis)
+    empty = lo > hi
+    lo, hi = jnp.where(empty, 0.0, lo), jnp.where(empty, 0.0, hi)
+    # Half a unit in the last place of scale_dtype, and a little more: rounding to nearest after this
+    # step can only land on the far side.
+    margin = 0.51 * float(jnp.finfo(scale_dtype).eps)
+    zero = (lo - jnp.abs(lo) * margin).astype(scale_dtype)
+    span = hi - zero.astype(jnp.float32)
+    scale = (span * (1.0 + margin) / (2**bits - 1)).astype(scale_dtype)
+    scale = jnp.where(scale == 0, 1, scale).astype(scale_dtype)
+    code = (grouped - jnp.expand_dims(zero.astype(jnp.float32), reduce_axis)) / jnp.expand_dims(
+        scale.astype(jnp.float32), reduce_axis
+    )
+    code = jnp.clip(jnp.round(code), 0, 2**bits - 1).astype(jnp.uint32)
+    code = jnp.where(mask, code, 0).reshape(B, K, S, H)
+    if axis == "token":  # [B, K, S, H / group] -> slots minor
+        scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
+    return Packed(words=pack(code, bits), scale=scale, zero=zero)
+
+
+def dequantize(packed, *, bits, axis, dtype=jnp.float32):
+    """See `pallas_kernels.quantize_pack.api.dequantize`."""
+    code = unpack(packed.words, bits).astype(jnp.float32)
+    B, K, S, H = code.shape
+    scale, zero = packed.scale, packed.zero
+    if axis == "token":
+        scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
+        group = H // scale.shape[3]
+    else:
+        group = S // scale.shape[2]
+    grouped_shape, reduce_axis = _grouping((B, K, S, H), group, axis)
+    x = code.reshape(grouped_shape) * jnp.expand_dims(scale.astype(jnp.float32), reduce_axis)
+    x = x + jnp.expand_dims(zero.astype(jnp.float32), reduce_axis)
+    return x.reshape(B, K, S, H).astype(dtype)
+
+
+def pack(code: jax.Array, bits: int) -> jax.Array:
+    """u32[B, K, S, H] codes below `2**bits` -> u32[B, K, S * bits / 32, H] words, low bits first."""
+    B, K, S, H = code.shape
+    per = WORD_BITS // bits
+    shifts = (jnp.arange(per, dtype=jnp.uint32) * bits)[:, None]
+    fields = code.reshape(B, K, S // per, per, H) << shifts
+    return jnp.sum(fields, axis=3, dtype=jnp.uint32)  # fields do not overlap: the sum is their union
+
+
+def unpack(words: jax.Array, bits: int) -> jax.Array:
+    """The inverse of `pack`: u32[B, K, S, H] codes."""
+    B, K, W, H = words.shape
+    per = WORD_BITS // bits
+    shifts = (jnp.arange(per, dtype=jnp.uint32) * bits)[:, None]
+    return ((words[:, :, :, None] >> shifts) & (2**bits - 1)).reshape(B, K, W * per, H)
+
+
+def _grouping(shape, group, axis):
+    B, K, S, H = shape
+    if axis == "channel":
+        return (B, K, S // group, group, H), 3
+    return (B, K, S, H // group, group), 4

@@ -1,0 +1,66 @@
+"""Defines `quantized_decode_attention`: tiles of slots are dequantized, attended to and merged."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention.reference import decode_attention
+from pallas_kernels.partial import Partial, combine
+from pallas_kernels.quantize_pack.reference import Packed, dequantize
+
+_TILE = 512  # slots; a float32 tile of 8 heads of 128 channels is 2 MB
+
+
+def quantized_decode_attention(
+    q: jax.Array,
+    k: Packed,
+    v: Packed,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    *,
+    bits: int,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Partial:
+    """See `pallas_kernels.quantized_decode_attention.api.quantized_decode_attention`."""
+    B, T, N, H = q.shape
+    S = k_pos.shape[-1]
+    group = S // k.scale.shape[2]
+
+    def attend(start, size):
+        def rows(x, first, count):
+            return jax.lax.dynamic_slice_in_dim(x, first, count, axis=2)
+
+        def packed_tile(x: Packed, axis) -> Packed:
+            words = rows(x.words, start * bits // 32, size * bits // 32)
+            if axis == "channel":
+                return Packed(words, *(rows(y, start // group, size // group) for y in x[1:]))
+            return Packed(
+                words, *(jax.lax.dynamic_slice_in_dim(y, start, size, axis=3) for y in x[1:])
+            )
+
+        return decode_attention(
+            q,
+            dequantize(packed_tile(k, "channel"), bits=bits, axis="channel", dtype=q.dtype),
+            dequantize(packed_tile(v, "token"), bits=bits, axis="token", dtype=q.dtype),
+            q_pos,
+            rows(k_pos, start, size),
+            window=window,
+            scale=scale,
+        )
+
+    tile = max(_TILE // group, 1) * group
+    count, rest = divmod(S, tile)
+    nothing = Partial(jnp.zeros((B, T, N, H), jnp.float32), jnp.full((B, T, N), -jnp.inf))
+    partial = nothing
+    if count == 1:
+        partial = attend(0, tile)
+    elif count > 1:
+        partial = jax.lax.fori_loop(
+            0, count, lambda i, merged: combine([merged, attend(i * tile, tile)]), nothing
+        )
+    if rest:
+        last = attend(count * tile, rest)
+        partial = combine([partial, last]) if count else last
+    return partial
