@@ -117,6 +117,9 @@ def _attention(
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
     attended = layer.attend(queries, shared=shared, new=own)
+    # Written only after it was read: otherwise XLA copies the whole cache to keep the old values readable.
+    blocked = jnp.any(attended.lse == jnp.inf)
+    k, v, positions = (jnp.where(blocked, 0, x) for x in (k, v, positions))
     layer = layer.append(k, v, positions, rope)
     observed = LayerObservation(*last_queries(queries, attended.lse, needs.queries), layer=index)
     out = attended.out.astype(x.dtype).reshape(B, T, N * H)

@@ -170,6 +170,8 @@ class DenseSegment:
             slot = jnp.argmin(order, axis=-1, keepdims=True)
         else:
             slot = jnp.argsort(order, axis=-1, stable=True)[..., :T]
+        if T == 1:
+            return jax.tree.map(lambda old, fresh: write_rows(old, fresh, slot[..., 0]), self, self._kept_where_padding(new, slot))
         slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
         rows = jnp.arange(B)[:, None, None]
         heads = jnp.arange(K)[None, :, None]
@@ -177,6 +179,22 @@ class DenseSegment:
             fresh, mode="drop", unique_indices=True
         )
         return jax.tree.map(put, self, new)
+
+    def _kept_where_padding(self, new, slot):
+        B,K,_=slot.shape
+        def pick(old, fresh):
+            cur = jnp.stack([jnp.stack([jax.lax.dynamic_slice_in_dim(old[b,k], slot[b,k,0], 1, 0) for k in range(K)]) for b in range(B)])
+            keep = (new.pos>=0).reshape(new.pos.shape + (1,)*(old.ndim-3))
+            return jnp.where(keep, fresh, cur)
+        return jax.tree.map(pick, self, new)
+
+def write_rows(old, fresh, start):
+    B, K = start.shape
+    for b in range(B):
+        for k in range(K):
+            at = (b, k, start[b, k]) + (0,) * (old.ndim - 3)
+            old = jax.lax.dynamic_update_slice(old, fresh[b : b + 1, k : k + 1], at)
+    return old
 
 
 def keep_highest(
