@@ -45,14 +45,14 @@ class ResultsFile:
     `(method, task, example) in results` says whether that line is already there.
 
     Args:
-        directory: where the files lie; created where missing.
-        settings: JSON values of everything that decides a result (model, methods' bindings, seed ...), not of what
-            only adds lines.
-        overwrite: remove what an earlier run left instead of going on with it.
+      directory: where the files lie; created where missing.
+      settings: JSON values of everything that decides a result (model, methods' bindings, seed ...), not of what
+          only adds lines.
+      overwrite: remove what an earlier run left instead of going on with it.
 
     Raises:
-        ValueError: if the directory holds a run of other settings, or a file that is not such a run's.
-        OSError: if it cannot be written.
+      ValueError: if the directory holds a run of other settings, or a file that is not such a run's.
+      OSError: if it cannot be written.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ResultsFile:
             for name in ("results.jsonl", "run.json", "summary.json"):
                 (folder / name).unlink(missing_ok=True)
         _claim(folder, _plain(settings))
-        self._file = open(self.path, "a+b", buffering=0)
-        self.rows, self._end = _complete_lines(self._file, self.path)
+        self.rows, self._end = _complete_lines(self.path)
+        self._file = open(self.path, "ab", buffering=0)
         self._file.truncate(self._end)
         self._done = {_key(row) for row in self.rows}
 
@@ -83,11 +83,11 @@ class ResultsFile:
         """Writes one line and waits until it is on disk. Numbers that are not finite become null.
 
         Args:
-            row: all of `FIELDS`, and whatever else is worth keeping.
+          row: all of `FIELDS`, and whatever else is worth keeping.
 
         Raises:
-            ValueError: for a row without one of `FIELDS`, or one whose method, task and example are already there.
-            OSError: if the line could not be written; the file then ends with the line before.
+          ValueError: for a row without one of `FIELDS`, or one whose method, task and example are already there.
+          OSError: if the line could not be written; the file then ends with the line before.
         """
         missing = [field for field in FIELDS if field not in row]
         if missing:
@@ -116,11 +116,11 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     alike, whatever its number of examples.
 
     Args:
-        rows: lines of `results.jsonl`.
+      rows: lines of `results.jsonl`.
 
     Returns:
-        `{method: {"examples": count, "mean": {field: mean}, "tasks": {task: {"examples": count, field: mean}}}}`, in
-        the order in which methods and tasks first appear.
+      `{method: {"examples": count, "mean": {field: mean}, "tasks": {task: {"examples": count, field: mean}}}}`, in
+      the order in which methods and tasks first appear.
     """
     grouped: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
@@ -148,17 +148,17 @@ def write_summary(
     """Writes `summary.json` in one step: a reader sees the old file or the new one, never a part.
 
     Args:
-        path: of the file.
-        rows: lines of `results.jsonl`.
-        command: the arguments that started the program, its own name first.
-        gin_config: the resolved configuration as gin prints it.
-        device: what the model ran on, for example "cpu" or "NVIDIA H100 80GB HBM3".
+      path: of the file.
+      rows: lines of `results.jsonl`.
+      command: the arguments that started the program, its own name first.
+      gin_config: the resolved configuration as gin prints it.
+      device: what the model ran on, for example "cpu" or "NVIDIA H100 80GB HBM3".
 
     Returns:
-        What was written; `methods` holds `summarise(rows)`.
+      What was written; `methods` holds `summarise(rows)`.
 
     Raises:
-        OSError: if it cannot be written; an earlier file is then unchanged.
+      OSError: if it cannot be written; an earlier file is then unchanged.
     """
     summary = _plain(
         {
@@ -206,11 +206,11 @@ def _fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _complete_lines(file: Any, path: pathlib.Path) -> tuple[list[Row], int]:
+def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
     """The lines that end with a line break, and the byte after the last of them."""
-    file.seek(0)
     rows, end = [], 0
-    for number, raw in enumerate(file.read().splitlines(keepends=True), start=1):
+    content = path.read_bytes() if path.exists() else b""
+    for number, raw in enumerate(content.splitlines(keepends=True), start=1):
         if not raw.endswith(b"\n"):
             break
         try:

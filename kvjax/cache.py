@@ -11,9 +11,8 @@ from flax import struct
 
 from kvjax.rope import Rope
 from kvjax.segments import DenseSegment, Queries, Ranks, Segment
+from kvjax.segments.slots import token_order
 from pallas_kernels.partial import Partial, combine
-
-_LAST = jnp.iinfo(jnp.int32).max
 
 
 @struct.dataclass
@@ -63,8 +62,23 @@ class LayerCache:
             for s, r in zip(self.segments, ranks)
         )
 
-    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> LayerCache:
-        """Writes T new tokens (k, v [B, K, T, H], k un-rotated; pos i32[B, T]) into the last segment."""
+    def append(
+        self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope, *, after: Partial | None = None
+    ) -> LayerCache:
+        """Writes T new tokens into the last segment.
+
+        Args:
+          k: [B, K, T, H], un-rotated.
+          v: [B, K, T, H].
+          pos: i32[B, T], -1 for padding, which comes last.
+          rope: rotates the keys.
+          after: what was read from the cache before this write. XLA copies a cache that is read and written
+            in no given order; making the written values depend on the result of the reading (through a test
+            that never holds) gives the order, and the write happens in place.
+        """
+        if after is not None:
+            never = jnp.any(after.out == jnp.inf)
+            k, v, pos = (jnp.where(never, jnp.zeros((), x.dtype), x) for x in (k, v, pos))
         return self.with_tail(self.segments[-1].append(k, v, pos, rope))
 
     def with_tail(self, segment: Segment) -> LayerCache:
@@ -75,7 +89,7 @@ class LayerCache:
         if all(s.key_rope != "rank" for s in self.segments):
             return [{}] * len(self.segments)
         pos = jnp.concatenate([s.pos for s in self.segments], axis=-1)  # [B, K, S]
-        slots = jnp.argsort(jnp.argsort(jnp.where(pos < 0, _LAST, pos), axis=-1), axis=-1)
+        slots = jnp.argsort(token_order(pos), axis=-1)
         earlier = (pos >= 0)[:, None] & (pos[:, None] < queries.pos[:, :, None, None])
         ahead = jnp.broadcast_to(queries.ahead, queries.pos.shape)[..., None]
         of_queries = jnp.sum(earlier, axis=-1) + ahead

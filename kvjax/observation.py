@@ -33,7 +33,7 @@ class LayerObservation:
 
     queries: Queries  # W of them, un-rotated; padding (pos -1) where a row has fewer
     lse: jax.Array  # f32[B, W, N], over everything each query attended to
-    layer: int = struct.field(pytree_node=False)
+    layer: jax.Array  # i32[], its index
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: float | None = struct.field(pytree_node=False, default=None)
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
 
-from kvjax.cache import Cache
-from kvjax.observation import Observation
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Observation
 from kvjax.segments import Queries
 
 
 class LayerWindow(NamedTuple):
     """One layer's last W queries, un-rotated, oldest first; padding (-1) where there were fewer."""
 
-    raw: Array  # [B, W, N, H]
-    pos: Array  # i32[B, W]
+    raw: jax.Array  # [B, W, N, H]
+    pos: jax.Array  # i32[B, W]
 
 
 QueryWindow = tuple[LayerWindow, ...]
@@ -37,27 +37,30 @@ def start(count: int, observation: Observation) -> QueryWindow:
 def extend(window: QueryWindow, observation: Observation) -> QueryWindow:
     """Adds the observed queries and drops the oldest."""
 
-    def one(old, seen):
-        count = old.pos.shape[1]
-        raw = jnp.concatenate([old.raw, seen.queries.raw.astype(old.raw.dtype)], axis=1)
-        pos = jnp.concatenate([old.pos, seen.queries.pos], axis=1)
-        order = jnp.argsort(pos, axis=1, stable=True)[:, -count:]
-        return LayerWindow(
-            jnp.take_along_axis(raw, order[..., None, None], axis=1),
-            jnp.take_along_axis(pos, order, axis=1),
-        )
-
-    return tuple(one(old, seen) for old, seen in zip(window, observation.layers, strict=True))
+    return tuple(_join(*each) for each in zip(window, observation.layers, strict=True))
 
 
 def observe(window: QueryWindow, cache: Cache, observation: Observation) -> Observation:
     """The observation with the window's queries, their lse computed over the cache as it is now."""
 
-    def one(layer, seen, old):
-        queries = Queries(old.raw, old.pos, seen.queries.rope)
-        lse = layer.attend(queries, window=seen.window, scale=seen.scale).lse
-        return seen.replace(queries=queries, lse=lse)
-
     return observation.replace(
-        layers=tuple(one(*each) for each in zip(cache.layers, observation.layers, window, strict=True))
+        layers=tuple(_look(*each) for each in zip(cache.layers, observation.layers, window, strict=True))
+    )
+
+
+@jax.jit
+def _look(layer: LayerCache, seen: LayerObservation, old: LayerWindow) -> LayerObservation:
+    queries = Queries(old.raw, old.pos, seen.queries.rope)
+    lse = layer.attend(queries, window=seen.window, scale=seen.scale).lse
+    return seen.replace(queries=queries, lse=lse)
+
+
+@jax.jit
+def _join(old: LayerWindow, seen: LayerObservation) -> LayerWindow:
+    raw = jnp.concatenate([old.raw, seen.queries.raw.astype(old.raw.dtype)], axis=1)
+    pos = jnp.concatenate([old.pos, seen.queries.pos], axis=1)
+    order = jnp.argsort(pos, axis=1, stable=True)[:, -old.pos.shape[1] :]
+    return LayerWindow(
+        jnp.take_along_axis(raw, order[..., None, None], axis=1),
+        jnp.take_along_axis(pos, order, axis=1),
     )

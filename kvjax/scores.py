@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from kvjax.observation import ALL, LayerObservation, Needs
 from kvjax.segments.dense import DenseSegment
+from kvjax.segments.slots import token_order
 from kvjax.transforms.evict import Scorer
-
-_LAST = jnp.iinfo(jnp.int32).max
 
 Pooling = Literal["avg", "max"]
 
@@ -140,7 +139,7 @@ def _unit(x: jax.Array) -> jax.Array:
 
 def _pool_in_token_order(x: jax.Array, pos: jax.Array, kernel: int, pooling: Pooling) -> jax.Array:
     """Pools over neighbours in token order, wherever their slots lie."""
-    order = jnp.argsort(jnp.where(pos < 0, _LAST, pos), axis=-1, stable=True)
+    order = token_order(pos)
     ordered = jnp.take_along_axis(x, order, axis=-1)
     half = kernel // 2
     padded = jnp.pad(ordered, [(0, 0), (0, 0), (half, half)])

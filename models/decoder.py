@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache, empty_cache
-from kvjax.drivers import StepOutput
+from kvjax.drivers import Step, StepOutput
 from kvjax.observation import LayerObservation, Needs, last_queries
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
@@ -50,33 +50,42 @@ def step(
     *,
     needs: Needs,
     last_only: bool,
+    donate: bool = False,
 ) -> StepOutput:
-    """`forward` that also reports what transforms need; bind params and config for `kvjax.drivers.Step`."""
-    rope = Rope.from_base(config.rope_base, config.head_dim)
-    x = jnp.take(params["embed"], tokens, axis=0)  # [B, T, D]
+    """`forward` that also reports what transforms need.
+
+    Inside a jitted program this is one program. Called as it is, it runs one compiled layer after another:
+    compilation takes a thirtieth of the time, a token some milliseconds more.
+
+    Args:
+      params: see `forward`.
+      config: see `forward`.
+      tokens: see `forward`.
+      positions: see `forward`.
+      cache: see `forward`.
+      needs: what to collect from each layer.
+      last_only: logits [B, 1, V] of each row's last real token, not of all.
+      donate: outside jit, let every layer overwrite its cache; the one passed in is gone then.
+    """
+    run_layer = _layer_in_place if donate else _layer
+    x = _embed(params["embed"], tokens)
     layers, seen = [], []
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        attended, layer, observed = _attention(
-            weights, config, rms_norm(x, weights["attn_norm"], config.norm_eps), positions, rope, layer,
-            cache.shared, needs, index,
-        )  # fmt: skip
-        x = x + attended
-        x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
+        x, layer, observed = run_layer(
+            weights, x, positions, layer, cache.shared, jnp.int32(index), config=config, needs=needs
+        )
         layers.append(layer)
         seen.append(observed)
     new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     cache = cache.replace(layers=tuple(layers), length=cache.length + new)
-    if last_only:
-        x = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)
-    x = rms_norm(x, params["final_norm"], config.norm_eps)
     head = params["embed"] if config.tied_embeddings else params["head"]
-    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+    logits = _unembed(params["final_norm"], head, x, new, config=config, last_only=last_only)
     return StepOutput(logits, cache, tuple(seen))
 
 
-def bind(params: dict, config: DecoderConfig):
-    """The decoder as a `kvjax.drivers.Step`."""
-    return functools.partial(step, params, config)
+def bind(params: dict, config: DecoderConfig, *, donate: bool = False) -> Step:
+    """The decoder as a `kvjax.Step`; `donate` as in `step`."""
+    return functools.partial(step, params, config, donate=donate)
 
 
 def prompt_cache(config: DecoderConfig, batch: int, dtype=jnp.float32) -> Cache:
@@ -98,32 +107,63 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * weight
 
 
-def _attention(
+@jax.jit
+def _embed(embed: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take(embed, tokens, axis=0)  # [B, T, D]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "last_only"))
+def _unembed(norm, head, x, new, *, config: DecoderConfig, last_only: bool) -> jax.Array:
+    if last_only:
+        x = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)
+    x = rms_norm(x, norm, config.norm_eps)
+    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+
+
+def _one_layer(
     weights: dict,
-    config: DecoderConfig,
     x: jax.Array,
     positions: jax.Array,
-    rope: Rope,
     layer: LayerCache,
     shared,
+    index: jax.Array,
+    *,
+    config: DecoderConfig,
     needs: Needs,
-    index: int,
 ) -> tuple[jax.Array, LayerCache, LayerObservation]:
+    """Attention and feed-forward, each normalised before and added to the residual stream x [B, T, D]."""
+    normed = rms_norm(x, weights["attn_norm"], config.norm_eps)
+    attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config)
+    x = x + attended
+    x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
+    observed = LayerObservation(*last_queries(queries, lse, needs.queries), layer=index)
+    return x, layer, observed
+
+
+_layer = jax.jit(_one_layer, static_argnames=("config", "needs"))
+_layer_in_place = jax.jit(_one_layer, static_argnames=("config", "needs"), donate_argnames="layer")
+
+
+def _attention(
+    weights: dict,
+    x: jax.Array,
+    positions: jax.Array,
+    layer: LayerCache,
+    shared,
+    config: DecoderConfig,
+) -> tuple[jax.Array, LayerCache, Queries, jax.Array]:
     """Attends to the cache and to the new tokens, then appends these to the cache."""
     B, T, _ = x.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    rope = Rope.from_base(config.rope_base, H)
     q, k, v = jnp.split((x @ weights["wqkv"]).reshape(B, T, N + 2 * K, H), (N, N + K), axis=2)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
     attended = layer.attend(queries, shared=shared, new=own)
-    # Written only after it was read: otherwise XLA copies the whole cache to keep the old values readable.
-    blocked = jnp.any(attended.lse == jnp.inf)
-    k, v, positions = (jnp.where(blocked, 0, x) for x in (k, v, positions))
-    layer = layer.append(k, v, positions, rope)
-    observed = LayerObservation(*last_queries(queries, attended.lse, needs.queries), layer=index)
+    layer = layer.append(k, v, positions, rope, after=attended)
     out = attended.out.astype(x.dtype).reshape(B, T, N * H)
-    return out @ weights["wo"], layer, observed
+    return out @ weights["wo"], layer, queries, attended.lse
 
 
 def _feed_forward(weights: dict, x: jax.Array) -> jax.Array:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
-from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from kvjax.segments.protocol import KeyRope, Queries, Segment
+from kvjax.segments.slots import token_order, write_windows
 from pallas_kernels.partial import Partial, combine
-
-_LAST = jnp.iinfo(jnp.int32).max
 
 
 @struct.dataclass
@@ -80,29 +77,34 @@ class BufferedSegment:
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BufferedSegment:
         """See `Segment.append`."""
-        block = self.tail.pos.shape[2]
-        T = pos.shape[1]
+        if pos.shape[1] == 1:
+            return self._append_one(k, v, pos, rope)
+        block, T = self.tail.pos.shape[2], pos.shape[1]
         pending = jnp.sum(self.tail.pos >= 0, axis=-1)  # [B, K]
         arriving = jnp.sum(pos >= 0, axis=-1)[:, None]
         flushes = (pending + arriving) // block  # [B, K], blocks that fill up
         most = (block - 1 + T) // block
+        both = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b], axis=2),
+            self.tail,
+            self.tail.slots_of(k, v, pos, rope),
+        )
+        ordered = _in_token_order(both.resize(max(block + T, (most + 1) * block)))
+        whole = jax.tree.map(lambda x: x[:, :, : most * block], ordered)
+        in_body = jnp.arange(most * block) < (flushes * block)[..., None]
+        blocks = self._encode(whole.drop(~in_body), jnp.any(flushes > 0))
+        return self.replace(
+            body=self._write(blocks, flushes, most), tail=_window(ordered, flushes * block, block)
+        )
 
-        def stay(tail):
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._blocks_like(most))
-            return tail.append(k, v, pos, rope), nothing
-
-        def flush(tail):
-            # The tail is in token order with its empty slots last, and so is the chunk.
-            both = jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b], axis=2), tail, tail.slots_of(k, v, pos, rope)
-            )
-            ordered = _in_token_order(both.resize(max(both.pos.shape[2], (most + 1) * block)))
-            whole = jax.tree.map(lambda x: x[:, :, : most * block], ordered)
-            in_body = jnp.arange(most * block) < (flushes * block)[..., None]
-            return _window(ordered, flushes * block, block), self.body.encode_like(whole.drop(~in_body))
-
-        tail, blocks = jax.lax.cond(jnp.any(flushes > 0), flush, stay, self.tail)
-        return self.replace(body=self._write(blocks, flushes, most), tail=tail)
+    def _append_one(self, k, v, pos, rope) -> BufferedSegment:
+        """`append` of a single token: a tail that fills up is one block, already in order."""
+        tail = self.tail.append(k, v, pos, rope)
+        full = jnp.all(tail.pos >= 0, axis=-1)  # [B, K]
+        blocks = self._encode(tail, jnp.any(full))
+        return self.replace(
+            body=self._write(blocks, full.astype(jnp.int32), 1), tail=tail.drop(full[..., None])
+        )
 
     def reserve(self, tokens: int) -> BufferedSegment:
         """Grows the body by the blocks that `tokens` more tokens can fill."""
@@ -123,9 +125,11 @@ class BufferedSegment:
         body = body.replace(pos=body.pos.at[:, :, S:].set(-1))
         return self.replace(body=body)
 
-    def _blocks_like(self, count: int) -> Segment:
-        shape = lambda x: jax.ShapeDtypeStruct((*x.shape[:2], count * x.shape[2], *x.shape[3:]), x.dtype)
-        return jax.eval_shape(self.body.encode_like, jax.tree.map(shape, self.tail))
+    def _encode(self, slots: DenseSegment, needed: jax.Array) -> Segment:
+        """Encodes slots when any are needed. Only the small result crosses the branch, never the body."""
+        like = jax.eval_shape(self.body.encode_like, slots)
+        nothing = lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.cond(needed, self.body.encode_like, nothing, slots)
 
     def _write(self, blocks: Segment, flushes: jax.Array, most: int) -> Segment:
         """Writes block j of each row and head at its first free block, where j < flushes."""
@@ -138,17 +142,8 @@ class BufferedSegment:
 
         def write(j, old, new, axis):
             per = old.shape[axis] * block // S  # entries of this leaf in a block
-
-            def one(old, new, first, flushes):
-                start = (first + j) * per
-                at = axis - 2
-                fresh = jax.lax.slice_in_dim(new, j * per, (j + 1) * per, axis=at)
-                kept = jax.lax.dynamic_slice_in_dim(old, start, per, axis=at)
-                return jax.lax.dynamic_update_slice_in_dim(
-                    old, jnp.where(j < flushes, fresh, kept), start, axis=at
-                )
-
-            return jax.vmap(jax.vmap(one))(old, new, first, flushes)
+            fresh = jax.lax.slice_in_dim(new, j * per, (j + 1) * per, axis=axis)
+            return write_windows(old, fresh, (first + j) * per, j < flushes, axis)
 
         body = self.body
         for j in range(most):
@@ -158,7 +153,7 @@ class BufferedSegment:
 
 def _in_token_order(slots: DenseSegment) -> DenseSegment:
     """Slots sorted by position, empty ones last."""
-    order = jnp.argsort(jnp.where(slots.pos < 0, _LAST, slots.pos), axis=-1, stable=True)
+    order = token_order(slots.pos)
     return slots.take(order, jnp.take_along_axis(slots.pos, order, axis=-1) >= 0)
 
 

@@ -10,11 +10,10 @@ from flax import struct
 
 from kvjax.rope import Rope, rotate
 from kvjax.segments.protocol import KeyRope, Queries, Ranks
+from kvjax.segments.slots import LAST, keep_highest, write_windows
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.partial import Partial
-
-_LAST = jnp.iinfo(jnp.int32).max
 
 
 @struct.dataclass
@@ -99,7 +98,7 @@ class DenseSegment:
             return new
         if self.ring_sinks is not None and pos.shape[1] > 1:
             both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self, new)
-            newest = jnp.where(both._is_sink(), _LAST, both.pos)
+            newest = jnp.where(both._is_sink(), LAST, both.pos)
             return both.take(*keep_highest(newest, both.pos >= 0, self.pos.shape[2]))
         return self._write(new)
 
@@ -165,61 +164,15 @@ class DenseSegment:
         """Puts the occupied slots of `new` into the first empty (in a full ring: the oldest) slots."""
         B, K, S = self.pos.shape
         T = new.pos.shape[2]
-        order = jnp.where(self._is_sink(), _LAST, self.pos)
+        order = jnp.where(self._is_sink(), LAST, self.pos)
         if T == 1:
-            slot = jnp.argmin(order, axis=-1, keepdims=True)
-        else:
-            slot = jnp.argsort(order, axis=-1, stable=True)[..., :T]
-        if T == 1:
-            return jax.tree.map(lambda old, fresh: write_rows(old, fresh, slot[..., 0]), self, self._kept_where_padding(new, slot))
+            slot, real = jnp.argmin(order, axis=-1), new.pos[..., 0] >= 0
+            return jax.tree.map(lambda old, fresh: write_windows(old, fresh, slot, real), self, new)
+        slot = jnp.argsort(order, axis=-1, stable=True)[..., :T]
         slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
-        rows = jnp.arange(B)[:, None, None]
-        heads = jnp.arange(K)[None, :, None]
-        put = lambda old, fresh: old.at[rows, heads, slot].set(
-            fresh, mode="drop", unique_indices=True
-        )
+        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+        put = lambda old, fresh: old.at[rows, heads, slot].set(fresh, mode="drop", unique_indices=True)
         return jax.tree.map(put, self, new)
-
-    def _kept_where_padding(self, new, slot):
-        B,K,_=slot.shape
-        def pick(old, fresh):
-            cur = jnp.stack([jnp.stack([jax.lax.dynamic_slice_in_dim(old[b,k], slot[b,k,0], 1, 0) for k in range(K)]) for b in range(B)])
-            keep = (new.pos>=0).reshape(new.pos.shape + (1,)*(old.ndim-3))
-            return jnp.where(keep, fresh, cur)
-        return jax.tree.map(pick, self, new)
-
-def write_rows(old, fresh, start):
-    B, K = start.shape
-    for b in range(B):
-        for k in range(K):
-            at = (b, k, start[b, k]) + (0,) * (old.ndim - 3)
-            old = jax.lax.dynamic_update_slice(old, fresh[b : b + 1, k : k + 1], at)
-    return old
-
-
-def keep_highest(
-    scores: jax.Array, occupied: jax.Array, slots: int, count: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Chooses which slots survive: the highest scores, returned in slot order.
-
-    Args:
-      scores: f32 or i32[B, K, S].
-      occupied: bool[B, K, S]; empty slots are never chosen.
-      slots: how many slots the result has, at most S.
-      count: i32[B] or [B, K], how many to keep; None: `slots`. Ties go to the lower slot.
-
-    Returns:
-      `(i32[B, K, slots], bool[B, K, slots])`: indices and which of them are real, for `take`.
-    """
-    lowest = -jnp.inf if jnp.issubdtype(scores.dtype, jnp.floating) else jnp.iinfo(scores.dtype).min
-    _, index = jax.lax.top_k(jnp.where(occupied, scores, lowest), slots)
-    valid = jnp.take_along_axis(occupied, index, axis=-1)
-    if count is not None:
-        count = count if count.ndim == 2 else count[:, None]
-        valid &= jnp.arange(slots) < count[..., None]
-    in_slot_order = jnp.argsort(jnp.where(valid, index, _LAST), axis=-1)
-    index, valid = (jnp.take_along_axis(x, in_slot_order, axis=-1) for x in (index, valid))
-    return index, valid
 
 
 def dense_tail(layer, transform: str) -> DenseSegment:

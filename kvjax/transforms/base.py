@@ -13,7 +13,8 @@ from kvjax.observation import Needs, Observation
 State = Any
 
 
-def _keep(cache, state, observation):
+def keep(cache, state, observation):
+    """An `update` or `observe` that does nothing."""
     return cache, state
 
 
@@ -37,8 +38,8 @@ class CacheTransform(NamedTuple):
 
     init: Callable[[Cache, Observation], tuple[Cache, State]]
     begin: Callable[[Cache, Observation], tuple[Cache, State]] | None = None
-    update: Callable[[Cache, State, Observation], tuple[Cache, State]] = _keep
-    observe: Callable[[Cache, State, Observation], tuple[Cache, State]] = _keep
+    update: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
+    observe: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
     needs: Needs = Needs()
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None

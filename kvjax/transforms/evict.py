@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from kvjax.budget import budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
-from kvjax.segments.dense import DenseSegment, dense_tail, keep_highest
-from kvjax.transforms.base import CacheTransform
+from kvjax.segments.dense import DenseSegment, dense_tail
+from kvjax.segments.slots import keep_highest
+from kvjax.transforms.base import CacheTransform, keep
 
 _PROTECTED = 1e30  # above any score, even after division by the length of a context
 
@@ -77,6 +79,28 @@ def evict(
         # Where a row's budget is smaller than what is protected, the newest stay.
         return jnp.where(protected, _PROTECTED / (1.0 + age), scores)
 
+    @functools.partial(jax.jit, static_argnames="slots")
+    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
+        segment = dense_tail(layer, "evict")
+        if segment.pos.shape[2] < slots:
+            segment = segment.resize(slots)
+        missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
+        segment = scorer.observe(segment.replace(stats={**missing, **segment.stats}), seen)
+        scores = worth(segment, seen, rows)
+        return layer.with_tail(segment.take(*keep_highest(scores, segment.pos >= 0, slots, rows)))
+
+    @jax.jit
+    def see(layer: LayerCache, seen: LayerObservation):
+        return layer.with_tail(scorer.observe(dense_tail(layer, "evict"), seen))
+
+    @jax.jit
+    def drop_excess(layer: LayerCache, seen: LayerObservation, rows: jax.Array):
+        segment = dense_tail(layer, "evict")
+        occupied = segment.pos >= 0
+        excess = jnp.sum(occupied, axis=-1) - rows[:, None]  # [B, K]
+        scores = jnp.where(occupied, worth(segment, seen, rows), jnp.inf)
+        return layer.with_tail(segment.drop(lowest(scores, excess)))
+
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
         rows = budget_rows(budget, observation.prompt)
@@ -85,40 +109,20 @@ def evict(
                 f"budget must hold {sinks} sinks and {recent_count} recent tokens, got {budget} of "
                 f"{observation.prompt_slots} tokens = {slots}."
             )
-
-        def one(layer: LayerCache, seen: LayerObservation):
-            segment = dense_tail(layer, "evict")
-            if segment.pos.shape[2] < slots:
-                segment = segment.resize(slots)
-            missing = {n: jnp.zeros(segment.pos.shape, jnp.float32) for n in scorer.stats}
-            segment = scorer.observe(segment.replace(stats={**missing, **segment.stats}), seen)
-            scores = worth(segment, seen, rows)
-            return layer.with_tail(
-                segment.take(*keep_highest(scores, segment.pos >= 0, slots, rows))
-            )
-
-        return cache.map_layers(one, observation.layers), rows
+        shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
+        return cache.map_layers(shrink, observation.layers), rows
 
     def observe(cache: Cache, rows: jax.Array, observation: Observation):
-        def one(layer, seen):
-            return layer.with_tail(scorer.observe(dense_tail(layer, "evict"), seen))
-
-        return cache.map_layers(one, observation.layers), rows
+        return cache.map_layers(see, observation.layers), rows
 
     def update(cache: Cache, rows: jax.Array, observation: Observation):
-        def one(layer, seen):
-            segment = dense_tail(layer, "evict")
-            occupied = segment.pos >= 0
-            excess = jnp.sum(occupied, axis=-1) - rows[:, None]  # [B, K]
-            scores = jnp.where(occupied, worth(segment, seen, rows), jnp.inf)
-            return layer.with_tail(segment.drop(lowest(scores, excess)))
-
-        return cache.map_layers(one, observation.layers), rows
+        free = lambda layer, seen: drop_excess(layer, seen, rows)
+        return cache.map_layers(free, observation.layers), rows
 
     return CacheTransform(
         init=init,
         update=update,
-        observe=observe,
+        observe=observe if scorer.stats else keep,
         needs=scorer.needs,
         frees_in_prefill=1,
         frees_in_decode=1,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvjax.cache import Cache
+import jax
+
+from kvjax.cache import LayerCache
 from kvjax.segments import BufferedSegment, QuantizedSegment
 from kvjax.segments.dense import dense_tail
 from kvjax.transforms.base import CacheTransform
@@ -54,11 +56,9 @@ def quantize(
             scale_dtype=scale_dtype,
         )
 
-    def init(cache: Cache, observation):
-        def quantize_layer(layer):
-            dense = dense_tail(layer, "quantize")
-            return layer.with_tail(BufferedSegment.from_dense(dense, encode, residual))
+    @jax.jit
+    def compress(layer: LayerCache) -> LayerCache:
+        dense = dense_tail(layer, "quantize")
+        return layer.with_tail(BufferedSegment.from_dense(dense, encode, residual))
 
-        return cache.map_layers(quantize_layer), ()
-
-    return CacheTransform(init=init)
+    return CacheTransform(init=lambda cache, observation: (cache.map_layers(compress), ()))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from kvjax.budget import budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.rope import re_rotate
-from kvjax.segments.dense import dense_tail, keep_highest
+from kvjax.segments.dense import dense_tail
 from kvjax.segments.protocol import KeyRope
+from kvjax.segments.slots import LAST, keep_highest
 from kvjax.transforms.base import CacheTransform
 
 
@@ -31,6 +35,19 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
         raise ValueError(f"sinks must be at least 0, got {sinks}.")
     check_budget(budget, at_least=sinks + 1, holds=f"{sinks} sinks and one recent token")
 
+    @functools.partial(jax.jit, static_argnames="slots")
+    def compress(layer: LayerCache, seen: LayerObservation, *, slots: int) -> LayerCache:
+        segment = dense_tail(layer, "ring")
+        if segment.pos.shape[2] < slots:
+            segment = segment.resize(slots)
+        is_sink = (segment.pos >= 0) & (segment.pos < sinks)
+        newest = jnp.where(is_sink, LAST, segment.pos)
+        segment = segment.take(*keep_highest(newest, segment.pos >= 0, slots))
+        if key_rope != segment.key_rope:
+            unrotated = re_rotate(segment.k, -segment.pos, seen.queries.rope)
+            segment = segment.replace(k=unrotated, key_rope=key_rope)
+        return layer.with_tail(segment.replace(ring_sinks=sinks))
+
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
         if slots <= sinks:
@@ -38,19 +55,7 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
                 f"budget must hold more than {sinks} sinks, got {budget} of {observation.prompt_slots} "
                 f"tokens = {slots}."
             )
-
-        def one(layer: LayerCache, seen: LayerObservation):
-            segment = dense_tail(layer, "ring")
-            if segment.pos.shape[2] < slots:
-                segment = segment.resize(slots)
-            is_sink = (segment.pos >= 0) & (segment.pos < sinks)
-            newest = jnp.where(is_sink, jnp.iinfo(jnp.int32).max, segment.pos)
-            segment = segment.take(*keep_highest(newest, segment.pos >= 0, slots))
-            if key_rope != segment.key_rope:
-                unrotated = re_rotate(segment.k, -segment.pos, seen.queries.rope)
-                segment = segment.replace(k=unrotated, key_rope=key_rope)
-            return layer.with_tail(segment.replace(ring_sinks=sinks))
-
-        return cache.map_layers(one, observation.layers), ()
+        shrink = lambda layer, seen: compress(layer, seen, slots=slots)
+        return cache.map_layers(shrink, observation.layers), ()
 
     return CacheTransform(init=init, frees_in_prefill=1, frees_in_decode=1, budget=budget)

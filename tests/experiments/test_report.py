@@ -1,0 +1,106 @@
+"""The table: numbers, units, and lines that fit."""
+
+import re
+
+import pytest
+
+from experiments.report import human_bytes, pareto_front, table
+from experiments.results import summarise
+
+# (cache bytes, tokens kept, budget, right answers of 4, tokens per second)
+METHODS = {
+    "full": (96 * 2**20, 2048, None, 4, 20.0),
+    "int4": (24 * 2**20, 2048, None, 3, 30.0),
+    "snapkv": (48 * 2**20, 1024, 1024, 3, 25.0),
+}
+
+
+def summary(tasks=("needle_noise", "text"), methods=METHODS):
+    return summarise(
+        {
+            "method": method,
+            "task": task,
+            "example": example,
+            "nll": 0.25 * example,
+            "exact_match": None if task == "text" else example < right,
+            "cache_bytes": size,
+            "full_bytes": 96 * 2**20,
+            "kept_tokens": kept,
+            "prefill_seconds": 1.0,
+            "decode_tokens_per_second": speed,
+            "kl": 0.125,
+            "budget_tokens": budget,
+        }
+        for method, (size, kept, budget, right, speed) in methods.items()
+        for task in tasks
+        for example in range(4)
+    )
+
+
+def cells(text, method):
+    """The words of a method's row."""
+    return re.search(rf"^[* ] ({method} .*)$", text, flags=re.MULTILINE)[1].split()
+
+
+def test_row_has_size_ratio_tokens_speed_and_quality():
+    text = table(summary(), width=120)
+    assert cells(text, "int4") == "int4 24.0 MiB 4.0x 2048 1.50x 0.125 75% 0.38 0.38".split()
+    assert cells(text, "snapkv") == "snapkv 48.0 MiB 2.0x 1024 1.25x 0.125 75% 0.38 0.38".split()
+    assert cells(text, "full") == "full 96.0 MiB 1.0x 2048 1.00x 0.125 100% 0.38 0.38".split()
+
+
+def test_front_and_methods_without_a_budget_are_marked():
+    text = table(summary(), width=120)
+    marked = [line.split()[1] for line in text.splitlines() if re.match(r"\* (full|int4|snapkv)", line)]
+    assert marked == ["full", "int4"]  # snapkv is larger than int4 and as often right
+    assert "No token budget, so --keep and --budget do not apply: full, int4." in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_lines_fit_and_are_plain(width):
+    tasks = ("needle_noise", "needle_essay", "needles", "key_value", "text", "a_rather_long_name")
+    text = table(summary(tasks), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.isascii() and "\x1b" not in text
+    for task in ("noise", "essay", "needles", "value", "text", "rather_long_name"):
+        assert task in text
+
+
+def test_missing_values_are_dashes():
+    empty = summary()
+    for field in ("cache_bytes", "exact_match", "decode_tokens_per_second", "kept_tokens"):
+        empty["int4"]["mean"][field] = None
+    empty["int4"]["tasks"] = {}
+    assert cells(table(empty, width=120), "int4") == "int4 - - - - 0.125 - - -".split()
+
+
+def test_without_the_full_method_there_is_no_relative_speed():
+    assert "speed" not in table(summary(methods={"int4": METHODS["int4"]}), width=120).split("cache:")[0]
+
+
+def test_summary_without_methods_is_refused():
+    with pytest.raises(ValueError, match="summary: got no methods"):
+        table({})
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (1536, "1.50 KiB"), (94.4 * 2**20, "94.4 MiB")]
+    + [(100 * 2**20, "100 MiB"), (2**30, "1.00 GiB"), (5 * 2**40, "5.00 TiB"), (5000 * 2**40, "5000 TiB")],
+)
+def test_bytes_have_three_digits(count, text):
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([], []),
+        ([(1, 5)], [0]),
+        ([(4, 9), (2, 5), (3, 5), (1, 1), (4, 8)], [3, 1, 0]),
+        ([(1, 5), (1, 5), (2, 5)], [0, 1]),  # equal points stay together
+        ([(1, 1), (1, 2)], [1]),
+    ],
+)
+def test_pareto_front(points, front):
+    assert pareto_front(points) == front

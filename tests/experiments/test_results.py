@@ -1,0 +1,218 @@
+"""Results on disk: what survives a cut, a full disk and a second start, and what a summary says."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from experiments.results import FIELDS, ResultsFile, summarise, write_summary
+
+SETTINGS = {"model": "tiny", "seed": 0}
+
+
+def row(method="full", task="needle", example=0, **fields):
+    values = {
+        "nll": 0.5,
+        "exact_match": True,
+        "cache_bytes": 100,
+        "full_bytes": 400,
+        "kept_tokens": 8,
+        "prefill_seconds": 1.0,
+        "decode_tokens_per_second": 20.0,
+    }
+    return {"method": method, "task": task, "example": example} | values | fields
+
+
+def open_and_close(directory, settings=SETTINGS):
+    with ResultsFile(directory, settings):
+        pass
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
+
+
+def test_lines_are_on_disk_before_the_file_is_closed(tmp_path):
+    with ResultsFile(tmp_path / "new" / "run", SETTINGS) as results:
+        results.append(row(kl=0.25, depth=0.5))
+        assert lines(tmp_path / "new" / "run") == [row(kl=0.25, depth=0.5)]
+        assert list(lines(tmp_path / "new" / "run")[0])[:10] == list(FIELDS)
+
+
+def test_second_start_keeps_lines_and_drops_the_cut_one(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        for example in range(3):
+            results.append(row(example=example))
+    path = tmp_path / "results.jsonl"
+    whole = path.read_bytes()
+    for cut in range(1, len(json.dumps(row())) + 1):  # wherever in the last line the program died
+        path.write_bytes(whole[:-cut])
+        with ResultsFile(tmp_path, SETTINGS) as results:
+            assert results.rows == [row(example=0), row(example=1)]
+            assert ("full", "needle", 1) in results and ("full", "needle", 2) not in results
+            results.append(row(example=2))
+        assert path.read_bytes() == whole
+
+
+def test_row_is_taken_once(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        results.append(row())
+        with pytest.raises(ValueError, match="a second time"):
+            results.append(row(nll=3.0))
+    assert lines(tmp_path) == [row()]
+
+
+def test_row_without_a_field_is_refused(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS) as results, pytest.raises(ValueError, match="got no nll, kept_tokens"):
+        results.append({field: 0 for field in FIELDS if field not in ("nll", "kept_tokens")})
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path):
+    open_and_close(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match=r"seed was 0 and is 1.*--output_dir, or --overwrite") as error:
+        open_and_close(tmp_path, SETTINGS | {"seed": 1})
+    assert "model" not in str(error.value)
+
+
+def test_order_of_settings_does_not_matter(tmp_path):
+    open_and_close(tmp_path, {"a": 1, "b": (2, 3)})
+    open_and_close(tmp_path, {"b": [2, 3], "a": 1})
+
+
+def test_overwrite_starts_afresh(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        results.append(row())
+    (tmp_path / "summary.json").write_text("{}")
+    with ResultsFile(tmp_path, {"seed": 1}, overwrite=True) as results:
+        assert results.rows == [] and lines(tmp_path) == []
+    assert not (tmp_path / "summary.json").exists()
+    open_and_close(tmp_path, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.jsonl", "precious\n", "results.jsonl without its run.json"),
+        ("run.json", "[]", "not the settings of an evaluation"),
+        ("run.json", "{", "not the settings of an evaluation"),
+    ],
+)
+def test_foreign_files_are_left_alone(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_and_close(tmp_path, SETTINGS)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_damaged_line_in_the_middle_is_named(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        results.append(row())
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"results.jsonl, line 1: got b'\{\}"):
+        open_and_close(tmp_path, SETTINGS)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files with setrlimit")
+def test_where_no_more_fits_the_finished_lines_stay(tmp_path):
+    """A process whose files may have 700 bytes writes rows until the system stops it in the middle of one."""
+    program = f"""
+        import resource, sys
+        sys.path[:0] = {sys.path!r}
+        from experiments.results import ResultsFile
+        with ResultsFile({str(tmp_path)!r}, {SETTINGS!r}) as results:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+            try:
+                for example in range(100):
+                    results.append({row()!r} | {{"example": example}})
+            except OSError as error:
+                print(error.errno, len(results.rows), error)
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    code, count, message = ran.stdout.strip().split(" ", 2)
+    assert int(code) == errno.EFBIG
+    kept = lines(tmp_path)
+    assert int(count) == len(kept) == 700 // (len(json.dumps(row())) + 1)
+    assert (tmp_path / "results.jsonl").stat().st_size < 700
+    assert f"no space left; {count} finished lines are kept; make room and run the same command again" in message
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        assert results.rows == kept
+        results.append(row(example=50))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_error_that_shows_only_at_fsync_takes_the_line_back(tmp_path, monkeypatch, code):
+    def fail(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        results.append(row())
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left; 1 finished lines are kept"):
+            patch.setattr(os, "fsync", fail)
+            results.append(row(example=1))
+        assert lines(tmp_path) == [row()]
+        results.append(row(example=1))
+    assert lines(tmp_path) == [row(), row(example=1)]
+
+
+def test_numbers_that_are_not_finite_become_null_and_array_scalars_numbers(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        results.append(row(nll=float("nan"), kl=np.float32(0.5), exact_match=np.bool_(False), x=[float("inf")]))
+    (line,) = lines(tmp_path)
+    assert (line["nll"], line["kl"], line["exact_match"], line["x"]) == (None, 0.5, False, [None])
+
+
+def test_summary_has_means_per_task_and_over_tasks():
+    summary = summarise(
+        [
+            row(example=0, nll=1.0, exact_match=True, label="text is left out"),
+            row(example=1, nll=2.0, exact_match=False),
+            row(example=2, nll=None, exact_match=False),
+            row(task="text", nll=4.0, exact_match=None),
+            row(method="int4", cache_bytes=50),
+        ]
+    )
+    assert list(summary) == ["full", "int4"]
+    needle, text = summary["full"]["tasks"]["needle"], summary["full"]["tasks"]["text"]
+    assert (needle["examples"], needle["nll"], needle["exact_match"]) == (3, 1.5, pytest.approx(1 / 3))
+    assert (text["examples"], text["nll"], text["exact_match"]) == (1, 4.0, None)
+    assert summary["full"]["examples"] == 4 and "label" not in needle
+    assert summary["full"]["mean"]["nll"] == (1.5 + 4.0) / 2  # tasks weigh alike, with three examples or one
+    assert summary["full"]["mean"]["exact_match"] == pytest.approx(1 / 3)
+    assert summary["int4"]["mean"]["cache_bytes"] == 50
+
+
+def test_summary_file_says_how_it_was_made(tmp_path):
+    path = tmp_path / "summary.json"
+    written = write_summary(
+        path, [row()], command=["evaluate", "--gin_bindings=a = 'b c'"], gin_config="a = 1\n", device="cpu"
+    )
+    read = json.loads(path.read_text())
+    assert read == written
+    assert read["command"] == """evaluate '--gin_bindings=a = '"'"'b c'"'"''"""
+    assert read["versions"]["python"] == sys.version.split()[0] and read["versions"]["numpy"] == np.__version__
+    assert set(read["versions"]) == {"python", "jax", "jaxlib", "numpy", "kvjax"}
+    assert read["machine"]["cpus"] == os.cpu_count() and read["machine"]["device"] == "cpu"
+    assert read["gin_config"] == "a = 1\n" and read["methods"] == summarise([row()])
+
+
+def test_summary_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    arguments = {"command": ["evaluate"], "gin_config": "", "device": "cpu"}
+    write_summary(path, [row()], **arguments)
+    before = path.read_bytes()
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left; the file is as it was before"):
+        write_summary(path, [row(), row(example=1)], **arguments)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["summary.json"]

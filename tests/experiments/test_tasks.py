@@ -1,0 +1,103 @@
+"""Task files: what is read, and how a bad line is named."""
+
+import json
+import types
+
+import pytest
+
+from experiments.tasks import Example, read_tasks
+
+VOCAB_SIZE = 128
+# One token a character, so that ids can be written down by hand.
+LETTERS = types.SimpleNamespace(chat_template=None, encode=lambda text: [ord(letter) for letter in text])
+
+
+def read(tmp_path, *lines, max_examples=None):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return read_tasks(path, LETTERS, vocab_size=VOCAB_SIZE, max_examples=max_examples)
+
+
+def test_text_and_ids_give_the_same_example(tmp_path):
+    text, ids = read(
+        tmp_path,
+        {"task": "t", "context": "ab", "question": "c", "answer": "de"},
+        {"task": "t", "context_ids": [97, 98], "question_ids": [99], "answer_ids": [100, 101]},
+    )
+    assert text == ids == Example("t", (97, 98), (99,), (100, 101), scored=True)
+
+
+@pytest.mark.parametrize("question", [{}, {"question": ""}, {"question_ids": []}])
+def test_question_may_be_empty_or_absent(tmp_path, question):
+    assert read(tmp_path, {"task": "t", "context": "a", "answer": "b"} | question)[0].question_ids == ()
+
+
+def test_absent_answer_is_not_scored(tmp_path):
+    assert read(tmp_path, {"task": "t", "context": "a"}) == [Example("t", (97,), (), (), scored=False)]
+
+
+def test_other_fields_and_blank_lines_are_ignored(tmp_path):
+    assert len(read(tmp_path, {"task": "t", "context": "a", "id": 7}, "", "  ", {"task": "t", "context": "b"})) == 2
+
+
+def test_max_examples_keeps_the_first_of_each_task(tmp_path):
+    lines = [{"task": task, "context": context} for task, context in ("xa", "yb", "xc", "yd", "xe")]
+    kept = read(tmp_path, *lines, max_examples=2)
+    assert [(example.task, chr(example.context_ids[0])) for example in kept] == [
+        ("x", "a"),
+        ("y", "b"),
+        ("x", "c"),
+        ("y", "d"),
+    ]
+    with pytest.raises(ValueError, match="max_examples: got 0, expected at least 1"):
+        read(tmp_path, *lines, max_examples=0)
+
+
+GOOD = {"task": "t", "context": "a", "answer": "b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"task": "t", ', "not JSON"),
+        ("[1, 2]", r"got \[1, 2\], expected a JSON object"),
+        ({"context": "a"}, "task: got None, expected a non-empty string"),
+        ({"task": 3, "context": "a"}, "task: got 3, expected a non-empty string"),
+        ({"task": "t"}, "context: got neither context nor context_ids"),
+        ({"task": "t", "context": ""}, "context: got an empty prompt"),
+        ({"task": "t", "context_ids": []}, "context: got an empty prompt"),
+        ({"task": "t", "context": 5}, "context: got 5, expected a string"),
+        (GOOD | {"context_ids": [1]}, "context: got both context and context_ids"),
+        (GOOD | {"answer_ids": [1]}, "answer: got both answer and answer_ids"),
+        (GOOD | {"question": "q", "question_ids": [1]}, "question: got both"),
+        (GOOD | {"answer": ""}, "answer: got an empty answer"),
+        (GOOD | {"question": ["q"]}, r"question: got \['q'\], expected a string"),
+        ({"task": "t", "context_ids": "12"}, "context_ids: got '12', expected a list of token ids"),
+        ({"task": "t", "context_ids": [1, 128]}, r"context_ids\[1\]: got 128, expected an integer from 0 to 127"),
+        ({"task": "t", "context_ids": [-1]}, r"context_ids\[0\]: got -1"),
+        ({"task": "t", "context_ids": [1.0]}, r"context_ids\[0\]: got 1.0"),
+        ({"task": "t", "context_ids": [True]}, r"context_ids\[0\]: got True"),
+    ],
+)
+def test_bad_line_is_named_on_one_line(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, GOOD, line, max_examples=1)
+    assert str(error.value).startswith(f"{tmp_path / 'tasks.jsonl'}, line 2: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(b'{"task": "t", "context": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 1: got bytes that are not UTF-8"):
+        read_tasks(path, LETTERS, vocab_size=VOCAB_SIZE)
+
+
+def test_file_without_examples_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="got no examples"):
+        read(tmp_path, "", "")
+
+
+def test_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        read_tasks(tmp_path / "nowhere.jsonl", LETTERS, vocab_size=VOCAB_SIZE)
