@@ -6,7 +6,7 @@ papers as short compositions, `prefill`, `extend` and `generate` run a decoder w
 
 from kvjax import methods, scores
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
-from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill
+from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample

@@ -97,11 +97,31 @@ def prefill(
             tokens, _positions(cache, lengths, T), cache, needs=transform.needs, last_only=True
         )
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
-        cache, state = transform.init(out.cache, seen)
-        logits = out.logits
-    else:
-        logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
+        return start(transform, out, seen, room=room, call_tokens=call_tokens)
+    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
     return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens), state, lengths)
+
+
+def start(
+    transform: CacheTransform,
+    prompt: StepOutput,
+    observation: Observation,
+    *,
+    room: int,
+    call_tokens: int = 1,
+) -> Run:
+    """Compresses a prompt that a decoder has read, and makes room for what follows: the end of `prefill`.
+
+    Args:
+      transform: what compresses.
+      prompt: the decoder's output for the whole prompt, from a cache with 0 slots.
+      observation: what the decoder saw, as `transform.needs` asks.
+      room: tokens that will follow, over all later calls.
+      call_tokens: the most tokens a later call brings at once.
+    """
+    cache, state = transform.init(prompt.cache, observation)
+    cache = _reserve(transform, cache, room, call_tokens)
+    return Run(prompt.logits[:, -1], cache, state, observation.prompt)
 
 
 def _reserve(transform: CacheTransform, cache: Cache, room: int, call_tokens: int) -> Cache:
@@ -158,8 +178,8 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
         logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
         return (cache, state, queries, logits), None
 
-    start = (cache, state, queries, jnp.zeros_like(probe.logits))
-    (cache, _, queries, logits), _ = jax.lax.scan(body, start, jnp.arange(count))
+    carry = (cache, state, queries, jnp.zeros_like(probe.logits))
+    (cache, _, queries, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
     seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
     cache, state = transform.init(cache, seen)
     return logits, cache, state

@@ -1,0 +1,470 @@
+"""Compresses the cache of a real model, asks it about what it read, and says what that saved and cost.
+
+    python -m experiments.evaluate --gin_file=configs/runs/quickstart.gin --output_dir=out/quickstart
+
+For every example the context is prefilled and compressed without seeing the question (with --question_aware:
+after it), the question follows, and the answer is scored under teacher forcing, token by token, so that a method
+that acts at every step does so. Greedy decoding gives exactly the answer if and only if each of its tokens is the
+most likely one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import gin
+import jax
+import jax.numpy as jnp
+import tqdm
+from absl import app, flags
+
+import kvjax
+from experiments import pictures, report, results, synthetic, tasks
+from experiments.methods import Method, load_method, method_names
+from kvjax.observation import Observation, last_queries
+from models import FetchError, Model, load_model
+from models.assets import ESSAYS, fetch
+from models.decoder import bind, prompt_cache
+
+_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
+_GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win over all files.")
+_MODEL = flags.DEFINE_string("model", None, "smollm2, a path, or a name on the hub.")
+_METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods.")
+_KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budget methods keep.")
+_BUDGET = flags.DEFINE_integer("budget", None, "The same in tokens per KV head.")
+_TASKS = flags.DEFINE_string("tasks", None, "A JSONL file of tasks; without it, synthetic ones.")
+_MAX_EXAMPLES = flags.DEFINE_integer("max_examples", None, "At most this many examples of each task.")
+_QUESTION_AWARE = flags.DEFINE_bool("question_aware", None, "Compress after the question.")
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Discard what output_dir holds.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would run and how many bytes it would take.")
+
+
+@gin.configurable(module="experiments")
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an evaluation does; gin binds it as `Settings`, flags win.
+
+    Attributes:
+      model: smollm2, a path, or a name on the hub.
+      dtype: of weights and cache.
+      methods: names of files in configs/methods; `full` is always run, the others are compared with it.
+      keep: fraction of the context that token-budget methods keep.
+      budget: the same in tokens per KV head; None: use `keep`.
+      tasks: a task file; None: synthetic tasks.
+      synthetic_tasks: which of them.
+      length: tokens of a synthetic context.
+      examples: synthetic examples of each task.
+      seed: of the synthetic tasks.
+      max_examples: at most this many examples of each task; None: all.
+      question_aware: compress after the question instead of before.
+      call_tokens: the most tokens of a question that one call of the decoder takes.
+    """
+
+    model: str = "smollm2"
+    dtype: str = "float32"
+    methods: Sequence[str] = ("full", "int4", "snapkv", "streamingllm")
+    keep: float = 0.5
+    budget: int | None = None
+    tasks: str | None = None
+    synthetic_tasks: Sequence[str] = synthetic.SYNTHETIC_TASKS
+    length: int = 1024
+    examples: int = 3
+    seed: int = 0
+    max_examples: int | None = None
+    question_aware: bool = False
+    call_tokens: int = 32
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"--keep must be in (0, 1], got {self.keep}.")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"--budget must be at least 1 token, got {self.budget}.")
+        for name in ("length", "examples", "call_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Settings.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ValueError(f"--max_examples must be at least 1, got {self.max_examples}.")
+        if not self.methods:
+            raise ValueError(f"--methods must name at least one of {', '.join(method_names())}.")
+
+
+def read_settings() -> Settings:
+    """The settings of the gin files, the bindings and the flags, in that order."""
+    if _KEEP.value is not None and _BUDGET.value is not None:
+        raise ValueError("--keep and --budget say the same thing in two ways; pass one of them.")
+    for path in _GIN_FILE.value:
+        if not os.path.isfile(path):
+            raise ValueError(f"--gin_file: no such file: {path}.")
+    gin.parse_config_files_and_bindings(_GIN_FILE.value, _GIN_BINDINGS.value, skip_unknown=False)
+    given = {
+        name: flag.value
+        for name, flag in (
+            ("model", _MODEL),
+            ("methods", _METHODS),
+            ("keep", _KEEP),
+            ("budget", _BUDGET),
+            ("tasks", _TASKS),
+            ("max_examples", _MAX_EXAMPLES),
+            ("question_aware", _QUESTION_AWARE),
+        )
+        if flag.value is not None
+    }
+    if _KEEP.value is not None:
+        given["budget"] = None
+    return Settings(**given)
+
+
+def load_methods(settings: Settings) -> list[Method]:
+    """`full`, then the other methods in the order given."""
+    budget = settings.keep if settings.budget is None else settings.budget
+    names = dict.fromkeys(["full", *settings.methods])
+    return [
+        load_method(name, budget=budget, gin_files=_GIN_FILE.value, bindings=_GIN_BINDINGS.value)
+        for name in names
+    ]
+
+
+def load_examples(settings: Settings, model: Model) -> list[tasks.Example]:
+    """The examples of the task file, or synthetic ones."""
+    vocab = model.config.vocab_size
+    if settings.tasks is not None:
+        return tasks.read_tasks(
+            settings.tasks, model.tokenizer, vocab_size=vocab, max_examples=settings.max_examples
+        )
+    essays = [path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt"))]
+    count = min(settings.examples, settings.max_examples or settings.examples)
+    return synthetic.synthetic_tasks(
+        model.tokenizer,
+        essays,
+        length=settings.length,
+        count=count,
+        seed=settings.seed,
+        tasks=settings.synthetic_tasks,
+    )
+
+
+def check_fit(examples: Sequence[tasks.Example], methods: Sequence[Method], model: Model) -> None:
+    """Refuses examples that the model or a budget cannot take, before anything runs."""
+    longest = model.config.max_positions
+    for index, example in enumerate(examples):
+        context = len(example.context_ids)
+        total = context + len(example.question_ids) + len(example.answer_ids)
+        if total > longest:
+            raise ValueError(
+                f"example {index} ({example.task}) has {total} tokens; {model.config.name} was trained for {longest}."
+            )
+        for method in methods:
+            budget = method.transform.budget
+            if isinstance(budget, int) and budget >= context:
+                raise ValueError(
+                    f"--budget: {method.name} would keep {budget} tokens, but example {index} ({example.task}) has a "
+                    f"context of {context}: nothing would be compressed."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What one method did on one example."""
+
+    nll: float | None
+    exact_match: bool | None
+    kl: float | None
+    cache_bytes: int
+    kept_tokens: float
+    prefill_seconds: float
+    decode_tokens_per_second: float | None
+    log_probs: jax.Array  # f32[answer, V]
+
+
+class Evaluator:
+    """Runs methods on examples. The dense prefill of an example is shared by the methods that start from it."""
+
+    def __init__(self, model: Model, methods: Sequence[Method], room: int, call_tokens: int):
+        self._model = model
+        self._step = bind(model.params, model.config)
+        self._step_in_place = bind(model.params, model.config, donate=True)
+        self._needs = kvjax.Needs()
+        for method in methods:
+            if method.prefill_chunk is None:
+                self._needs = self._needs.union(method.transform.needs)
+        self._room, self._call_tokens = room, call_tokens
+        self._chunked = {}
+
+    def prefill(self, ids: Sequence[int]) -> tuple[kvjax.StepOutput, float]:
+        """Reads a prompt with the full cache: what came out, and the seconds it took."""
+        tokens, positions = jnp.asarray([ids]), jnp.arange(len(ids))[None]
+        start = time.perf_counter()
+        cache = prompt_cache(self._model.config, 1, self._dtype())
+        out = self._step(tokens, positions, cache, needs=self._needs, last_only=True)
+        jax.block_until_ready(out)
+        return out, time.perf_counter() - start
+
+    def compress(self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int]) -> tuple[kvjax.Run, float]:
+        """Compresses what `prefill` read, or reads the prompt in chunks: the run, and the seconds it took."""
+        lengths = jnp.asarray([len(ids)])
+        start = time.perf_counter()
+        if method.prefill_chunk is not None:
+            run = self._prefill_chunks(method)(self._model.params, jnp.asarray([ids]), lengths)
+        else:
+            seen = Observation(
+                tuple(_narrow(layer, method.transform.needs) for layer in dense.layers),
+                new=lengths,
+                prompt=lengths,
+                prompt_slots=len(ids),
+            )
+            run = kvjax.start(
+                method.transform, dense, seen, room=self._room, call_tokens=self._call_tokens
+            )
+        jax.block_until_ready(run)
+        return run, time.perf_counter() - start
+
+    def answer(
+        self, method: Method, run: kvjax.Run, question: Sequence[int], example: tasks.Example, slots: int
+    ) -> tuple[jax.Array, float | None]:
+        """Feeds the question and the answer: f32[answer, V] log-probabilities, and tokens per second."""
+        run, _ = self._feed(method, run, question, slots)
+        log_probs = [jax.nn.log_softmax(run.logits)]
+        answer = example.answer_ids
+        if not answer:
+            return jnp.zeros((0, run.logits.shape[-1])), None
+        if not example.scored:
+            _, logits = self._feed(method, run, answer[:-1], slots)
+            return jnp.concatenate([*log_probs, *map(jax.nn.log_softmax, logits)]), None
+        jax.block_until_ready(run)
+        start = time.perf_counter()
+        for token in answer[:-1]:
+            run, _ = self._feed(method, run, (token,), slots, calls_of=1)
+            log_probs.append(jax.nn.log_softmax(run.logits))
+        jax.block_until_ready(log_probs)
+        seconds = time.perf_counter() - start
+        speed = (len(answer) - 1) / seconds if len(answer) > 1 else None
+        return jnp.concatenate(log_probs), speed
+
+    def score(
+        self,
+        method: Method,
+        example: tasks.Example,
+        dense: tuple[kvjax.StepOutput, float],
+        prompt: Sequence[int],
+        question: Sequence[int],
+        reference: jax.Array | None,
+    ) -> Score:
+        """Compresses, asks and scores; `reference` are the full cache's log-probabilities."""
+        run, seconds = self.compress(method, dense[0], prompt)
+        if method.prefill_chunk is None:
+            seconds += dense[1]
+        cache_bytes = kvjax.nbytes((run.cache, run.state))
+        kept = float(kvjax.kept_tokens(run.cache)[0])
+        log_probs, speed = self.answer(method, run, question, example, len(prompt))
+        answer = jnp.asarray(example.answer_ids, jnp.int32)
+        nll = match = kl = None
+        if len(example.answer_ids):
+            nll = float(-jnp.mean(jnp.take_along_axis(log_probs, answer[:, None], axis=1)))
+            if example.scored:
+                match = bool(jnp.all(jnp.argmax(log_probs, axis=-1) == answer))
+            if reference is not None:
+                kl = float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), axis=-1)))
+        return Score(nll, match, kl, cache_bytes, kept, seconds, speed, log_probs)
+
+    def abstract_bytes(self, method: Method, slots: int) -> int:
+        """Bytes of the compressed cache of a context of `slots` tokens, without running anything."""
+        shape = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._model.params)
+        run = jax.eval_shape(lambda *args: self._prefill(method, *args), params, shape, lengths)
+        return kvjax.nbytes((run.cache, run.state))
+
+    def _prefill(self, method: Method, params, tokens, lengths) -> kvjax.Run:
+        config = self._model.config
+        return kvjax.prefill(
+            bind(params, config),
+            method.transform,
+            tokens,
+            lengths,
+            prompt_cache(config, 1, self._dtype()),
+            room=self._room,
+            call_tokens=self._call_tokens,
+            chunk=method.prefill_chunk,
+        )
+
+    def _prefill_chunks(self, method: Method):
+        if method.name not in self._chunked:
+            self._chunked[method.name] = jax.jit(lambda *args: self._prefill(method, *args))
+        return self._chunked[method.name]
+
+    def _feed(
+        self, method: Method, run: kvjax.Run, ids: Sequence[int], slots: int, calls_of: int | None = None
+    ) -> tuple[kvjax.Run, list[jax.Array]]:
+        """Feeds tokens in calls of a fixed size, and returns the logits after each of them, by call."""
+        size = calls_of or self._call_tokens
+        logits = []
+        for start in range(0, len(ids), size):
+            part = list(ids[start : start + size])
+            tokens = jnp.asarray([part + [0] * (size - len(part))])
+            run, after = kvjax.extend(
+                self._step_in_place,
+                method.transform,
+                run,
+                tokens,
+                jnp.asarray([len(part)]),
+                prompt_slots=slots,
+            )
+            logits.append(after[0, : len(part)])
+        return run, logits
+
+    def _dtype(self):
+        return self._model.params["embed"].dtype
+
+
+def _narrow(layer: kvjax.LayerObservation, needs: kvjax.Needs) -> kvjax.LayerObservation:
+    """What one method asked for, from an observation that serves several."""
+    queries, lse = last_queries(layer.queries, layer.lse, needs.queries)
+    return layer.replace(queries=queries, lse=lse)
+
+
+def evaluate(
+    settings: Settings, model: Model, methods: Sequence[Method], examples: Sequence[tasks.Example], file
+) -> Iterator[results.Row]:
+    """Scores what `file` lacks, example by example, and yields each line as it is written."""
+    room = max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1
+    evaluator = Evaluator(model, methods, room, settings.call_tokens)
+    warm: set[tuple[str, int]] = set()
+    counts: dict[str, int] = {}
+    for example in examples:
+        index = counts.setdefault(example.task, 0)
+        counts[example.task] += 1
+        missing = [m for m in methods if (m.name, example.task, index) not in file]
+        if not missing:
+            continue
+        prompt, question = example.context_ids, example.question_ids
+        if settings.question_aware:
+            prompt, question = prompt + question, ()
+        if ("prefill", len(prompt)) not in warm:
+            evaluator.prefill(prompt)  # compiles
+            warm.add(("prefill", len(prompt)))
+        dense = evaluator.prefill(prompt)
+        reference, full_bytes = None, None
+        for method in [methods[0], *(m for m in missing if m is not methods[0])]:
+            if (method.name, len(prompt)) not in warm:
+                evaluator.score(method, example, dense, prompt, question, None)  # compiles
+                warm.add((method.name, len(prompt)))
+            score = evaluator.score(method, example, dense, prompt, question, reference)
+            if method is methods[0]:
+                reference, full_bytes = score.log_probs, score.cache_bytes
+            if method not in missing:
+                continue
+            row = {
+                "method": method.name,
+                "task": example.task,
+                "example": index,
+                "nll": score.nll,
+                "exact_match": score.exact_match,
+                "cache_bytes": score.cache_bytes,
+                "full_bytes": full_bytes,
+                "kept_tokens": score.kept_tokens,
+                "prefill_seconds": score.prefill_seconds,
+                "decode_tokens_per_second": score.decode_tokens_per_second,
+                "kl": score.kl,
+                "depth": example.depth,
+                "context_tokens": len(example.context_ids),
+                "token_budget": method.transform.budget is not None,
+            }
+            file.append(row)
+            yield row
+
+
+def run(argv: Sequence[str]) -> None:
+    """The program."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
+    settings = read_settings()
+    methods = load_methods(settings)
+    model = load_model(settings.model, settings.dtype)
+    examples = load_examples(settings, model)
+    check_fit(examples, methods, model)
+    configs = {method.name: method.config for method in methods}
+    if _DRY_RUN.value:
+        _print_plan(settings, model, methods, examples)
+        return
+    if _OUTPUT_DIR.value is None:
+        raise ValueError("--output_dir says where results go; it is required unless --dry_run is given.")
+    decides = dataclasses.asdict(settings)
+    for name in ("methods", "max_examples", "examples"):
+        del decides[name]  # these only add lines
+    command = [os.path.basename(sys.executable), "-m", "experiments.evaluate", *sys.argv[1:]]
+    with results.ResultsFile(
+        _OUTPUT_DIR.value, decides | {"bindings": list(_GIN_BINDINGS.value)}, overwrite=_OVERWRITE.value
+    ) as file:
+        total = len(examples) * len(methods)
+        lines = evaluate(settings, model, methods, examples, file)
+        try:
+            with tqdm.tqdm(total=total, initial=len(file.rows), unit="line", smoothing=0.1) as bar:
+                for row in lines:
+                    bar.set_postfix_str(f"{row['task']} {row['method']}", refresh=False)
+                    bar.update()
+        except KeyboardInterrupt:
+            print(
+                f"\ninterrupted: {len(file.rows)} of {total} lines are kept in {file.path}; the same command goes on.",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+        rows = file.rows
+    _write_report(rows, command, configs)
+
+
+def _write_report(rows, command, configs) -> None:
+    folder = _OUTPUT_DIR.value
+    gin_config = "\n".join(f"# {name}\n{config}" for name, config in configs.items())
+    summary = results.write_summary(
+        os.path.join(folder, "summary.json"),
+        rows,
+        command=command,
+        gin_config=gin_config,
+        device=jax.devices()[0].device_kind,
+    )
+    written = ["results.jsonl", "summary.json"]
+    pictures.plot_pareto(summary["methods"], os.path.join(folder, "pareto.png"))
+    written.append("pareto.png")
+    if any(row["depth"] is not None for row in rows):
+        pictures.plot_needle(rows, os.path.join(folder, "needle.png"))
+        written.append("needle.png")
+    print(report.table(summary["methods"]))
+    print(f"\n{', '.join(written)} are in {folder}.")
+
+
+def _print_plan(settings, model, methods, examples) -> None:
+    room = max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1
+    evaluator = Evaluator(model, methods, room, settings.call_tokens)
+    longest = max(len(e.context_ids) for e in examples)
+    counts: dict[str, int] = {}
+    for example in examples:
+        counts[example.task] = counts.get(example.task, 0) + 1
+    print(f"model     {model.config.name}, {settings.dtype}")
+    print("examples  " + ", ".join(f"{count} {task}" for task, count in counts.items()))
+    print(f"contexts  up to {longest} tokens, {room} more reserved")
+    sizes = [evaluator.abstract_bytes(method, longest) for method in methods]
+    width = max(len(method.name) for method in methods)
+    print("cache bytes at that length, before anything runs:")
+    for method, size in zip(methods, sizes):
+        note = "" if method.transform.budget is not None else "  no token budget"
+        print(f"  {method.name:<{width}}  {report.human_bytes(size):>9}  {sizes[0] / size:5.1f}x smaller{note}")
+    for method in methods:
+        print(f"\n# {method.name}\n{method.config}", end="")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the program and turns what a user can mend into one line and exit status 2."""
+    try:
+        run(argv)
+    except (ValueError, OSError, FetchError) as error:
+        print(f"error: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)
