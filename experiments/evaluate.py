@@ -25,6 +25,7 @@ from absl import app, flags
 import kvjax
 from experiments import pictures, report, results, synthetic, tasks
 from experiments.methods import Method, load_method, method_names
+from kvjax.budget import budget_slots
 from kvjax.observation import Observation, last_queries
 from models import FetchError, Model, load_model
 from models.assets import ESSAYS, fetch
@@ -358,6 +359,7 @@ def evaluate(
                 reference, full_bytes = score.log_probs, score.cache_bytes
             if method not in missing:
                 continue
+            budget = method.transform.budget
             row = {
                 "method": method.name,
                 "task": example.task,
@@ -372,7 +374,7 @@ def evaluate(
                 "kl": score.kl,
                 "depth": example.depth,
                 "context_tokens": len(example.context_ids),
-                "token_budget": method.transform.budget is not None,
+                "budget_tokens": None if budget is None else budget_slots(budget, len(prompt)),
             }
             file.append(row)
             yield row
@@ -466,5 +468,14 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(2)
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser with its errors in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

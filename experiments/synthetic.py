@@ -22,7 +22,7 @@ from experiments.tasks import Example, Tokenizer
 SYNTHETIC_TASKS = ("needle_noise", "needle_essay", "needles", "key_value", "text")
 TEXT_ANSWER_TOKENS = 64
 NEEDLES = 3
-KEY_VALUE_PAIRS = 8
+KEY_VALUE_PAIRS = 6
 
 _NOISE = (" The grass is green.", " The sky is blue.", " The sun is yellow.", " Here we go.", " There and back again.")
 _KEYS = (

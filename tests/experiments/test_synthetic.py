@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments.synthetic import SYNTHETIC_TASKS, TEXT_ANSWER_TOKENS, synthetic_tasks
+from experiments.synthetic import KEY_VALUE_PAIRS, SYNTHETIC_TASKS, TEXT_ANSWER_TOKENS, synthetic_tasks
 from models import assets
 
 LENGTH = 512
@@ -67,8 +67,8 @@ def test_needles_begin_where_a_sentence_ends(tokenizer, examples):
 def test_key_value_asks_for_the_line_at_its_depth(tokenizer, examples):
     for example in of(examples, "key_value"):
         pairs = re.findall(r"^(\w+): (\d{5})$", tokenizer.decode(example.context_ids), flags=re.MULTILINE)
-        assert len(pairs) == 8
-        key, value = pairs[round(7 * example.depth)]
+        assert len(pairs) == KEY_VALUE_PAIRS
+        key, value = pairs[round((KEY_VALUE_PAIRS - 1) * example.depth)]
         assert tokenizer.decode(example.question_ids).endswith(f"\n{key}:")
         assert tokenizer.decode(example.answer_ids) == f" {value}"
 

@@ -1,0 +1,299 @@
+"""The evaluation program, run as a user runs it."""
+
+import contextlib
+import io
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import gin
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import evaluate as program
+from models import load_model
+from models.decoder import forward, prompt_cache
+from tests.experiments import tiny_checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+VOCAB = 263
+
+
+def start(*flags, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.evaluate", *map(str, flags)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def evaluate_as_process(*flags, **kwargs):
+    """As a user runs it: exit code, standard output and standard error."""
+    process = start(*flags, **kwargs)
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+def evaluate(*args):
+    """The same program without a new interpreter: exit code, standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["evaluate.py", *map(str, args)]
+    gin.clear_config()
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        flags.FLAGS.unparse_flags()
+        try:
+            with mock.patch.object(sys, "argv", argv):
+                program.main(program.parse_flags(argv))
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    """Three questions, two with an answer to score and one without an answer."""
+    rng = np.random.default_rng(1)
+    ids = lambda n: rng.integers(3, VOCAB, n).tolist()
+    lines = [
+        {"task": "a", "context_ids": ids(120), "question_ids": ids(9), "answer_ids": ids(4)},
+        {"task": "a", "context_ids": ids(120), "question_ids": [], "answer_ids": ids(3)},
+        {"task": "b", "context_ids": ids(120), "question_ids": ids(40)},
+    ]
+    path = tmp_path_factory.mktemp("tasks") / "tasks.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, task_file, tmp_path_factory):
+    """A run over every method file, on the tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("out") / "run"
+    methods = ",".join(sorted(path.stem for path in (ROOT / "configs" / "methods").glob("*.gin")))
+    code, out, err = evaluate(
+        f"--model={checkpoint}", f"--tasks={task_file}", f"--methods={methods}", "--keep=0.4", f"--output_dir={folder}"
+    )
+    assert code == 0, err
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return folder, out, rows
+
+
+def test_every_method_scores_every_example(finished):
+    _, _, rows = finished
+    methods = {path.stem for path in (ROOT / "configs" / "methods").glob("*.gin")}
+    assert {(r["method"], r["task"], r["example"]) for r in rows} == {
+        (m, t, e) for m in methods for t, e in (("a", 0), ("a", 1), ("b", 0))
+    }
+    for row in rows:
+        if row["task"] == "b":  # no answer in the file
+            assert row["nll"] is None and row["exact_match"] is None
+        else:
+            assert row["nll"] > 0 and row["exact_match"] in (True, False)
+        assert row["prefill_seconds"] > 0
+
+
+def test_full_cache_scores_are_those_of_the_plain_decoder(finished, checkpoint, task_file):
+    _, _, rows = finished
+    model = load_model(str(checkpoint))
+    for index, line in enumerate(json.loads(x) for x in task_file.read_text().splitlines()[:2]):
+        ids = line["context_ids"] + line["question_ids"] + line["answer_ids"]
+        logits, _ = forward(
+            model.params, model.config, jnp.asarray([ids]), jnp.arange(len(ids))[None], prompt_cache(model.config, 1)
+        )
+        logits = np.asarray(logits[0], np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        answer = line["answer_ids"]
+        expected = -np.mean([log_probs[len(ids) - len(answer) - 1 + i, t] for i, t in enumerate(answer)])
+        row = next(r for r in rows if r["method"] == "full" and r["task"] == "a" and r["example"] == index)
+        assert row["nll"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_bytes_are_smaller_and_budgets_are_kept(finished):
+    _, _, rows = finished
+    for row in rows:
+        if row["method"] == "full":
+            assert row["cache_bytes"] == row["full_bytes"] and row["kept_tokens"] == 120
+        else:
+            assert row["cache_bytes"] < row["full_bytes"]
+        if row["budget_tokens"] is not None:
+            assert row["kept_tokens"] == row["budget_tokens"] == 48  # 0.4 of 120
+        if row["method"] != "full" and row["nll"] is not None:
+            assert row["kl"] > 0
+
+
+def test_report_is_written(finished):
+    folder, out, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "--keep=0.4" in summary["command"]
+    assert summary["versions"]["jax"] and "snapkv.window = 32" in summary["gin_config"]
+    assert (folder / "pareto.png").stat().st_size > 10_000
+    assert "snapkv_int4" in out and "No token budget" in out
+
+
+def test_dry_run_says_the_bytes_that_the_run_measures(finished, checkpoint, task_file):
+    _, _, rows = finished
+    code, out, err = evaluate(
+        f"--model={checkpoint}", f"--tasks={task_file}", "--methods=snapkv_int4,h2o", "--keep=0.4", "--dry_run"
+    )
+    assert code == 0, err
+    for name in ("snapkv_int4", "h2o"):
+        size = next(r["cache_bytes"] for r in rows if r["method"] == name)
+        line = next(x for x in out.splitlines() if x.strip().startswith(name + " "))
+        assert f"{size / 1024:.1f} KiB" in line or f"{size / 1024:.0f} KiB" in line
+
+
+def test_bindings_reach_hyper_parameters(checkpoint, task_file):
+    given = (f"--model={checkpoint}", f"--tasks={task_file}", "--methods=snapkv", "--keep=0.4", "--dry_run")
+    code, out, _ = evaluate(*given, "--gin_bindings=snapkv.window = 7", "--gin_bindings=snapkv.pooling = 'max'")
+    assert code == 0 and "snapkv.window = 7" in out and "snapkv.pooling = 'max'" in out
+
+
+def test_question_aware_compresses_after_the_question(checkpoint, task_file, tmp_path):
+    code, _, err = evaluate(
+        f"--model={checkpoint}", f"--tasks={task_file}", "--methods=knorm", "--keep=0.5", "--question_aware",
+        f"--output_dir={tmp_path}", "--max_examples=1",
+    )  # fmt: skip
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    kept = {(r["method"], r["task"]): r["kept_tokens"] for r in rows}
+    assert kept["knorm", "a"] == 64 and kept["knorm", "b"] == 80  # half of context and question
+
+
+def test_interrupted_run_keeps_its_lines_and_goes_on(checkpoint, task_file, tmp_path):
+    given = (f"--model={checkpoint}", f"--tasks={task_file}", "--methods=int8,knorm", f"--output_dir={tmp_path}")
+    process = start(*given)
+    results = tmp_path / "results.jsonl"
+    deadline = time.time() + 200
+    while time.time() < deadline and not (results.exists() and results.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    before = results.read_text()
+    if process.returncode == 130:
+        assert "lines are kept" in err and "the same command goes on" in err
+    assert before.count("\n") >= 2
+    code, out, err = evaluate(*given)
+    assert code == 0, err
+    assert results.read_text().startswith(before)
+    assert results.read_text().count("\n") == 9
+    code, _, err = evaluate(*given, "--keep=0.3")
+    assert code == 2 and "keep was 0.5 and is 0.3" in err and "--overwrite" in err
+
+
+BAD = {
+    "unknown flag": (["--metods=full"], "metods"),
+    "stray argument": (["full"], "unexpected argument 'full'"),
+    "unknown method": (["--methods=full,snapkw"], "unknown method 'snapkw'"),
+    "no method": (["--methods="], "--methods"),
+    "missing gin file": (["--gin_file=no/such.gin"], "no/such.gin"),
+    "unknown gin name": (["--gin_bindings=snapkvv.window = 3"], "snapkvv"),
+    "unknown gin parameter": (["--gin_bindings=snapkv.windows = 3", "--methods=snapkv"], "windows"),
+    "gin syntax": (["--gin_bindings=snapkv.window ="], "snapkv.window"),
+    "zero budget": (["--budget=0"], "--budget must be at least 1"),
+    "budget of the whole context": (["--budget=120", "--methods=knorm"], "nothing would be compressed"),
+    "budget below the window": (["--budget=20", "--methods=snapkv"], "32 recent tokens"),
+    "keep and budget": (["--keep=0.5", "--budget=12"], "--keep and --budget"),
+    "keep above one": (["--keep=1.5"], "--keep must be in (0, 1]"),
+    "keep below the window": (["--keep=0.1", "--methods=snapkv"], "budget must hold 0 sinks and 32 recent"),
+    "even kernel": (["--methods=snapkv", "--gin_bindings=snapkv.kernel = 4"], "kernel must be odd"),
+    "three bits": (["--methods=int4", "--gin_bindings=kivi.bits = 3"], "bits must be 2, 4 or 8"),
+    "group does not divide": (["--methods=int4", "--gin_bindings=kivi.group = 24"], "key_group must divide residual"),
+    "missing tasks": (["--tasks=no/such.jsonl"], "no/such.jsonl"),
+    "missing checkpoint": (["--model=no/such/dir/"], "no/such/dir"),
+    "dtype": (["--gin_bindings=Settings.dtype = 'float8'"], "dtype"),
+    "no output_dir": ([], "--output_dir"),
+    "max_examples": (["--max_examples=0"], "--max_examples must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags_give_one_clear_line(case, checkpoint, task_file, tmp_path):
+    wrong, named = BAD[case]
+    defaults = {"--model": checkpoint, "--tasks": task_file, "--output_dir": tmp_path}
+    if case == "no output_dir":
+        del defaults["--output_dir"]
+    named_flags = {flag.split("=")[0] for flag in wrong}
+    rest = (f"{k}={v}" for k, v in defaults.items() if k not in named_flags)
+    code, out, err = evaluate(*rest, *wrong)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2, err
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], err
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ({"task": "t", "context_ids": []}, "context_ids"),
+        ({"task": "t", "context": ""}, "context"),
+        ({"task": "t", "context_ids": list(range(3, 250)), "question_ids": [5] * 10}, "was trained for 256"),
+        ({"task": "t", "context_ids": [VOCAB]}, "context_ids"),
+    ],
+    ids=["no tokens", "no text", "beyond the model", "beyond the vocabulary"],
+)
+def test_bad_tasks_give_one_clear_line(line, named, checkpoint, tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    code, _, err = evaluate(f"--model={checkpoint}", f"--tasks={path}", f"--output_dir={tmp_path / 'out'}")
+    assert code == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1
+
+
+def test_truncated_checkpoint_is_refused(checkpoint, task_file, tmp_path):
+    broken = tiny_checkpoint.write(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    code, _, err = evaluate(f"--model={broken}", f"--tasks={task_file}", f"--output_dir={tmp_path / 'out'}")
+    assert code == 2 and "model.safetensors" in err and err.count("\n") == 1
+
+
+def test_full_disk_keeps_the_finished_lines(checkpoint, task_file, tmp_path):
+    """The file-size limit of the process stands in for the disk's end: the kernel refuses the write."""
+    import resource
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1200, 1200))
+
+    given = (f"--model={checkpoint}", f"--tasks={task_file}", "--methods=int8,knorm", f"--output_dir={tmp_path}")
+    code, _, err = evaluate_as_process(*given, preexec_fn=limit)
+    assert code == 2 and "no space left" in err
+    kept = (tmp_path / "results.jsonl").read_text()
+    assert kept.endswith("\n") and 1 <= kept.count("\n") < 9
+    assert all(json.loads(line) for line in kept.splitlines())
+    code, _, err = evaluate(*given)
+    assert code == 0, err
+    assert (tmp_path / "results.jsonl").read_text().startswith(kept)
+
+
+def test_smollm2_finds_a_needle_in_its_compressed_cache(tmp_path):
+    code, out, err = evaluate(
+        "--methods=int8,int4,streamingllm",
+        "--keep=0.5",
+        "--gin_bindings=Settings.length = 512",
+        "--gin_bindings=Settings.examples = 1",
+        "--gin_bindings=Settings.synthetic_tasks = ['needle_noise', 'text']",
+        f"--output_dir={tmp_path}",
+    )
+    assert code == 0, err
+    rows = {(r["method"], r["task"]): r for r in map(json.loads, (tmp_path / "results.jsonl").open())}
+    for name in ("full", "int8", "int4"):
+        assert rows[name, "needle_noise"]["exact_match"] is True
+    assert rows["streamingllm", "needle_noise"]["exact_match"] is False  # the needle, at the middle, is gone
+    assert abs(rows["int8", "text"]["nll"] - rows["full", "text"]["nll"]) < 0.01
+    assert rows["int8", "text"]["full_bytes"] / rows["int8", "text"]["cache_bytes"] > 2.5
+    assert (tmp_path / "needle.png").exists() and "needle_noise" in out

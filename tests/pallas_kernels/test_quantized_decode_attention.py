@@ -1,0 +1,82 @@
+"""`quantized_decode_attention` equals `decode_attention` on what its codes stand for, however many tiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.quantize_pack import api as quantize_pack
+from pallas_kernels.quantized_decode_attention import api as op
+from tests.pallas_kernels.attention_numpy import attention
+
+# float32: codes are affinely restored (one rounding each), then products of 16 terms and tiles merged.
+FLOAT32 = dict(rtol=3e-5, atol=3e-5)
+TILE = 512
+
+quantized_decode_attention = jax.jit(op.quantized_decode_attention, static_argnames=("bits", "window", "scale"))
+
+
+def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16):
+    rng = np.random.default_rng(seed)
+    q = jnp.float32(rng.normal(size=(B, T, K * G, H)))
+    k, v = jnp.float32(rng.normal(size=(2, B, K, S, H)))
+    k_pos = np.tile(np.arange(S), (B, K, 1))
+    k_pos = jnp.int32(rng.permuted(np.where(rng.random(k_pos.shape) < 0.125, -1, k_pos), axis=2))
+    q_pos = jnp.int32(np.sort(rng.integers(S // 2, S + 1, size=(B, T)), axis=1))
+    how = dict(bits=bits, group=group, scale_dtype="bfloat16")
+    k = quantize_pack.quantize_pack(k, k_pos >= 0, axis="channel", **how)
+    v = quantize_pack.quantize_pack(v, k_pos >= 0, axis="token", **how)
+    return q, k, v, q_pos, k_pos
+
+
+def _check(args, bits, tolerance=FLOAT32, **how):
+    q, k, v, q_pos, k_pos = args
+    got = quantized_decode_attention(q, k, v, q_pos, k_pos, bits=bits, **how)
+    dense = (
+        quantize_pack.dequantize(k, bits=bits, axis="channel"),
+        quantize_pack.dequantize(v, bits=bits, axis="token"),
+    )
+    want = attention(q, *dense, q_pos, k_pos, **how)
+    assert got.out.dtype == got.lse.dtype == jnp.float32
+    np.testing.assert_allclose(got.out, want.out, **tolerance)
+    np.testing.assert_allclose(got.lse, want.lse, **tolerance)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("S", [16, TILE - 16, TILE, TILE + 16, 3 * TILE, 3 * TILE + 48])
+def test_tile_counts(S, bits):
+    _check(_draw(S, S, bits), bits)
+
+
+def test_groups_that_do_not_divide_a_tile():
+    _check(_draw(0, 96 * 12, 4, group=96, H=96), 4)
+
+
+def test_a_group_larger_than_a_tile():
+    _check(_draw(1, 1280, 4, group=640, H=640, K=1, G=1), 4)
+
+
+def test_rows_and_groups_of_heads():
+    _check(_draw(2, 64, 4, B=3, T=1, G=4), 4)
+
+
+def test_window_and_scale():
+    _check(_draw(3, TILE + 32, 4), 4, window=100, scale=0.1)
+
+
+@pytest.mark.parametrize("S", [0, 16, TILE + 16])
+def test_empty_slots_make_an_empty_part(S):
+    q, k, v, q_pos, k_pos = _draw(4, max(S, 16), 4)
+    if S == 0:
+        k = jax.tree.map(lambda x: x[:, :, :0], k)
+        v = quantize_pack.Packed(v.words[:, :, :0], v.scale[..., :0], v.zero[..., :0])
+        k_pos = k_pos[:, :, :0]
+    part = quantized_decode_attention(q, k, v, q_pos, jnp.full_like(k_pos, -1), bits=4)
+    assert not part.out.any()
+    assert (part.lse == -jnp.inf).all()
+
+
+def test_bfloat16_queries():
+    q, k, v, q_pos, k_pos = _draw(5, 64, 8)
+    # Restored keys and values, the scaled queries and the probabilities are rounded to 8 bits.
+    _check((q.astype(jnp.bfloat16), k, v, q_pos, k_pos), 8, dict(rtol=3e-2, atol=3e-2))
