@@ -20,14 +20,14 @@ import gin
 import jax
 import jax.numpy as jnp
 import tqdm
-from absl import app, flags
+from absl import flags
 
 import kvjax
-from experiments import pictures, report, results, synthetic, tasks
+from experiments import cli, pictures, report, results, synthetic, tasks
 from experiments.methods import Method, load_method, method_names
 from kvjax.budget import budget_slots
 from kvjax.observation import Observation, last_queries
-from models import FetchError, Model, load_model
+from models import Model, load_model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind, prompt_cache
 
@@ -380,10 +380,8 @@ def evaluate(
             yield row
 
 
-def run(argv: Sequence[str]) -> None:
+def run() -> None:
     """The program."""
-    if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
     settings = read_settings()
     methods = load_methods(settings)
     model = load_model(settings.model, settings.dtype)
@@ -459,23 +457,5 @@ def _print_plan(settings, model, methods, examples) -> None:
         print(f"\n# {method.name}\n{method.config}", end="")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the program and turns what a user can mend into one line and exit status 2."""
-    try:
-        run(argv)
-    except (ValueError, OSError, FetchError) as error:
-        print(f"error: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr)
-        sys.exit(2)
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parser with its errors in one line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    cli.start(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 
 def visible(q_pos: jax.Array, k_pos: jax.Array, window: int | None = None) -> jax.Array:

@@ -42,7 +42,7 @@ def prefill_attention(
 
 def _block(q, k, v, q_pos, k_pos, window, scale) -> Partial:
     B, T, N, H = q.shape
-    K, S = k.shape[1], k.shape[2]
+    K = k.shape[1]
     G = N // K
     scale = H**-0.5 if scale is None else scale
     qs = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 3, 1, 4)

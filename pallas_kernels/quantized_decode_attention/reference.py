@@ -26,6 +26,9 @@ def quantized_decode_attention(
     """See `pallas_kernels.quantized_decode_attention.api.quantized_decode_attention`."""
     B, T, N, H = q.shape
     S = k_pos.shape[-1]
+    nothing = Partial(jnp.zeros((B, T, N, H), jnp.float32), jnp.full((B, T, N), -jnp.inf))
+    if S == 0:
+        return nothing
     group = S // k.scale.shape[2]
 
     def attend(start, size):
@@ -52,7 +55,6 @@ def quantized_decode_attention(
 
     tile = max(_TILE // group, 1) * group
     count, rest = divmod(S, tile)
-    nothing = Partial(jnp.zeros((B, T, N, H), jnp.float32), jnp.full((B, T, N), -jnp.inf))
     partial = nothing
     if count == 1:
         partial = attend(0, tile)

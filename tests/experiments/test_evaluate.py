@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from experiments import cli
 from experiments import evaluate as program
 from models import load_model
 from models.decoder import forward, prompt_cache
@@ -53,7 +54,7 @@ def evaluate(*args):
         flags.FLAGS.unparse_flags()
         try:
             with mock.patch.object(sys, "argv", argv):
-                program.main(program.parse_flags(argv))
+                cli.call(program.run, cli.parse_flags(argv))
             code = 0
         except SystemExit as stopped:
             code = stopped.code

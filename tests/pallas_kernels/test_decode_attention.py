@@ -50,13 +50,12 @@ def test_two_slots_by_hand():
     np.testing.assert_allclose(part.lse.item(), 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("H", [16, 64, 128])
-@pytest.mark.parametrize("G", [1, 2, 3, 8])
+@pytest.mark.parametrize("H, G", [(16, 1), (64, 2), (64, 3), (128, 8)])
 def test_head_sizes_and_groups(H, G):
     _check(_draw(H + G, T=2, G=G, S=33, H=H))
 
 
-@pytest.mark.parametrize("S", [1, 2, 7, 127, 129])
+@pytest.mark.parametrize("S", [1, 7, 129])
 def test_lengths(S):
     _check(_draw(S, S=S))
 
@@ -82,7 +81,7 @@ def test_a_row_that_sees_nothing_is_empty_and_leaves_the_others_alone():
     _check((q, k, v, q_pos, k_pos))
 
 
-@pytest.mark.parametrize("window", [1, 2, 5, 100])
+@pytest.mark.parametrize("window", [1, 5])
 def test_windows(window):
     _check(_draw(window), window=window)
 

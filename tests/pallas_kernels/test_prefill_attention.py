@@ -35,12 +35,12 @@ def _check(args, tolerance=FLOAT32, **how):
     np.testing.assert_allclose(got.lse, want.lse, **tolerance)
 
 
-@pytest.mark.parametrize("T", [1, 2, 31, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
+@pytest.mark.parametrize("T", [1, 31, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 def test_lengths_around_block_boundaries(T):
     _check(_draw(T, 1, T, [T]))
 
 
-@pytest.mark.parametrize("window", [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 1000])
+@pytest.mark.parametrize("window", [1, 3, BLOCK, BLOCK + 1])
 def test_windows_around_block_boundaries(window):
     _check(_draw(window, 1, BLOCK + 40, [BLOCK + 40]), window=window)
 

@@ -217,7 +217,8 @@ def test_kivis_quantizer(bits, axis, numpy_axis):
     assert tie.mean() < 1e-2
     np.testing.assert_array_equal(codes[~tie], np.rint(exact)[~tie])
     got = np.asarray(dequantize(packed, bits=bits, axis=axis))
-    np.testing.assert_allclose(got[~tie], restored[~tie], rtol=1e-5, atol=1e-5)
+    # zero and scale are rounded outwards by up to two parts in 1e7 of numbers near 60.
+    np.testing.assert_allclose(got[~tie], restored[~tie], rtol=1e-5, atol=5e-5)
 
 
 def test_bfloat16_scales_cost_kivi_little():

@@ -42,10 +42,14 @@ def _check(args, bits, tolerance=FLOAT32, **how):
     np.testing.assert_allclose(got.lse, want.lse, **tolerance)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("S", [16, TILE - 16, TILE, TILE + 16, 3 * TILE, 3 * TILE + 48])
-def test_tile_counts(S, bits):
-    _check(_draw(S, S, bits), bits)
+@pytest.mark.parametrize("S", [16, TILE, TILE + 16, 3 * TILE, 3 * TILE + 48])
+def test_tile_counts(S):
+    _check(_draw(S, S, 4), 4)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_bits(bits):
+    _check(_draw(bits, TILE + 32, bits), bits)
 
 
 def test_groups_that_do_not_divide_a_tile():
@@ -64,7 +68,7 @@ def test_window_and_scale():
     _check(_draw(3, TILE + 32, 4), 4, window=100, scale=0.1)
 
 
-@pytest.mark.parametrize("S", [0, 16, TILE + 16])
+@pytest.mark.parametrize("S", [0, 16])
 def test_empty_slots_make_an_empty_part(S):
     q, k, v, q_pos, k_pos = _draw(4, max(S, 16), 4)
     if S == 0:

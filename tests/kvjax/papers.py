@@ -1,0 +1,131 @@
+"""What the papers decide, transcribed step by step in NumPy, as policies for `table_decoder.simulate`.
+
+Written after the papers and, where a docstring names it, their official code. Heads of a query group are averaged,
+as every kvjax method states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+def _top(score: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` highest, increasing."""
+    return np.sort(np.argsort(-score, kind="stable")[: max(count, 0)])
+
+
+@dataclasses.dataclass
+class KeepAll:
+    """The full cache."""
+
+    def __call__(self, probability, slots, keys, done):
+        return slots
+
+
+@dataclasses.dataclass
+class SnapKV:
+    """SnapKV, `SnapKVCluster.update_kv`: vote, pool, top-(cap - W), concatenate the window."""
+
+    budget: int
+    window: int
+    kernel: int
+    pooling: str
+    pad: float = 0.0
+    acted: bool = False
+
+    def __call__(self, probability, slots, keys, done):
+        if self.acted or len(slots[0]) < self.budget:
+            return slots
+        self.acted = True
+        kept = []
+        for weights, at in zip(probability, slots):
+            vote = weights[:, -self.window :, : -self.window].sum(axis=1).mean(axis=0)
+            half = self.kernel // 2
+            padded = np.pad(vote, half, constant_values=self.pad)
+            windows = np.lib.stride_tricks.sliding_window_view(padded, self.kernel)
+            pooled = windows.mean(axis=-1) if self.pooling == "avg" else windows.max(axis=-1)
+            chosen = _top(pooled, self.budget - self.window)
+            kept.append(np.concatenate([at[chosen], at[-self.window :]]))
+        return kept
+
+
+@dataclasses.dataclass
+class H2O:
+    """H2O, `H2OKVCache_LayerWise`: add up attention, keep the last n_r and the n_h heaviest of the rest."""
+
+    budget: int
+    recent: int
+    normalise: bool = False
+    mass: list[dict] | None = None
+    seen: list[dict] | None = None
+
+    def __call__(self, probability, slots, keys, done):
+        if self.mass is None:
+            self.mass, self.seen = [{} for _ in slots], [{} for _ in slots]
+        kept = []
+        for weights, at, mass, seen in zip(probability, slots, self.mass, self.seen):
+            new = at[-weights.shape[1] :]
+            for j, token in enumerate(at):
+                mass[token] = mass.get(token, 0.0) + weights[:, :, j].sum(axis=1).mean()
+                seen[token] = seen.get(token, 0) + int((new >= token).sum())
+            older = at[at <= at[-1] - self.recent]
+            recent = at[at > at[-1] - self.recent]
+            score = np.array([mass[t] / (seen[t] if self.normalise else 1) for t in older])
+            heavy = older[_top(score, self.budget - len(recent))]
+            kept.append(np.concatenate([heavy, recent]))
+        return kept
+
+
+@dataclasses.dataclass
+class Tova:
+    """TOVA: of the newest query's attention, averaged over all heads, drop the lowest until the budget holds."""
+
+    budget: int
+
+    def __call__(self, probability, slots, keys, done):
+        score = np.concatenate(probability)[:, -1].mean(axis=0)
+        score[-1] = np.inf
+        chosen = _top(score, self.budget)
+        return [at[chosen] for at in slots]
+
+
+@dataclasses.dataclass
+class Knorm:
+    """L2 norm: keep the keys of smallest norm."""
+
+    budget: int
+    acted: bool = False
+
+    def score(self, key):
+        return -np.sqrt((key**2).sum(axis=-1))
+
+    def __call__(self, probability, slots, keys, done):
+        if self.acted:
+            return slots
+        self.acted = True
+        return [at[_top(self.score(key), self.budget)] for at, key in zip(slots, keys)]
+
+
+class KeyDiff(Knorm):
+    """KeyDiff, algorithm 1: the anchor is the mean of the unit keys; keep the least similar."""
+
+    def score(self, key):
+        unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+        anchor = unit.mean(axis=0)
+        return -(unit @ anchor) / np.linalg.norm(anchor)
+
+
+@dataclasses.dataclass
+class StreamingLLM:
+    """StreamingLLM, `StartRecentKVCache`: slots [0, n_s) and the newest n_r."""
+
+    sinks: int
+    recent: int
+
+    def __call__(self, probability, slots, keys, done):
+        at = slots[0]
+        if len(at) > self.sinks + self.recent:
+            at = np.concatenate([at[: self.sinks], at[-self.recent :]])
+        return [at] * len(slots)

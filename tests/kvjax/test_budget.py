@@ -1,0 +1,58 @@
+"""Budgets: counts, fractions and their rounding."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvjax.budget import budget_rows, budget_slots, check_budget
+
+
+@pytest.mark.parametrize(
+    "budget, prompt, slots",
+    [(7, 100, 7), (200, 100, 200), (0.5, 100, 50), (0.5, 7, 3), (0.3, 10, 3), (0.1, 5, 1), (1.0, 5, 5), (1, 5, 1)],
+)
+def test_slots_by_hand(budget, prompt, slots):
+    assert budget_slots(budget, prompt) == slots
+    assert budget_rows(budget, jnp.array([prompt])).tolist() == [slots]
+
+
+@given(st.integers(1, 1000), st.integers(1, 100_000))
+def test_a_fraction_in_thousandths_is_rounded_down_exactly(thousandths, prompt):
+    # 0.3 * 10 is 2.9999 in binary; decimal arithmetic is what people mean.
+    exact = max(1, thousandths * prompt // 1000)
+    assert budget_slots(thousandths / 1000, prompt) in (exact, exact + (thousandths * prompt % 1000 == 999))
+
+
+@given(st.integers(1, 100), st.lists(st.integers(1, 8192), min_size=1, max_size=5))
+def test_rows_agree_with_slots_and_never_exceed_the_longest(percent, prompts):
+    rows = budget_rows(percent / 100, jnp.array(prompts))
+    assert rows.dtype == jnp.int32
+    np.testing.assert_array_equal(rows, [budget_slots(percent / 100, p) for p in prompts])
+    assert rows.max() <= budget_slots(percent / 100, max(prompts))
+
+
+@pytest.mark.parametrize("budget", [1, 5, 0.001, 1.0])
+def test_sensible_budgets_pass(budget):
+    check_budget(budget)
+
+
+@pytest.mark.parametrize(
+    "budget, at_least, message",
+    [
+        (0, 1, r"budget must be at least 1 tokens \(one token\), got 0"),
+        (-3, 1, "budget must be at least 1 tokens .*, got -3"),
+        (4, 5, "budget must be at least 5 tokens .*, got 4"),
+        (0.0, 1, r"budget as a fraction of the prompt must be in \(0, 1\], got 0.0"),
+        (-0.5, 1, r"budget as a fraction .* got -0.5"),
+        (1.5, 1, r"budget as a fraction .* got 1.5"),
+        (float("nan"), 1, r"budget as a fraction .* got nan"),
+        (True, 1, "budget must be an int .* or a float .*, got True"),
+        ("half", 1, "budget must be an int .* got 'half'"),
+        (None, 1, "budget must be an int .* got None"),
+    ],
+)
+def test_other_budgets_are_refused_by_name(budget, at_least, message):
+    with pytest.raises(ValueError, match=message):
+        check_budget(budget, at_least=at_least)

@@ -1,0 +1,95 @@
+"""Every method passes every check of `conformance.py` on a tiny model."""
+
+import pytest
+
+import kvjax
+from experiments.methods import method_names
+from tests.kvjax import conformance
+from tests.kvjax.cases import CASES, METHODS
+
+BY_NAME = {case.name: case for case in CASES}
+TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
+EVERY = list(BY_NAME)
+BUDGETED = [name for name, t in TRANSFORMS.items() if t.budget is not None]
+AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.frees_in_prefill is None]
+FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.frees_in_decode is not None]
+QUANTIZED = [name for name in EVERY if "int" in name]
+LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
+# A batch of one is another program for each: one case of every kind of state.
+ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
+
+
+@pytest.fixture(scope="module")
+def harness(request):
+    return conformance.Harness(BY_NAME[request.param])
+
+
+def for_each(names):
+    return pytest.mark.parametrize("harness", names, indirect=True, scope="module")
+
+
+def test_every_public_method_and_every_config_has_a_case():
+    assert set(METHODS) == set(kvjax.methods.__all__)
+    assert {*METHODS.values(), *method_names()} <= set(BY_NAME)
+
+
+@for_each(EVERY)
+def test_bytes_are_those_of_the_abstract_cache_and_of_the_formula(harness):
+    conformance.check_bytes(harness)
+
+
+@for_each(EVERY)
+def test_steps_keep_tree_shapes_and_dtypes(harness):
+    conformance.check_step_keeps_shapes(harness)
+
+
+@for_each(EVERY)
+def test_the_second_step_does_not_recompile(harness):
+    conformance.check_no_recompilation(harness)
+
+
+@for_each(EVERY)
+def test_a_loop_inside_jit_equals_a_python_loop(harness):
+    conformance.check_loop_in_jit_equals_python_loop(harness)
+
+
+@for_each(EVERY)
+def test_rows_of_a_padded_batch_do_not_see_each_other(harness):
+    conformance.check_rows_do_not_see_each_other(harness)
+
+
+@for_each(ALONE)
+@pytest.mark.parametrize("how", ["one_shot", "chunked"])
+def test_a_row_of_a_padded_batch_equals_its_own_run(harness, how):
+    conformance.check_row_equals_its_own_run(harness, how)
+
+
+@for_each(AT_PREFILL_END)
+def test_chunked_prefill_equals_one_shot(harness):
+    conformance.check_chunked_equals_one_shot(harness)
+
+
+@for_each(LOSSLESS)
+def test_a_budget_for_everything_changes_nothing(harness):
+    conformance.check_lossless(harness)
+
+
+@for_each(BUDGETED)
+def test_occupancy_never_exceeds_the_budget(harness):
+    conformance.check_occupancy(harness)
+
+
+@for_each([name for name in EVERY if name not in QUANTIZED])
+def test_permuting_dense_slots_changes_nothing(harness):
+    conformance.check_slots_may_be_permuted(harness)
+
+
+@for_each(EVERY)
+@pytest.mark.parametrize("kind", ["one token", "fewer tokens than sinks, window or group", "constant", "huge"])
+def test_hostile_inputs_give_finite_numbers(harness, kind):
+    conformance.check_hostile_inputs(harness, kind)
+
+
+@for_each(FREES_IN_DECODE)
+def test_bytes_do_not_grow_over_200_tokens(harness):
+    conformance.check_bytes_do_not_grow(harness)

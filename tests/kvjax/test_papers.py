@@ -1,0 +1,190 @@
+"""Every eviction method keeps what its paper's steps keep, call by call, and reads it as the paper does."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import methods
+from tests.kvjax import papers, table_decoder
+from tests.kvjax.conformance import positions
+from tests.quick_jit import quick_jit
+
+TABLES = table_decoder.tables()
+STEP = table_decoder.decoder(TABLES)
+T, LENGTHS, DECODED = 40, (40, 27), 14
+BUDGET = 16
+
+# float32 against float64 over at most 300 probabilities; outputs are of order one.
+CLOSE = dict(rtol=2e-5, atol=2e-5)
+
+
+def _tokens(row: int, count: int) -> np.ndarray:
+    """Tokens of one row, none twice."""
+    return np.random.default_rng(100 + row).permutation(table_decoder.VOCAB)[:count]
+
+
+def _prefill(transform, *, chunk=None, room=DECODED, call_tokens=1) -> kvjax.Run:
+    prompt = jnp.int32(np.stack([_tokens(row, T) for row in range(2)]))
+
+    def run(prompt, lengths, cache):
+        return kvjax.prefill(
+            STEP, transform, prompt, lengths, cache, room=room, call_tokens=call_tokens, chunk=chunk
+        )
+
+    return quick_jit(run)(prompt, jnp.array(LENGTHS), table_decoder.empty(2))
+
+
+def _calls(length: int, chunk: int | None) -> list[int]:
+    size = chunk or length
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+def _follow(transform, policy, *, chunk=None, reindex=False, decoded=DECODED) -> kvjax.Run:
+    """Runs a method beside its paper's policy and compares them after the prefill and after every token."""
+    traces, prompt_calls = [], []
+    for row, length in enumerate(LENGTHS):
+        calls = _calls(length, chunk)
+        prompt_calls.append(len(calls))
+        traces.append(
+            table_decoder.simulate(
+                TABLES,
+                _tokens(row, length + decoded),
+                calls + [1] * decoded,
+                len(calls),
+                functools.partial(policy, row),
+                reindex,
+            )
+        )
+    extend = quick_jit(
+        lambda run, tokens: kvjax.extend(STEP, transform, run, tokens, jnp.ones(2, jnp.int32), prompt_slots=T)[0]
+    )
+    run = _prefill(transform, chunk=chunk, room=decoded)
+    for t in range(decoded + 1):
+        if t:
+            tokens = [_tokens(row, LENGTHS[row] + t)[-1:] for row in range(2)]
+            run = extend(run, jnp.int32(np.stack(tokens)))
+        for row in range(2):
+            trace = traces[row][prompt_calls[row] - 1 + t]
+            assert positions(run.cache, row) == trace.kept, (row, t)
+            np.testing.assert_allclose(run.logits[row], trace.out, **CLOSE)
+    return run
+
+
+def test_the_full_cache_is_plain_attention():
+    _follow(methods.full(), lambda row: papers.KeepAll())
+
+
+@pytest.mark.parametrize("pooling, kernel", [("avg", 5), ("max", 3)])
+def test_snapkv(pooling, kernel):
+    method = methods.snapkv(BUDGET, window=6, kernel=kernel, pooling=pooling)
+    _follow(method, lambda row: papers.SnapKV(BUDGET, 6, kernel, pooling), decoded=2)
+
+
+def test_snapkv_with_a_fraction_keeps_it_of_each_row():
+    method = methods.snapkv(0.4, window=6)
+    budget = {row: int(0.4 * length + 1e-9) for row, length in enumerate(LENGTHS)}
+    _follow(method, lambda row: papers.SnapKV(budget[row], 6, 5, "avg"), decoded=2)
+
+
+def test_snapkvs_maximum_padded_with_minus_infinity_is_padded_with_zero():
+    # torch pads max pooling with -inf; attention is never negative, so zeros choose the same.
+    method = methods.snapkv(BUDGET, window=6, kernel=7, pooling="max")
+    _follow(method, lambda row: papers.SnapKV(BUDGET, 6, 7, "max", pad=-np.inf), decoded=1)
+
+
+def test_snapkv_leaves_a_short_prompt_alone():
+    _follow(methods.snapkv(64, window=6), lambda row: papers.SnapKV(64, 6, 5, "avg"), decoded=2)
+
+
+@pytest.mark.parametrize("normalise, chunk", [(False, None), (True, None), (True, 9)])
+def test_h2o(normalise, chunk):
+    method = methods.h2o(BUDGET, recent=0.5, normalise=normalise)
+    _follow(method, lambda row: papers.H2O(BUDGET, BUDGET // 2, normalise), chunk=chunk)
+
+
+def test_h2o_with_fractions_keeps_them_of_each_row():
+    budget = {row: int(0.4 * length + 1e-9) for row, length in enumerate(LENGTHS)}
+    _follow(methods.h2o(0.4, recent=0.25), lambda row: papers.H2O(budget[row], budget[row] // 4))
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_tova(chunk):
+    _follow(methods.tova(BUDGET), lambda row: papers.Tova(BUDGET), chunk=chunk)
+
+
+def test_knorm():
+    _follow(methods.knorm(BUDGET), lambda row: papers.Knorm(BUDGET), decoded=2)
+
+
+def test_keydiff():
+    _follow(methods.keydiff(BUDGET), lambda row: papers.KeyDiff(BUDGET), decoded=2)
+
+
+@pytest.mark.parametrize("reindex, chunk", [(True, None), (True, 9), (False, 9)])
+def test_streamingllm(reindex, chunk):
+    method = methods.streamingllm(BUDGET, sinks=3, reindex=reindex)
+    _follow(method, lambda row: papers.StreamingLLM(3, BUDGET - 3), chunk=chunk, reindex=reindex)
+
+
+def test_streamingllm_without_sinks_is_a_sliding_window():
+    method = methods.streamingllm(BUDGET, sinks=0)
+    _follow(method, lambda row: papers.StreamingLLM(0, BUDGET), reindex=True)
+
+
+def test_streamingllm_runs_hundreds_of_tokens_beyond_its_capacity_in_constant_memory():
+    method = methods.streamingllm(BUDGET, sinks=3)
+    before = kvjax.nbytes(_prefill(method).cache)
+    run = _follow(method, lambda row: papers.StreamingLLM(3, BUDGET - 3), reindex=True, decoded=300)
+    assert kvjax.nbytes(run.cache) == before
+    assert positions(run.cache, 0)[0][0] == [0, 1, 2, *range(327, 340)]
+
+
+@pytest.mark.parametrize("reindex", [True, False])
+def test_streamingllm_reads_a_question_of_several_tokens(reindex):
+    method = methods.streamingllm(BUDGET, sinks=3, reindex=reindex)
+    run = _prefill(method, call_tokens=5)
+    question = jnp.int32(np.stack([_tokens(row, LENGTHS[row] + 5)[-5:] for row in range(2)]))
+    run, logits = kvjax.extend(STEP, method, run, question, jnp.array([5, 3]), prompt_slots=T)
+    for row, asked in enumerate((5, 3)):
+        length = LENGTHS[row]
+        for first in range(1, asked + 1):  # the trace shows a call's last token: ask for every prefix
+            trace = table_decoder.simulate(
+                TABLES,
+                _tokens(row, length + first),
+                [length, first],
+                1,
+                lambda: papers.StreamingLLM(3, BUDGET - 3),
+                reindex,
+            )[-1]
+            np.testing.assert_allclose(logits[row, first - 1], trace.out, **CLOSE)
+        assert positions(run.cache, row) == trace.kept
+
+
+def test_random_eviction_keeps_its_budget_of_each_row_whatever_the_batch():
+    rows = [positions(_prefill(methods.random_eviction(BUDGET)).cache, row) for row in range(2)]
+    assert len({tuple(head) for layer in rows[0] for head in layer}) == 4  # 2 layers, 2 heads
+    for longer, shorter in zip(*rows):
+        for a, b in zip(longer, shorter):
+            assert len(a) == len(b) == BUDGET
+            # Numbers belong to positions: what the longer row keeps of the first 27 tokens, the shorter one does.
+            assert {p for p in a if p < LENGTHS[1]} <= set(b)
+
+
+def test_random_eviction_draws_uniform_numbers():
+    S = 4000
+    segment = kvjax.DenseSegment.empty(1, 2, S, 2, jnp.float32).replace(pos=jnp.tile(jnp.arange(S), (1, 2, 1)))
+    queries = kvjax.Queries(jnp.zeros((1, 1, 2, 2)), jnp.zeros((1, 1), jnp.int32), kvjax.Rope.from_base(10.0, 2))
+    draws = [
+        np.asarray(kvjax.scores.random(seed).score(segment, kvjax.LayerObservation(queries, None, jnp.int32(layer))))
+        for seed in (0, 1)
+        for layer in (0, 1)
+    ]
+    draws = np.concatenate(draws, axis=1)[0]  # [8, S]: seeds, layers and heads
+    counts = np.histogram(draws, bins=20, range=(0, 1))[0]
+    # 32000 draws in 20 bins: mean 1600, standard deviation 39; five of them are no accident.
+    assert (np.abs(counts - 8 * S / 20) < 195).all()
+    # Independent rows of 4000: the standard deviation of a correlation is 0.016.
+    assert np.abs(np.corrcoef(draws) - np.eye(8)).max() < 0.08

@@ -1,0 +1,341 @@
+"""Segments: where tokens are written, what is overwritten, and that every representation attends alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvjax
+from kvjax import BufferedSegment, DenseSegment, QuantizedSegment, Queries, Rope, rotate
+from kvjax.cache import LayerCache
+from tests.pallas_kernels.attention_numpy import attention
+from tests.quick_jit import quick_jit
+
+B, K, N, H = 2, 2, 4, 8
+ROPE = Rope.from_base(100.0, H)
+CLOSE = dict(rtol=2e-5, atol=2e-5)  # float32 against float64, a few dozen slots
+
+
+def _kv(tokens: int, seed: int = 0, batch: int = B) -> tuple[jax.Array, jax.Array]:
+    """Un-rotated keys, and values, [B, K, T, H]."""
+    k, v = np.random.default_rng(seed).normal(size=(2, batch, K, tokens, H))
+    return jnp.float32(k), jnp.float32(v)
+
+
+def _pos(*rows) -> jax.Array:
+    return jnp.array(rows, jnp.int32)
+
+
+def _dense(slots: int, **static) -> DenseSegment:
+    return DenseSegment.empty(B, K, slots, H, jnp.float32, **static)
+
+
+def _filled(tokens: int, slots: int | None = None, seed: int = 0, **static) -> DenseSegment:
+    """Tokens 0 .. tokens - 1 in a segment of `slots` slots."""
+    k, v = _kv(tokens, seed)
+    pos = jnp.tile(jnp.arange(tokens), (B, 1))
+    segment = _dense(0, **static).append(k, v, pos, ROPE)
+    return segment.resize(slots or tokens)
+
+
+def _queries(positions, seed: int = 9) -> Queries:
+    pos = jnp.tile(jnp.asarray(positions, jnp.int32), (B, 1))
+    raw = np.random.default_rng(seed).normal(size=(*pos.shape, N, H))
+    return Queries(jnp.float32(raw), pos, ROPE)
+
+
+def _rows(segment) -> list[list[int]]:
+    """Positions of head 0 of each row; all heads hold the same."""
+    pos = np.asarray(segment.pos)
+    assert (pos == pos[:, :1]).all()
+    return pos[:, 0].tolist()
+
+
+# --- where tokens go ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_tokens_take_the_first_holes(at_once):
+    holes = jnp.array([0, 1, 0, 0, 1, 1], bool)
+    segment = _filled(6).drop(jnp.broadcast_to(holes, (B, K, 6)))
+    k, v = _kv(2, seed=1)
+    if at_once:
+        segment = segment.append(k, v, _pos([6, 7], [6, 7]), ROPE)
+    else:
+        segment = segment.append(k[:, :, :1], v[:, :, :1], _pos([6], [6]), ROPE)
+        segment = segment.append(k[:, :, 1:], v[:, :, 1:], _pos([7], [7]), ROPE)
+    assert _rows(segment) == [[0, 6, 2, 3, 7, -1]] * B
+    np.testing.assert_allclose(segment.k[:, :, 1], rotate(k[:, :, 0], jnp.array(6), ROPE), rtol=1e-6)
+    np.testing.assert_array_equal(segment.v[:, :, 4], v[:, :, 1])
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("static", [{}, {"ring_sinks": 1}])
+def test_padding_writes_nowhere(T, static):
+    segment = _filled(4, 8, **static)
+    after = segment.append(*_kv(T, seed=1), _pos([-1] * T, [4, *[-1] * (T - 1)]), ROPE)
+    assert _rows(after) == [[0, 1, 2, 3, -1, -1, -1, -1], [0, 1, 2, 3, 4, -1, -1, -1]]
+    for leaf, old in zip(jax.tree.leaves(after), jax.tree.leaves(segment)):
+        np.testing.assert_array_equal(leaf[0], old[0])
+
+
+def test_padding_writes_nowhere_in_a_full_ring():
+    segment = _filled(4, ring_sinks=1)
+    for T in (1, 2):
+        after = segment.append(*_kv(T, seed=1), _pos([-1] * T, [4, *[-1] * (T - 1)]), ROPE)
+        assert _rows(after)[0] == [0, 1, 2, 3]
+        assert sorted(_rows(after)[1]) == [0, 2, 3, 4]
+
+
+def test_many_rows_are_written_as_few_are():
+    # Above 32 rows and heads the write is one batched slice instead of separate ones.
+    k, v = _kv(5, batch=20)
+    pos = jnp.where(jnp.arange(5) < jnp.arange(20)[:, None] % 5 + 1, jnp.arange(5), -1)
+    many = DenseSegment.empty(20, K, 6, H, jnp.float32)
+    for t in range(5):
+        many = many.append(k[:, :, t : t + 1], v[:, :, t : t + 1], pos[:, t : t + 1], ROPE)
+    once = DenseSegment.empty(20, K, 0, H, jnp.float32).append(k, v, pos, ROPE).resize(6)
+    np.testing.assert_array_equal(many.pos, once.pos)
+    occupied = (once.pos >= 0)[..., None]
+    np.testing.assert_allclose(many.k, jnp.where(occupied, once.k, 0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(many.v, jnp.where(occupied, once.v, 0))
+
+
+def test_a_ring_overwrites_its_oldest_but_never_its_sinks():
+    segment = _filled(5, ring_sinks=2)
+    seen = []
+    for p in range(5, 10):
+        segment = segment.append(*_kv(1, seed=p), _pos([p], [p]), ROPE)
+        seen.append(_rows(segment)[0])
+    assert seen == [
+        [0, 1, 5, 3, 4],
+        [0, 1, 5, 6, 4],
+        [0, 1, 5, 6, 7],
+        [0, 1, 8, 6, 7],
+        [0, 1, 8, 9, 7],
+    ]
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("size", [2, 4, 9])  # smaller than the ring, and larger
+def test_a_ring_holds_the_same_however_tokens_arrive(size, sinks):
+    k, v = _kv(18)
+    one, several = _dense(5, ring_sinks=sinks), _dense(5, ring_sinks=sinks)
+    for t in range(18):
+        one = one.append(k[:, :, t : t + 1], v[:, :, t : t + 1], _pos([t], [t]), ROPE)
+    for t in range(0, 18, size):
+        chunk = np.s_[:, :, t : t + size]
+        pos = jnp.tile(jnp.arange(t, min(t + size, 18)), (B, 1))
+        several = several.append(k[chunk], v[chunk], pos, ROPE)
+    expected = [*range(sinks), *range(18 - 5 + sinks, 18)]
+    for segment in (one, several):
+        assert sorted(_rows(segment)[0]) == expected
+    by_token = lambda s: jax.tree.map(
+        lambda x: jnp.take_along_axis(x, jnp.argsort(s.pos, axis=-1)[(...,) + (None,) * (x.ndim - 3)], axis=2), s
+    )
+    for a, b in zip(jax.tree.leaves(by_token(one)), jax.tree.leaves(by_token(several))):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_new_tokens_start_without_statistics_and_bias():
+    segment = _filled(2, 4)
+    segment = segment.replace(stats={"mass": jnp.full(segment.pos.shape, 7.0)}, bias=jnp.full(segment.pos.shape, 3.0))
+    after = segment.append(*_kv(1), _pos([2], [2]), ROPE)
+    assert after.stats["mass"][0, 0].tolist() == [7.0, 7.0, 0.0, 7.0]
+    assert after.bias[0, 0].tolist() == [3.0, 3.0, 0.0, 3.0]
+
+
+def test_taken_slots_are_gathered_with_everything_they_carry():
+    segment = _filled(4)
+    segment = segment.replace(stats={"mass": segment.pos * 10.0})
+    index = jnp.broadcast_to(jnp.array([3, 1, 0]), (B, K, 3))
+    taken = segment.take(index, index > 0)
+    assert _rows(taken) == [[3, 1, -1]] * B
+    assert taken.stats["mass"][0, 0].tolist() == [30.0, 10.0, 0.0]
+    np.testing.assert_array_equal(taken.k[:, :, 0], segment.k[:, :, 3])
+    assert not taken.k[:, :, 2].any()  # empty slots hold finite zeros
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def _reference(segment, queries, **how):
+    return attention(queries.rotated, segment.k, segment.v, queries.pos, segment.pos, **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"window": 3}, {"scale": 0.2}])
+def test_a_dense_segment_attends(how):
+    segment, queries = _filled(9, 12), _queries([4, 8])
+    part, want = segment.attend(queries, **how), _reference(segment, queries, **how)
+    np.testing.assert_allclose(part.out, want.out, **CLOSE)
+    np.testing.assert_allclose(part.lse, want.lse, **CLOSE)
+    mass = segment.mass(queries, part.lse, **how)
+    np.testing.assert_allclose(mass, want.probability.sum(axis=1), **CLOSE)
+
+
+def test_keys_rotated_at_attend_are_keys_rotated_when_stored():
+    stored, late = _filled(9, 12), _filled(9, 12, key_rope="at_attend")
+    queries = _queries([4, 8])
+    for a, b in zip(stored.attend(queries), late.attend(queries)):
+        np.testing.assert_allclose(a, b, **CLOSE)
+    np.testing.assert_allclose(
+        stored.mass(queries, stored.attend(queries).lse), late.mass(queries, late.attend(queries).lse), **CLOSE
+    )
+
+
+def test_ranks_are_positions_as_long_as_nothing_is_missing():
+    stored, ranked = (LayerCache((_filled(9, 12, key_rope=how),)) for how in ("stored", "rank"))
+    queries = _queries([9])
+    for a, b in zip(stored.attend(queries), ranked.attend(queries)):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def test_ranks_count_what_the_whole_layer_cache_holds():
+    # Tokens 3, 5 | 8, 9 in two segments have ranks 0, 1 | 2, 3; a query at 20 has rank 4.
+    pieces = []
+    for keep in ([3, 5], [8, 9]):
+        whole = _filled(10, key_rope="rank")
+        index = jnp.broadcast_to(jnp.array(keep), (B, K, 2))
+        pieces.append(whole.take(index, index >= 0))
+    layer, queries = LayerCache(tuple(pieces)), _queries([20])
+    part = layer.attend(queries)
+    k, v = (jnp.concatenate([getattr(s, name) for s in pieces], axis=2) for name in ("k", "v"))
+    rank = jnp.broadcast_to(jnp.arange(4), (B, K, 4))
+    want = attention(rotate(queries.raw, jnp.full((B, 1, 1), 4), ROPE), rotate(k, rank, ROPE), v, queries.pos, rank)
+    np.testing.assert_allclose(part.out, want.out, **CLOSE)
+    masses = layer.mass(queries, part.lse)
+    np.testing.assert_allclose(jnp.concatenate(masses, axis=-1), want.probability[:, 0], **CLOSE)
+
+
+@pytest.mark.parametrize("queries", [[7], [2, 9, 12]])
+def test_a_prefix_shared_by_the_batch_is_the_prefix_repeated(queries):
+    queries = _queries(queries)
+    prefix = jax.tree.map(lambda x: x[:1], _filled(9, 12))
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), prefix)
+    own = _filled(4, seed=5)
+    own = own.replace(pos=jnp.where(own.pos >= 0, own.pos + 9, -1))
+    for a, b in zip(LayerCache((prefix, own)).attend(queries), LayerCache((repeated, own)).attend(queries)):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=16, max_size=16), st.integers(0, 2**16))
+def test_any_split_into_segments_attends_as_one(owner, seed):
+    whole, queries = _filled(16, seed=seed), _queries([3, 15], seed)
+    owner = jnp.asarray(owner)
+    layer = LayerCache(tuple(whole.drop(jnp.broadcast_to(owner != i, whole.pos.shape)) for i in range(3)))
+    want = _reference(whole, queries)
+    part = layer.attend(queries)
+    np.testing.assert_allclose(part.out, want.out, **CLOSE)
+    np.testing.assert_allclose(part.lse, want.lse, **CLOSE)
+    np.testing.assert_allclose(sum(layer.mass(queries, part.lse)), want.probability.sum(axis=1), **CLOSE)
+
+
+# --- blocks -------------------------------------------------------------------------------------------------------
+
+BLOCK = 8
+
+
+def _encode(slots):
+    return QuantizedSegment.encode(slots, bits=8, key_group=4, value_group=4, scale_dtype="float32")
+
+
+def _buffered(slots: DenseSegment, room: int) -> BufferedSegment:
+    return BufferedSegment.from_dense(slots, _encode, BLOCK).reserve(room)
+
+
+def _by_token(segment: BufferedSegment) -> DenseSegment:
+    """All slots as numbers, in token order, empty slots zero."""
+    dense = segment.dense()
+    order = jnp.argsort(jnp.where(dense.pos < 0, 10**6, dense.pos), axis=-1)
+    return dense.take(order, jnp.take_along_axis(dense.pos, order, axis=-1) >= 0)
+
+
+def _assert_same_tokens(a: DenseSegment, b: DenseSegment, tokens: int) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert not (np.asarray(a.pos)[..., tokens:] >= 0).any()
+        # The same codes of the same numbers; jit and eager multiply and add in one or two roundings.
+        np.testing.assert_allclose(x[:, :, :tokens], y[:, :, :tokens], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 21, [5, 5, 5, 5, 1], [21]])
+def test_rows_flush_at_different_times_into_what_encoding_everything_gives(sizes):
+    # Row 0 starts with 10 tokens and gets 21; row 1 starts with 3 and gets nothing in every other call.
+    start, total = np.array([10, 3]), 31
+    k, v = _kv(total)
+    pos = lambda lengths: jnp.where(jnp.arange(total) < jnp.asarray(lengths)[:, None], jnp.arange(total), -1)
+    segment = _buffered(_dense(0).append(k, v, pos(start), ROPE).resize(total), sum(sizes))
+    append = quick_jit(lambda segment, k, v, pos: segment.append(k, v, pos, ROPE))
+    length = start.copy()
+    for call, size in enumerate(sizes):
+        fresh = np.array([size, size if call % 2 else size // 2])
+        index = length[:, None] + np.arange(size)
+        new = jnp.asarray(np.where(np.arange(size) < fresh[:, None], index, -1))
+        gather = jnp.asarray(np.minimum(index, total - 1))[:, None, :, None]
+        segment = append(segment, *(jnp.take_along_axis(x, gather, axis=2) for x in (k, v)), new)
+        length += fresh
+        pending = np.asarray(jnp.sum(segment.tail.pos >= 0, axis=-1))
+        np.testing.assert_array_equal(pending, np.broadcast_to(length[:, None] % BLOCK, (B, K)))
+    everything = _dense(0).append(k, v, pos(length), ROPE)
+    _assert_same_tokens(_by_token(segment), _by_token(_buffered(everything, 0)), total)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 8, 21])
+def test_whole_blocks_are_encoded_and_the_newest_tokens_stay_exact(tokens):
+    slots = _filled(tokens, 24) if tokens else _dense(24)
+    segment = _buffered(slots, 8)
+    full = tokens // BLOCK * BLOCK
+    body = np.asarray(segment.body.pos)[:, :, :full]
+    assert (body == np.arange(full)).all() and (np.asarray(segment.body.pos)[:, :, full:] == -1).all()
+    exact = segment.tail.k[:, :, : tokens - full]
+    np.testing.assert_array_equal(exact, slots.k[:, :, full:tokens])
+    # 8 bits: an error of half a 255th of a range of about 4.
+    np.testing.assert_allclose(_by_token(segment).k[:, :, :tokens], slots.k[:, :, :tokens], atol=0.02)
+
+
+def test_an_empty_body_attends_to_nothing():
+    segment = BufferedSegment.from_dense(_dense(0), _encode, BLOCK)
+    assert segment.body.pos.shape[-1] == 0
+    part = segment.attend(_queries([4]))
+    assert not part.out.any() and (part.lse == -jnp.inf).all()
+
+
+def test_room_for_an_empty_body_holds_the_tokens():
+    segment = BufferedSegment.from_dense(_dense(0), _encode, BLOCK).reserve(20)
+    k, v = _kv(20)
+    for t in range(20):
+        segment = segment.append(k[:, :, t : t + 1], v[:, :, t : t + 1], _pos([t], [t]), ROPE)
+    _assert_same_tokens(_by_token(segment), _by_token(_buffered(_filled(20), 0)), 20)
+
+
+def test_a_buffered_segment_attends_to_body_and_tail_and_says_their_mass():
+    segment, queries = _buffered(_filled(21), 8), _queries([10, 20])
+    dense = segment.dense()
+    want = attention(queries.rotated, dense.k, dense.v, queries.pos, dense.pos)
+    part = segment.attend(queries)
+    np.testing.assert_allclose(part.out, want.out, **CLOSE)
+    np.testing.assert_allclose(segment.mass(queries, part.lse), want.probability.sum(axis=1), **CLOSE)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_by_hand():
+    # 2 rows, 2 heads, 12 slots: keys and values of 8 float32, one position.
+    assert kvjax.nbytes(_filled(12)) == 2 * 2 * 12 * (2 * 8 * 4 + 4)
+    # A body of 24 slots of 8 bits, scale and zero (float32) per channel of 4 tokens and per token of 4 channels;
+    # a dense tail of 8.
+    body = 2 * 2 * 24 * (2 * 8 + 2 * 4 * 8 // 4 + 2 * 4 * 8 // 4 + 4)
+    assert kvjax.nbytes(_buffered(_filled(16), 8)) == body + 2 * 2 * 8 * (2 * 8 * 4 + 4)
+    cache = kvjax.empty_cache(batch=3, layers=5, kv_heads=2, head_dim=8, slots=7, dtype=jnp.bfloat16)
+    assert kvjax.nbytes(cache) == 5 * 3 * 2 * 7 * (2 * 8 * 2 + 4) + 4 * 3
+    assert kvjax.nbytes(jax.eval_shape(lambda: cache)) == kvjax.nbytes(cache)
+
+
+def test_kept_tokens_average_layers_and_heads():
+    # Row 0: layers of 4 and 2 tokens; row 1: 4 and, in one of two heads, 1.
+    second = _filled(2).drop(jnp.array([[[0, 0], [0, 0]], [[1, 1], [0, 1]]], bool))
+    cache = kvjax.Cache((LayerCache((_filled(4, 6),)), LayerCache((second,))), jnp.zeros(2, jnp.int32))
+    assert kvjax.kept_tokens(cache).tolist() == [3.0, 2.25]
