@@ -238,7 +238,7 @@ def run() -> None:
         pathlib.Path(_OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
     model = load_model(_MODEL.value)
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
-    threads = os.cpu_count()
+    threads = _threads()
     try:
         peer = TransformersPeer(model, threads)
     except ImportError as error:
@@ -247,7 +247,7 @@ def run() -> None:
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
     ceilings = Ceilings.measure()
     print(
-        f"{model.config.name}, float32, {_processor()}, {threads} cores, "
+        f"{model.config.name}, float32, {_processor()}, {threads} threads, "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}\n"
         f"machine: {ceilings.gigabytes_per_second:.1f} GB/s memory read, "
         f"{ceilings.gigaflops_per_second:.0f} GFLOP/s float32; a token reads {weight_bytes(model) / 1e6:.0f} MB of "
@@ -265,9 +265,9 @@ def run() -> None:
         same = all(len({s.tokens for s in speeds}) == 1 for speeds in parts[: len(lengths)])
         print(f"\nBoth decoded {'the same' if same else 'DIFFERENT'} tokens at every length.")
     print(
-        f"\n{_PEER}, full: speed relative to it in this run; medians of {_REPEATS.value} runs in turn.\nof peak: FLOPs "
-        "of a causal prefill over time and peak. bound: tokens/s if a token cost no more than reading\nweights and cache "
-        "once at that bandwidth."
+        f"\n{_PEER}, full: speed relative to it in this run; medians of {_REPEATS.value} runs in turn.\n"
+        "of peak: FLOPs of a causal prefill over time and peak. bound: tokens/s if a token cost no more than reading\n"
+        "weights and cache once at that bandwidth."
     )
     if _OUTPUT_DIR.value is not None:
         report = {
@@ -291,6 +291,11 @@ def _read_lengths() -> list[int]:
     if not lengths or min(lengths) < 1:
         raise ValueError(f"--lengths must be whole numbers of at least 1, got {','.join(_LENGTHS.value)!r}.")
     return lengths
+
+
+def _threads() -> int:
+    """Cores that this process may use: as many threads as XLA starts."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _version(package: str) -> str | None:

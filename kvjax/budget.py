@@ -37,8 +37,10 @@ def budget_slots(budget: int | float, prompt_slots: int) -> int:
     return budget
 
 
-def budget_rows(budget: int | float, prompt: jax.Array) -> jax.Array:
-    """The same for each row: i32[B] tokens to keep, from i32[B] prompt lengths."""
+def budget_rows(budget: int | float, prompt: jax.Array, prompt_slots: int) -> jax.Array:
+    """The same for each row: i32[B] tokens to keep, from i32[B] prompt lengths of at most `prompt_slots`."""
     if isinstance(budget, float):
-        return jnp.maximum(1, jnp.floor(budget * prompt + _SLACK).astype(jnp.int32))
+        rows = jnp.maximum(1, jnp.floor(budget * prompt + _SLACK).astype(jnp.int32))
+        # From 2 ** 14 tokens on, the product in float32 may round up past the slots there are.
+        return jnp.minimum(rows, budget_slots(budget, prompt_slots))
     return jnp.full_like(prompt, budget)

@@ -103,7 +103,7 @@ def evict(
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
-        rows = budget_rows(budget, observation.prompt)
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
         if slots < sinks + recent_count:
             raise ValueError(
                 f"budget must hold {sinks} sinks and {recent_count} recent tokens, got {budget} of "

@@ -105,7 +105,7 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
     def starting(run):
         def start(cache, observation):
             cache, state = run(cache, observation)
-            rows = budget_rows(transform.budget, observation.prompt)
+            rows = budget_rows(transform.budget, observation.prompt, observation.prompt_slots)
             return cache, (state, rows)
 
         return start

@@ -240,7 +240,7 @@ def _read_and_ask(transform: kvjax.CacheTransform):
 def check_occupancy(h: Harness) -> None:
     """No row or head ever holds more than its budget, and a step's slack, after a call."""
     budget = h.transform.budget
-    rows = np.asarray(budget_rows(budget, h.lengths))
+    rows = np.asarray(budget_rows(budget, h.lengths, T))
     if h.transform.frees_in_decode is None:
         runs, slack = [h.run, h.prefill("chunked")], 0
     else:
@@ -306,7 +306,7 @@ def check_bytes_do_not_grow(h: Harness) -> None:
     tokens = jnp.concatenate([tiny_model.prompt(B, 100, seed=6), tiny_model.prompt(B, 100, seed=7)], axis=1)
     run = h.decode(h.run, tokens)[-1]
     assert kvjax.nbytes(run.cache) == kvjax.nbytes(h.run.cache)
-    rows = np.asarray(budget_rows(h.transform.budget, h.lengths))
+    rows = np.asarray(budget_rows(h.transform.budget, h.lengths, T))
     for row in range(B):
         for head in (head for layer in positions(run.cache, row) for head in layer):
             assert rows[row] <= len(head) <= rows[row] + h.case.slack
