@@ -32,15 +32,17 @@ def _dense(slots: int, **static) -> DenseSegment:
     return DenseSegment.empty(B, K, slots, H, jnp.float32, **static)
 
 
+# One program compiles faster than its operations one by one.
+_append = quick_jit(lambda segment, k, v, pos: segment.append(k, v, pos, ROPE))
+_attend = quick_jit(lambda part, queries, **how: part.attend(queries, **how), static_argnames=("window", "scale"))
+_mass = quick_jit(lambda part, queries, lse, **how: part.mass(queries, lse, **how), static_argnames=("window", "scale"))
+
+
 def _filled(tokens: int, slots: int | None = None, seed: int = 0, **static) -> DenseSegment:
     """Tokens 0 .. tokens - 1 in a segment of `slots` slots."""
-    k, v = _kv(tokens, seed)
-    pos = jnp.tile(jnp.arange(tokens), (B, 1))
-    segment = _dense(0, **static).append(k, v, pos, ROPE)
-    return segment.resize(slots or tokens)
-
-
-_append = quick_jit(lambda segment, k, v, pos: segment.append(k, v, pos, ROPE))
+    empty = _dense((slots or tokens) - tokens, **static)
+    new = _append(_dense(0, **static), *_kv(tokens, seed), jnp.tile(jnp.arange(tokens), (B, 1)))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), new, empty)
 
 
 def _queries(positions, seed: int = 9) -> Queries:
@@ -171,27 +173,27 @@ def _reference(segment, queries, **how):
 @pytest.mark.parametrize("how", [{}, {"window": 3}, {"scale": 0.2}])
 def test_a_dense_segment_attends(how):
     segment, queries = _filled(9, 12), _queries([4, 8])
-    part, want = segment.attend(queries, **how), _reference(segment, queries, **how)
+    part, want = _attend(segment, queries, **how), _reference(segment, queries, **how)
     np.testing.assert_allclose(part.out, want.out, **CLOSE)
     np.testing.assert_allclose(part.lse, want.lse, **CLOSE)
-    mass = segment.mass(queries, part.lse, **how)
+    mass = _mass(segment, queries, part.lse, **how)
     np.testing.assert_allclose(mass, want.probability.sum(axis=1), **CLOSE)
 
 
 def test_keys_rotated_at_attend_are_keys_rotated_when_stored():
     stored, late = _filled(9, 12), _filled(9, 12, key_rope="at_attend")
     queries = _queries([4, 8])
-    for a, b in zip(stored.attend(queries), late.attend(queries)):
+    for a, b in zip(_attend(stored, queries), _attend(late, queries)):
         np.testing.assert_allclose(a, b, **CLOSE)
     np.testing.assert_allclose(
-        stored.mass(queries, stored.attend(queries).lse), late.mass(queries, late.attend(queries).lse), **CLOSE
+        _mass(stored, queries, _attend(stored, queries).lse), _mass(late, queries, _attend(late, queries).lse), **CLOSE
     )
 
 
 def test_ranks_are_positions_as_long_as_nothing_is_missing():
     stored, ranked = (LayerCache((_filled(9, 12, key_rope=how),)) for how in ("stored", "rank"))
     queries = _queries([9])
-    for a, b in zip(stored.attend(queries), ranked.attend(queries)):
+    for a, b in zip(_attend(stored, queries), _attend(ranked, queries)):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
@@ -203,12 +205,12 @@ def test_ranks_count_what_the_whole_layer_cache_holds():
         index = jnp.broadcast_to(jnp.array(keep), (B, K, 2))
         pieces.append(whole.take(index, index >= 0))
     layer, queries = LayerCache(tuple(pieces)), _queries([20])
-    part = layer.attend(queries)
+    part = _attend(layer, queries)
     k, v = (jnp.concatenate([getattr(s, name) for s in pieces], axis=2) for name in ("k", "v"))
     rank = jnp.broadcast_to(jnp.arange(4), (B, K, 4))
     want = attention(rotate(queries.raw, jnp.full((B, 1, 1), 4), ROPE), rotate(k, rank, ROPE), v, queries.pos, rank)
     np.testing.assert_allclose(part.out, want.out, **CLOSE)
-    masses = layer.mass(queries, part.lse)
+    masses = _mass(layer, queries, part.lse)
     np.testing.assert_allclose(jnp.concatenate(masses, axis=-1), want.probability[:, 0], **CLOSE)
 
 
@@ -219,7 +221,7 @@ def test_a_prefix_shared_by_the_batch_is_the_prefix_repeated(queries):
     repeated = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), prefix)
     own = _filled(4, seed=5)
     own = own.replace(pos=jnp.where(own.pos >= 0, own.pos + 9, -1))
-    for a, b in zip(LayerCache((prefix, own)).attend(queries), LayerCache((repeated, own)).attend(queries)):
+    for a, b in zip(_attend(LayerCache((prefix, own)), queries), _attend(LayerCache((repeated, own)), queries)):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
@@ -230,10 +232,10 @@ def test_any_split_into_segments_attends_as_one(owner, seed):
     owner = jnp.asarray(owner)
     layer = LayerCache(tuple(whole.drop(jnp.broadcast_to(owner != i, whole.pos.shape)) for i in range(3)))
     want = _reference(whole, queries)
-    part = layer.attend(queries)
+    part = _attend(layer, queries)
     np.testing.assert_allclose(part.out, want.out, **CLOSE)
     np.testing.assert_allclose(part.lse, want.lse, **CLOSE)
-    np.testing.assert_allclose(sum(layer.mass(queries, part.lse)), want.probability.sum(axis=1), **CLOSE)
+    np.testing.assert_allclose(sum(_mass(layer, queries, part.lse)), want.probability.sum(axis=1), **CLOSE)
 
 
 # --- blocks -------------------------------------------------------------------------------------------------------
@@ -245,10 +247,12 @@ def _encode(slots):
     return QuantizedSegment.encode(slots, bits=8, key_group=4, value_group=4, scale_dtype="float32")
 
 
-def _buffered(slots: DenseSegment, room: int) -> BufferedSegment:
-    return BufferedSegment.from_dense(slots, _encode, BLOCK).reserve(room)
+_buffered = quick_jit(
+    lambda slots, room: BufferedSegment.from_dense(slots, _encode, BLOCK).reserve(room), static_argnums=1
+)
 
 
+@quick_jit
 def _by_token(segment: BufferedSegment) -> DenseSegment:
     """All slots as numbers, in token order, empty slots zero."""
     dense = segment.dense()
@@ -300,12 +304,12 @@ def test_whole_blocks_are_encoded_and_the_newest_tokens_stay_exact(tokens):
 def test_an_empty_body_attends_to_nothing():
     segment = BufferedSegment.from_dense(_dense(0), _encode, BLOCK)
     assert segment.body.pos.shape[-1] == 0
-    part = segment.attend(_queries([4]))
+    part = _attend(segment, _queries([4]))
     assert not part.out.any() and (part.lse == -jnp.inf).all()
 
 
 def test_room_for_an_empty_body_holds_the_tokens():
-    segment = BufferedSegment.from_dense(_dense(0), _encode, BLOCK).reserve(20)
+    segment = _buffered(_dense(0), 20)
     k, v = _kv(20)
     for t in range(20):
         segment = _append(segment, k[:, :, t : t + 1], v[:, :, t : t + 1], _pos([t], [t]))
@@ -316,9 +320,9 @@ def test_a_buffered_segment_attends_to_body_and_tail_and_says_their_mass():
     segment, queries = _buffered(_filled(21), 8), _queries([10, 20])
     dense = segment.dense()
     want = attention(queries.rotated, dense.k, dense.v, queries.pos, dense.pos)
-    part = segment.attend(queries)
+    part = _attend(segment, queries)
     np.testing.assert_allclose(part.out, want.out, **CLOSE)
-    np.testing.assert_allclose(segment.mass(queries, part.lse), want.probability.sum(axis=1), **CLOSE)
+    np.testing.assert_allclose(_mass(segment, queries, part.lse), want.probability.sum(axis=1), **CLOSE)
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
