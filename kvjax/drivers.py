@@ -89,8 +89,13 @@ def prefill(
       `Run`, whose cache takes `room` more tokens.
 
     Raises:
-      ValueError: the transform wants every query of the prompt, which chunks do not keep.
+      ValueError: room or chunk is impossible, or the transform wants every query of the prompt, which chunks
+        do not keep.
     """
+    if room < 0:
+        raise ValueError(f"room must be at least 0 tokens, got {room}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token or None, got {chunk}.")
     T = tokens.shape[1]
     if chunk is None or chunk >= T:
         out = step(

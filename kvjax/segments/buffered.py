@@ -36,6 +36,8 @@ class BufferedSegment:
         """
         if slots.bias is not None:
             raise TypeError("BufferedSegment cannot keep slots that stand for several tokens.")
+        if slots.ring_sinks is not None:
+            raise TypeError("BufferedSegment cannot keep a ring: blocks are written once and never overwritten.")
         S = slots.pos.shape[2]
         slots = slots.replace(stats={})  # nothing scores slots once they are encoded
         slots = _in_token_order(slots.resize(-(-S // block) * block))
