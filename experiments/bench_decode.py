@@ -34,18 +34,14 @@ from models.assets import ESSAYS, fetch
 from models.config import DecoderConfig
 from models.decoder import bind, prompt_cache
 
-_MODEL = flags.DEFINE_string("model", "smollm2", "smollm2, a path, or a name on the hub.")
+flags.adopt_module_key_flags(cli)
 _LENGTHS = flags.DEFINE_list("lengths", ["512", "2048", "8192"], "Prompt lengths in tokens.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per repeat.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed repeats; the median is printed.")
-_METHODS = flags.DEFINE_list(
-    "methods",
-    ["int8", "int4", "int2", "snapkv", "snapkv_int4", "streamingllm"],
-    "Names of files in configs/methods, timed at the longest length beside the full cache.",
-)
-_KEEP = flags.DEFINE_float("keep", 0.25, "Fraction of the prompt that token-budget methods keep.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where bench.json goes; None prints only.")
 
+# What runs without --methods and --keep: at the longest length, beside the full cache.
+_COMPRESSED = ("int8", "int4", "int2", "snapkv", "snapkv_int4", "streamingllm")
+_COMPRESSED_KEEP = 0.25
 _PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 _PEER = "transformers"
 
@@ -231,12 +227,13 @@ def run() -> None:
     for flag in (_NEW_TOKENS, _REPEATS):
         if flag.value < 1:
             raise ValueError(f"--{flag.name} must be at least 1, got {flag.value}.")
-    if not 0 < _KEEP.value <= 1:
-        raise ValueError(f"--keep must be in (0, 1], got {_KEEP.value}.")
-    methods = [load_method(name, budget=_KEEP.value) for name in dict.fromkeys(["full", *_METHODS.value])]
-    if _OUTPUT_DIR.value is not None:
-        pathlib.Path(_OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
-    model = load_model(_MODEL.value)
+    names = _COMPRESSED if cli.METHODS.value is None else cli.METHODS.value
+    keep = cli.KEEP.value or _COMPRESSED_KEEP
+    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value)
+    methods = [load_method(name, budget=keep, **configs) for name in dict.fromkeys(["full", *names])]
+    if cli.OUTPUT_DIR.value is not None:
+        pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
+    model = load_model(cli.MODEL.value or "smollm2")
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
     threads = _threads()
     try:
@@ -269,7 +266,7 @@ def run() -> None:
         "of peak: FLOPs of a causal prefill over time and peak. bound: tokens/s if a token cost no more than reading\n"
         "weights and cache once at that bandwidth."
     )
-    if _OUTPUT_DIR.value is not None:
+    if cli.OUTPUT_DIR.value is not None:
         report = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "processor": _processor(),
@@ -279,7 +276,7 @@ def run() -> None:
             "weight_bytes": weight_bytes(model),
             "speeds": [dataclasses.asdict(speed) for speeds in parts for speed in speeds],
         }
-        path = pathlib.Path(_OUTPUT_DIR.value, "bench.json")
+        path = pathlib.Path(cli.OUTPUT_DIR.value, "bench.json")
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

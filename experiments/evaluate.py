@@ -31,16 +31,11 @@ from models import Model, load_model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind, prompt_cache
 
-_GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
-_GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win over all files.")
-_MODEL = flags.DEFINE_string("model", None, "smollm2, a path, or a name on the hub.")
-_METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods.")
-_KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budget methods keep.")
+flags.adopt_module_key_flags(cli)
 _BUDGET = flags.DEFINE_integer("budget", None, "The same in tokens per KV head.")
 _TASKS = flags.DEFINE_string("tasks", None, "A JSONL file of tasks; without it, synthetic ones.")
 _MAX_EXAMPLES = flags.DEFINE_integer("max_examples", None, "At most this many examples of each task.")
 _QUESTION_AWARE = flags.DEFINE_bool("question_aware", None, "Compress after the question.")
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Discard what output_dir holds.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would run and how many bytes it would take.")
 
@@ -96,18 +91,15 @@ class Settings:
 
 def read_settings() -> Settings:
     """The settings of the gin files, the bindings and the flags, in that order."""
-    if _KEEP.value is not None and _BUDGET.value is not None:
+    if cli.KEEP.value is not None and _BUDGET.value is not None:
         raise ValueError("--keep and --budget say the same thing in two ways; pass one of them.")
-    for path in _GIN_FILE.value:
-        if not os.path.isfile(path):
-            raise ValueError(f"--gin_file: no such file: {path}.")
-    gin.parse_config_files_and_bindings(_GIN_FILE.value, _GIN_BINDINGS.value, skip_unknown=False)
+    gin.parse_config_files_and_bindings(cli.GIN_FILE.value, cli.GIN_BINDINGS.value, skip_unknown=False)
     given = {
         name: flag.value
         for name, flag in (
-            ("model", _MODEL),
-            ("methods", _METHODS),
-            ("keep", _KEEP),
+            ("model", cli.MODEL),
+            ("methods", cli.METHODS),
+            ("keep", cli.KEEP),
             ("budget", _BUDGET),
             ("tasks", _TASKS),
             ("max_examples", _MAX_EXAMPLES),
@@ -115,7 +107,7 @@ def read_settings() -> Settings:
         )
         if flag.value is not None
     }
-    if _KEEP.value is not None:
+    if cli.KEEP.value is not None:
         given["budget"] = None
     return Settings(**given)
 
@@ -125,7 +117,7 @@ def load_methods(settings: Settings) -> list[Method]:
     budget = settings.keep if settings.budget is None else settings.budget
     names = dict.fromkeys(["full", *settings.methods])
     return [
-        load_method(name, budget=budget, gin_files=_GIN_FILE.value, bindings=_GIN_BINDINGS.value)
+        load_method(name, budget=budget, gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value)
         for name in names
     ]
 
@@ -166,6 +158,15 @@ def check_fit(examples: Sequence[tasks.Example], methods: Sequence[Method], mode
                     f"--budget: {method.name} would keep {budget} tokens, but example {index} ({example.task}) has a "
                     f"context of {context}: nothing would be compressed."
                 )
+
+
+def check_start(
+    settings: Settings, model: Model, methods: Sequence[Method], examples: Sequence[tasks.Example]
+) -> None:
+    """Traces every method on the shortest context, where a fractional budget is smallest, before anything runs."""
+    evaluator = Evaluator(model, methods, room=1, call_tokens=settings.call_tokens)
+    for method in methods:
+        evaluator.abstract_bytes(method, min(len(example.context_ids) for example in examples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,14 +392,15 @@ def run() -> None:
     if _DRY_RUN.value:
         _print_plan(settings, model, methods, examples)
         return
-    if _OUTPUT_DIR.value is None:
+    check_start(settings, model, methods, examples)
+    if cli.OUTPUT_DIR.value is None:
         raise ValueError("--output_dir says where results go; it is required unless --dry_run is given.")
     decides = dataclasses.asdict(settings)
     for name in ("methods", "max_examples", "examples"):
         del decides[name]  # these only add lines
     command = [os.path.basename(sys.executable), "-m", "experiments.evaluate", *sys.argv[1:]]
     with results.ResultsFile(
-        _OUTPUT_DIR.value, decides | {"bindings": list(_GIN_BINDINGS.value)}, overwrite=_OVERWRITE.value
+        cli.OUTPUT_DIR.value, decides | {"bindings": list(cli.GIN_BINDINGS.value)}, overwrite=_OVERWRITE.value
     ) as file:
         total = len(examples) * len(methods)
         lines = evaluate(settings, model, methods, examples, file)
@@ -418,7 +420,7 @@ def run() -> None:
 
 
 def _write_report(rows, command, configs) -> None:
-    folder = _OUTPUT_DIR.value
+    folder = cli.OUTPUT_DIR.value
     gin_config = "\n".join(f"# {name}\n{config}" for name, config in configs.items())
     summary = results.write_summary(
         os.path.join(folder, "summary.json"),

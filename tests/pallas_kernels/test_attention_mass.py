@@ -1,15 +1,15 @@
 """`attention_mass`: the column sums of the softmax that NumPy computes in full."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.attention_mass import api as op
 from tests.pallas_kernels.attention_numpy import attention
+from tests.quick_jit import quick_jit
 
 # One program a shape compiles faster than its operations one by one.
-attention_mass = jax.jit(op.attention_mass, static_argnames=("window", "scale"))
+attention_mass = quick_jit(op.attention_mass, static_argnames=("window", "scale"))
 
 # float32: sums of up to 600 probabilities below one.
 FLOAT32 = dict(rtol=3e-5, atol=3e-5)

@@ -1,15 +1,15 @@
 """`decode_attention` against hand-computed cases and float64 NumPy."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import api as op
 from tests.pallas_kernels.attention_numpy import attention
+from tests.quick_jit import quick_jit
 
 # One program a shape compiles faster than its operations one by one.
-decode_attention = jax.jit(op.decode_attention, static_argnames=("window", "scale"))
+decode_attention = quick_jit(op.decode_attention, static_argnames=("window", "scale"))
 
 # float32: products of up to 128 terms of order one; exp doubles the logits' error.
 FLOAT32 = dict(rtol=2e-5, atol=2e-5)

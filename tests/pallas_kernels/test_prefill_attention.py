@@ -1,15 +1,15 @@
 """`prefill_attention` against float64 NumPy, with the boundaries of its query blocks."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.prefill_attention import api as op
 from tests.pallas_kernels.attention_numpy import attention
+from tests.quick_jit import quick_jit
 
 # One program a shape compiles faster than its operations one by one.
-prefill_attention = jax.jit(op.prefill_attention, static_argnames=("window", "scale"))
+prefill_attention = quick_jit(op.prefill_attention, static_argnames=("window", "scale"))
 
 # float32: products of 16 terms and sums of up to 600 probabilities.
 FLOAT32 = dict(rtol=2e-5, atol=2e-5)

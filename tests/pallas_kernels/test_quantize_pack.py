@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,11 +10,13 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantize_pack import api
 from pallas_kernels.quantize_pack.reference import pack, unpack
+from tests.pallas_kernels.kivi_numpy import kivi_quantizer
+from tests.quick_jit import quick_jit
 
 _STATIC = ("bits", "group", "axis", "scale_dtype")
 # One program a shape compiles faster than its operations one by one.
-quantize_pack = jax.jit(api.quantize_pack, static_argnames=_STATIC)
-dequantize = jax.jit(api.dequantize, static_argnames=("bits", "axis", "dtype"))
+quantize_pack = quick_jit(api.quantize_pack, static_argnames=_STATIC)
+dequantize = quick_jit(api.dequantize, static_argnames=("bits", "axis", "dtype"))
 BITS = (2, 4, 8)
 DTYPES = ("float32", "bfloat16")
 
@@ -187,22 +188,6 @@ def test_impossible_layouts_are_refused_by_name(case):
 # --- KIVI ---------------------------------------------------------------------------------------------------------
 
 
-def _kivi(x, bits, group, axis):
-    """KIVI, section 3 and `quant/new_pack.py`: min/max along groups, `q = round((x - min) / scale)`.
-
-    Keys (`axis=2`) are grouped along tokens, values (`axis=3`) along channels. Returns the unrounded codes and
-    what they dequantize to when rounded, in float64.
-    """
-    x = np.moveaxis(x.astype(np.float64), axis, -1)
-    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
-    lowest, highest = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    scale = (highest - lowest) / (2**bits - 1)
-    exact = (groups - lowest) / scale
-    restored = np.clip(np.rint(exact), 0, 2**bits - 1) * scale + lowest
-    back = lambda y: np.moveaxis(y.reshape(x.shape), -1, axis)
-    return back(exact), back(restored)
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("axis, numpy_axis", [("channel", 2), ("token", 3)])
 def test_kivis_quantizer(bits, axis, numpy_axis):
@@ -211,7 +196,7 @@ def test_kivis_quantizer(bits, axis, numpy_axis):
     x = (rng.normal(size=(2, 2, 128, 64)) * np.where(rng.random(64) < 0.1, 20, 1)).astype(np.float32)
     packed = quantize_pack(x, np.ones((2, 2, 128), bool), bits=bits, group=32, axis=axis, scale_dtype="float32")
     codes = np.asarray(unpack(packed.words, bits))
-    exact, restored = _kivi(x, bits, 32, numpy_axis)
+    exact, restored = kivi_quantizer(x, bits, 32, numpy_axis)
     # Scales are rounded outwards by parts of 1e-7: only codes that close to a tie may differ.
     tie = np.abs(exact - np.floor(exact) - 0.5) < 1e-4
     assert tie.mean() < 1e-2

@@ -8,12 +8,13 @@ import pytest
 from pallas_kernels.quantize_pack import api as quantize_pack
 from pallas_kernels.quantized_decode_attention import api as op
 from tests.pallas_kernels.attention_numpy import attention
+from tests.quick_jit import quick_jit
 
 # float32: codes are affinely restored (one rounding each), then products of 16 terms and tiles merged.
 FLOAT32 = dict(rtol=3e-5, atol=3e-5)
 TILE = 512
 
-quantized_decode_attention = jax.jit(op.quantized_decode_attention, static_argnames=("bits", "window", "scale"))
+quantized_decode_attention = quick_jit(op.quantized_decode_attention, static_argnames=("bits", "window", "scale"))
 
 
 def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16):
