@@ -25,7 +25,8 @@ from absl import flags
 
 import kvjax
 from experiments import cli
-from experiments.methods import Method, load_method
+from experiments.calibrations import Calibrations
+from experiments.methods import Method, check_method_names, load_method
 from experiments.report import human_bytes
 from experiments.stopwatch import in_turn, seconds
 from experiments.transformers_peer import TransformersPeer
@@ -229,11 +230,12 @@ def run() -> None:
             raise ValueError(f"--{flag.name} must be at least 1, got {flag.value}.")
     names = _COMPRESSED if cli.METHODS.value is None else cli.METHODS.value
     keep = cli.KEEP.value or _COMPRESSED_KEEP
-    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value)
-    methods = [load_method(name, budget=keep, **configs) for name in dict.fromkeys(["full", *names])]
+    check_method_names(names)
     if cli.OUTPUT_DIR.value is not None:
         pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
     model = load_model(cli.MODEL.value or "smollm2")
+    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value, calibrate=Calibrations(model))
+    methods = [load_method(name, budget=keep, **configs) for name in dict.fromkeys(["full", *names])]
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
     threads = _threads()
     try:

@@ -24,7 +24,8 @@ from absl import flags
 
 import kvjax
 from experiments import cli, pictures, report, results, synthetic, tasks
-from experiments.methods import Method, load_method, method_names
+from experiments.calibrations import Calibrations
+from experiments.methods import Method, check_method_names, load_method, method_names
 from kvjax.budget import budget_slots
 from kvjax.observation import Observation, last_queries
 from models import Model, load_model
@@ -85,6 +86,7 @@ class Settings:
                 raise ValueError(f"Settings.{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1, got {self.max_examples}.")
+        check_method_names(self.methods)
         if not self.methods:
             raise ValueError(f"--methods must name at least one of {', '.join(method_names())}.")
 
@@ -112,14 +114,11 @@ def read_settings() -> Settings:
     return Settings(**given)
 
 
-def load_methods(settings: Settings) -> list[Method]:
+def load_methods(settings: Settings, model: Model) -> list[Method]:
     """`full`, then the other methods in the order given."""
     budget = settings.keep if settings.budget is None else settings.budget
-    names = dict.fromkeys(["full", *settings.methods])
-    return [
-        load_method(name, budget=budget, gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value)
-        for name in names
-    ]
+    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value, calibrate=Calibrations(model))
+    return [load_method(name, budget=budget, **configs) for name in dict.fromkeys(["full", *settings.methods])]
 
 
 def load_examples(settings: Settings, model: Model) -> list[tasks.Example]:
@@ -384,8 +383,8 @@ def evaluate(
 def run() -> None:
     """The program."""
     settings = read_settings()
-    methods = load_methods(settings)
     model = load_model(settings.model, settings.dtype)
+    methods = load_methods(settings, model)
     examples = load_examples(settings, model)
     check_fit(examples, methods, model)
     configs = {method.name: method.config for method in methods}

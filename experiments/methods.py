@@ -8,31 +8,43 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import gin
+import jax
 
 import kvjax
+
+Calibrate = Callable[[str, str | None], Mapping[str, jax.Array]]
+"""`(recipe, path) -> arrays`."""
 
 METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
     "accumulated_attention",
+    "future_attention",
     "key_difference",
     "last_query_attention",
     "negative_key_norm",
     "random",
+    "recurrence",
     "window_attention",
 )
 _TRANSFORMS = (
+    "adaptive",
     "at_prefill_end",
+    "cast",
     "every",
     "every_chunk",
     "every_step",
     "evict",
+    "evict_by_head",
     "identity",
+    "prune_channels",
+    "pyramid",
     "quantize",
     "ring",
+    "split_heads",
     "when_full",
 )
 
@@ -75,13 +87,36 @@ def compose(transforms: Sequence[kvjax.CacheTransform] = gin.REQUIRED) -> kvjax.
     return kvjax.chain(*transforms)
 
 
+@gin.configurable(module="experiments")
+def calibration(recipe: str = gin.REQUIRED, path: str | None = None) -> Mapping[str, jax.Array]:
+    """What a method measured on the model: from a folder of `experiments.calibrate`, or by itself for None."""
+    if _calibrations is None:
+        raise ValueError(f"{recipe} needs a model to be calibrated on, and there is none here.")
+    return _calibrations(recipe, path)
+
+
+_calibrations: Calibrate | None = None  # of the `load_method` in progress
+
+
 def method_names() -> list[str]:
     """Names of the files in configs/methods."""
     return sorted(path.stem for path in METHODS_DIR.glob("*.gin"))
 
 
+def check_method_names(names: Sequence[str]) -> None:
+    """Refuses names without a config file."""
+    for name in names:
+        if name not in method_names():
+            raise ValueError(f"--methods: unknown method {name!r}; there are {', '.join(method_names())}.")
+
+
 def load_method(
-    name: str, *, budget: int | float, gin_files: Sequence[str] = (), bindings: Sequence[str] = ()
+    name: str,
+    *,
+    budget: int | float,
+    gin_files: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    calibrate: Calibrate | None = None,
 ) -> Method:
     """Builds the method that `configs/methods/NAME.gin` describes.
 
@@ -90,12 +125,12 @@ def load_method(
       budget: what `%budget` means in it: tokens per KV head (int) or a fraction of the context (float).
       gin_files: read before the method's file.
       bindings: read after it, so they win.
+      calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
 
     Raises:
       ValueError: an unknown name, a binding that reaches nothing, or settings that the method refuses.
     """
-    if name not in method_names():
-        raise ValueError(f"--methods: unknown method {name!r}; there are {', '.join(method_names())}.")
+    check_method_names([name])
     gin.clear_config()
     with gin.unlock_config():
         for path in gin_files:
@@ -103,10 +138,14 @@ def load_method(
         gin.parse_config(f"budget = {budget!r}")
         gin.parse_config_file(str(METHODS_DIR / f"{name}.gin"))
         gin.parse_config(bindings)
+    global _calibrations
+    _calibrations = calibrate
     try:
         transform, chunk = method()
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {name}: {_first_lines(error)}") from error
+    finally:
+        _calibrations = None
     return Method(name, transform, chunk, gin.operative_config_str())
 
 

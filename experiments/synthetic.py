@@ -76,8 +76,7 @@ def synthetic_tasks(
     unknown = [task for task in tasks if task not in SYNTHETIC_TASKS]
     if unknown:
         raise ValueError(f"tasks: got {unknown[0]!r}, expected some of {', '.join(SYNTHETIC_TASKS)}")
-    clean = [" ".join(essay.split()) for essay in essays]
-    held_back, haystack = clean[::4], [essay for i, essay in enumerate(clean) if i % 4]
+    held_back, haystack = split_essays(essays)
     held_back_ids = tuple(tokenizer.encode("\n\n".join(held_back))) if "text" in tasks else ()
     examples = []
     for task, index in itertools.product(tasks, range(count)):
@@ -92,6 +91,12 @@ def synthetic_tasks(
             needles = NEEDLES if task == "needles" else 1
             examples.append(_needle_example(task, tokenizer, filler, needles, length, depth, rng))
     return examples
+
+
+def split_essays(essays: Sequence[str]) -> tuple[list[str], list[str]]:
+    """One in four essays to be predicted, and the others to plant needles in or to calibrate on."""
+    clean = [" ".join(essay.split()) for essay in essays]
+    return clean[::4], [essay for i, essay in enumerate(clean) if i % 4]
 
 
 def _depth(index: int) -> float:

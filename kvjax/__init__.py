@@ -10,20 +10,37 @@ from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, pr
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
-from kvjax.segments import BufferedSegment, DenseSegment, QuantizedSegment, Queries, Segment
+from kvjax.segments import (
+    BufferedSegment,
+    DenseSegment,
+    HeadsSegment,
+    LatentSegment,
+    QuantizedSegment,
+    Queries,
+    RaggedSegment,
+    Segment,
+)
 from kvjax.transforms import (
     CacheTransform,
     Scorer,
+    adaptive,
     at_prefill_end,
+    cast,
     chain,
     check_step,
     every,
     every_chunk,
     every_step,
     evict,
+    evict_by_head,
     identity,
+    project,
+    project_jointly,
+    prune_channels,
+    pyramid,
     quantize,
     ring,
+    split_heads,
     when_full,
 )
 from pallas_kernels.partial import Partial, combine

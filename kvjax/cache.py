@@ -76,7 +76,7 @@ class LayerCache:
             in no given order; making the written values depend on the result of the reading (through a test
             that never holds) gives the order, and the write happens in place.
         """
-        if after is not None:
+        if after is not None and self.segments[-1].pos.shape[-1]:
             never = jnp.any(after.out == jnp.inf)
             k, v, pos = (jnp.where(never, jnp.zeros((), x.dtype), x) for x in (k, v, pos))
         return self.with_tail(self.segments[-1].append(k, v, pos, rope))
@@ -148,7 +148,7 @@ def nbytes(tree: Any) -> int:
 def kept_tokens(cache: Cache) -> jax.Array:
     """f32[B]: occupied slots per KV head, averaged over layers and heads."""
     per_layer = [
-        sum(jnp.sum(s.pos >= 0, axis=(1, 2)) for s in layer.segments) / layer.segments[0].pos.shape[1]
+        sum(jnp.sum(s.pos >= 0, axis=(1, 2)) for s in layer.segments) / layer.segments[-1].pos.shape[1]
         for layer in cache.layers
     ]
     return jnp.mean(jnp.stack(per_layer), axis=0)

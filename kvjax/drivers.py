@@ -143,7 +143,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             "chunk must be None for a transform that wants every query of the prompt at its end: wrap it in "
             "every_step or every_chunk instead of at_prefill_end."
         )
-    needs = transform.needs if bounded else Needs(queries=min(window, chunk))
+    needs = transform.needs if bounded else transform.needs._replace(queries=min(window, chunk))
     count = -(-T // chunk)
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - T))).reshape(B, count, chunk)
 
@@ -152,7 +152,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
 
     # One padding token shows what a call reports of each layer; the compiler drops its arithmetic.
     probe = step(
-        tokens[:, 0, :1], jnp.full((B, 1), -1), cache, needs=Needs(), last_only=True
+        tokens[:, 0, :1], jnp.full((B, 1), -1), cache, needs=transform.needs._replace(queries=0), last_only=True
     )
     nothing_seen = observed(probe.layers, jnp.zeros_like(lengths))
     if bounded:
@@ -163,9 +163,10 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
         cache = cache.reserve(T)
     keep = window if window not in (0, ALL) else 0
     queries = query_window.start(keep, nothing_seen)
+    moments = tuple(seen.moments for seen in probe.layers)  # of the probe, which is padding: zero, or None
 
     def body(carry, t):
-        cache, state, queries, logits = carry
+        cache, state, queries, moments, logits = carry
         new = jnp.clip(lengths - t * chunk, 0, chunk)
         out = step(
             jax.lax.dynamic_index_in_dim(tokens, t, axis=1, keepdims=False),
@@ -180,12 +181,14 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache, state = transform.step(cache, state, seen)
         if keep:
             queries = query_window.extend(queries, seen)
+        moments = tuple(m and m.plus(layer.moments) for m, layer in zip(moments, out.layers))
         logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
-        return (cache, state, queries, logits), None
+        return (cache, state, queries, moments, logits), None
 
-    carry = (cache, state, queries, jnp.zeros_like(probe.logits))
-    (cache, _, queries, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
+    carry = (cache, state, queries, moments, jnp.zeros_like(probe.logits))
+    (cache, _, queries, moments, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
     seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
+    seen = seen.replace(layers=tuple(layer.replace(moments=m) for layer, m in zip(seen.layers, moments)))
     cache, state = transform.init(cache, seen)
     return logits, cache, state
 

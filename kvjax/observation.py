@@ -20,11 +20,41 @@ class Needs(NamedTuple):
     """What a transform asks the decoder to collect; nothing else is."""
 
     queries: int = 0  # the last W queries of each row and their lse; ALL for every query
+    moments_from: int | None = None  # the moments of all queries from this position on
 
     def union(self, other: Needs) -> Needs:
-        """What serves both."""
+        """What serves both.
+
+        Raises:
+          ValueError: both want moments, but from different positions.
+        """
         widest = max(self.queries, other.queries)
-        return Needs(queries=ALL if ALL in (self.queries, other.queries) else widest)
+        starts = {n.moments_from for n in (self, other)} - {None}
+        if len(starts) > 1:
+            raise ValueError(f"sinks of methods that use query moments must agree, got {sorted(starts)}.")
+        return Needs(
+            queries=ALL if ALL in (self.queries, other.queries) else widest,
+            moments_from=next(iter(starts), None),
+        )
+
+
+class QueryMoments(NamedTuple):
+    """Sums over the un-rotated queries of a row; those of two calls add up."""
+
+    count: jax.Array  # f32[B]
+    first: jax.Array  # f32[B, N, H]
+    second: jax.Array  # f32[B, N, H, H]
+
+    @classmethod
+    def of(cls, queries: Queries, start: int) -> QueryMoments:
+        """Of the queries at position `start` or later."""
+        counted = (queries.pos >= start).astype(jnp.float32)  # [B, T]; padding is at -1
+        raw = jnp.where(counted[..., None, None] > 0, queries.raw.astype(jnp.float32), 0.0)
+        return cls(jnp.sum(counted, axis=1), jnp.sum(raw, axis=1), jnp.einsum("btnh,btni->bnhi", raw, raw))
+
+    def plus(self, other: QueryMoments) -> QueryMoments:
+        """The sums over both."""
+        return QueryMoments(*(a + b for a, b in zip(self, other)))
 
 
 @struct.dataclass
@@ -34,6 +64,7 @@ class LayerObservation:
     queries: Queries  # W of them, un-rotated; padding (pos -1) where a row has fewer
     lse: jax.Array  # f32[B, W, N], over everything each query attended to
     layer: jax.Array  # i32[], its index
+    moments: QueryMoments | None = None  # of all queries of the call, or of the prompt at its end
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: float | None = struct.field(pytree_node=False, default=None)
 
@@ -51,6 +82,20 @@ class Observation:
     prompt: jax.Array  # i32[B], tokens of the whole prompt
     prompt_slots: int = struct.field(pytree_node=False)  # the longest prompt of the batch, static
     phase: Phase = struct.field(pytree_node=False, default="prefill")
+
+
+def observe(queries: Queries, lse: jax.Array, needs: Needs, layer: jax.Array, **how) -> LayerObservation:
+    """What a decoder reports of one layer.
+
+    Args:
+      queries: of the call, un-rotated.
+      lse: f32[B, T, N], over everything they attended to.
+      needs: what was asked for.
+      layer: i32[], index of the layer.
+      **how: the layer's `window` and `scale`, where it has its own.
+    """
+    moments = None if needs.moments_from is None else QueryMoments.of(queries, needs.moments_from)
+    return LayerObservation(*last_queries(queries, lse, needs.queries), layer=layer, moments=moments, **how)
 
 
 def last_queries(queries: Queries, lse: jax.Array, count: int) -> tuple[Queries, jax.Array]:

@@ -20,17 +20,19 @@ class Rope:
         return cls(inv_freq=base**-exponent)
 
 
-def rotate(x: jax.Array, pos: jax.Array, rope: Rope) -> jax.Array:
+def rotate(x: jax.Array, pos: jax.Array, rope: Rope | None) -> jax.Array:
     """Rotates each pair `(x[i], x[i + H/2])` by `pos * inv_freq[i]`.
 
     Args:
       x: [..., H].
       pos: i32, broadcastable to x.shape[:-1]; token positions, or any other index.
-      rope: the frequencies.
+      rope: the frequencies; None leaves x as it is.
 
     Returns:
       [..., H] in x's dtype, computed in float32.
     """
+    if rope is None:
+        return x
     angle = pos[..., None].astype(jnp.float32) * rope.inv_freq
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

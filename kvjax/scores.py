@@ -122,6 +122,106 @@ def last_query_attention() -> Scorer:
     return Scorer(score=score, needs=Needs(queries=1))
 
 
+def future_attention(
+    future: int = 512, sinks: int = 4, covariance: bool = True, value_norm: bool = True
+) -> Scorer:
+    """Attention that queries still to come would pay, if they were normal with the prompt's moments.
+
+    With mean mu and covariance C of a head's un-rotated queries (the first `sinks` left out), and R the mean
+    rotation over positions `n .. n + future - 1` after a prompt of n tokens:
+    `s = softmax_S(scale <k, R mu> + scale^2 / 2 k^T R C R^T k)`, averaged over the query group, times `||v||_2`.
+
+    Args:
+      future: positions over which rotations are averaged.
+      sinks: first tokens, left out of the moments and of the softmax; protect them with `sinks=`.
+      covariance: with the second term.
+      value_norm: with the norm of the value.
+
+    Source: Devoto, Jeblick, Jegou. "Expected Attention" (2025), arXiv:2510.00636.
+    """
+    if future < 1 or sinks < 0:
+        raise ValueError(f"future must be at least 1 and sinks at least 0, got {future} and {sinks}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        if segment.key_rope != "stored":
+            raise TypeError("future_attention scores rotated keys; put it before what re-indexes them.")
+        count, first, second = seen.moments
+        B, N, H = first.shape
+        K = segment.pos.shape[1]
+        count = jnp.maximum(count, 1.0)[:, None, None]
+        mean = first / count
+        spread = second / count[..., None] - mean[..., None] * mean[:, :, None]  # covariance
+        newest = jnp.max(segment.pos, axis=(1, 2))
+        after = newest[:, None] + 1 + jnp.arange(future)  # [B, future]
+        angle = after[..., None].astype(jnp.float32) * seen.queries.rope.inv_freq
+        cos, sin = jnp.mean(jnp.cos(angle), axis=1), jnp.mean(jnp.sin(angle), axis=1)  # [B, H / 2]
+
+        def turn(x):  # the mean rotation of the last axis
+            a, b = jnp.split(x, 2, axis=-1)
+            c, s = (y.reshape(B, *(1,) * (x.ndim - 2), H // 2) for y in (cos, sin))
+            return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+        scale = H**-0.5 if seen.scale is None else seen.scale
+        keys = segment.k.astype(jnp.float32)
+        grouped = lambda x: x.reshape(B, K, N // K, *x.shape[2:])
+        logits = scale * jnp.einsum("bkgh,bksh->bkgs", grouped(turn(mean)), keys)
+        if covariance:
+            turned = turn(turn(spread).swapaxes(2, 3))  # R C R^T, as C is symmetric
+            quadratic = lambda c: jnp.sum(jnp.einsum("bksh,bkhi->bksi", keys, c) * keys, axis=-1)
+            each = jax.lax.map(quadratic, jnp.moveaxis(grouped(turned), 2, 0))  # one head of a group at a time
+            logits = logits + scale**2 / 2 * jnp.moveaxis(each, 0, 2)
+        there = (segment.pos >= sinks)[:, :, None]
+        logits = jnp.where(there, logits, -1e30)
+        p = jnp.mean(jnp.where(there, jax.nn.softmax(logits, axis=-1), 0.0), axis=2)
+        return p * jnp.linalg.norm(segment.v.astype(jnp.float32), axis=-1) if value_norm else p
+
+    return Scorer(score=score, needs=Needs(moments_from=sinks))
+
+
+def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
+    """How likely a token is to be attended to again, from when it was last and from how long it ever rested.
+
+    A token is active when the newest query of a call, in any head of the group, pays it more than `alpha`.
+    `gap` is its longest rest between two activities (being written is the first), `idle` its rest by now:
+    `s = 2 sigmoid(-idle / gap) + 2 sigmoid(-gap / window)`. A token that has not come back since it was written
+    has 1 while `idle == 0`, then `0.001 / (1 + idle)`: the limit of the first term, newer tokens first.
+
+    Args:
+      alpha: probability above which a token is active.
+      window: tokens that make a gap long.
+
+    Source: Zhang et al., LazyEviction (2025), arXiv:2506.15969. The form of the second term is unverified: notes
+    on the paper disagree; this one favours short gaps, as the text says, on a scale that float32 can tell apart.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be in [0, 1), got {alpha}.")
+    if window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}.")
+    last, longest = "active_after", "gap"  # tokens from a slot's own position to its last activity; tokens
+
+    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        now = jnp.max(seen.queries.pos, axis=1, initial=-1)[:, None, None]
+        mass = _mass(segment, seen)
+        B, K, S = segment.pos.shape
+        active = (jnp.max(mass.reshape(B, K, -1, S), axis=2) > alpha) & (now >= 0)
+        rest = now - segment.pos - segment.stats[last]
+        stats = {
+            longest: jnp.where(active, jnp.maximum(segment.stats[longest], rest), segment.stats[longest]),
+            last: jnp.where(active, (now - segment.pos).astype(jnp.float32), segment.stats[last]),
+        }
+        return segment.replace(stats={**segment.stats, **stats})
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        newest = jnp.max(segment.pos, axis=-1, keepdims=True)
+        idle = newest - segment.pos - segment.stats[last]
+        gap = segment.stats[longest]
+        overdue = 2 * jax.nn.sigmoid(-idle / jnp.maximum(gap, 1.0)) + 2 * jax.nn.sigmoid(-gap / window)
+        once = jnp.where(idle <= 0, 1.0, 1e-3 / (1.0 + jnp.maximum(idle, 0.0)))
+        return jnp.where(gap > 0, overdue, once)
+
+    return Scorer(score=score, needs=Needs(queries=1), stats=(last, longest), observe=observe)
+
+
 def _mass(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
     return segment.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache, empty_cache
 from kvjax.drivers import Step, StepOutput
-from kvjax.observation import LayerObservation, Needs, last_queries
+from kvjax.observation import LayerObservation, Needs, observe
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
 from models.config import DecoderConfig
@@ -100,11 +100,25 @@ def prompt_cache(config: DecoderConfig, batch: int, dtype=jnp.float32) -> Cache:
     )
 
 
+def layer_inputs(params: dict, config: DecoderConfig, tokens: jax.Array) -> list[jax.Array]:
+    """[B, T, D] for every layer: what its query, key and value projections read, for i32[B, T] tokens."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    cache = prompt_cache(config, tokens.shape[0], params["embed"].dtype)
+    x, inputs = _embed(params["embed"], tokens), []
+    for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
+        inputs.append(_norm(x, weights["attn_norm"], config.norm_eps))
+        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), config=config, needs=Needs())
+    return inputs
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * weight
+
+
+_norm = jax.jit(rms_norm, static_argnames="eps")
 
 
 @jax.jit
@@ -136,8 +150,7 @@ def _one_layer(
     attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config)
     x = x + attended
     x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
-    observed = LayerObservation(*last_queries(queries, lse, needs.queries), layer=index)
-    return x, layer, observed
+    return x, layer, observe(queries, lse, needs, index)
 
 
 _layer = jax.jit(_one_layer, static_argnames=("config", "needs"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -49,3 +49,51 @@ def combine(partials: Sequence[Partial]) -> Partial:
     inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
     out = sum((w * inverse)[..., None] * p.out for w, p in zip(weights, partials))
     return Partial(out=out, lse=m_finite + jnp.log(total))
+
+
+def combine_by_owner(partial: Partial, owner: jax.Array, owners: int) -> Partial:
+    """Merges the parts that belong together when that is data: pages of a ragged cache into its heads.
+
+    The same merge as `combine`, over axis P instead of over a list.
+
+    Args:
+      partial: `out` f32[B, T, P * G, H], `lse` f32[B, T, P * G]: P parts with G queries each.
+      owner: i32[B, P], which of the `owners` a part belongs to.
+      owners: [K]; the result has K * G queries. One without parts is `(0, -inf)`.
+
+    Returns:
+      `Partial(out f32[B, T, K * G, H], lse f32[B, T, K * G])`.
+    """
+    B, T, _, H = partial.out.shape
+    P = owner.shape[1]
+    parts = lambda x: x.reshape(B, T, P, -1, *x.shape[3:]).swapaxes(1, 2)  # [B, P, T, G, ...]
+    out, lse = parts(partial.out), parts(partial.lse)
+    each = lambda reduce: jax.vmap(lambda x, ids: reduce(x, ids, num_segments=owners))
+    m = each(jax.ops.segment_max)(lse, owner)  # [B, K, T, G]; -inf where there is nothing
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    weight = jnp.exp(lse - jnp.take_along_axis(m, owner[:, :, None, None], axis=1))
+    total = each(jax.ops.segment_sum)(weight, owner)
+    summed = each(jax.ops.segment_sum)(weight[..., None] * out, owner)
+    summed = summed / jnp.where(total == 0.0, 1.0, total)[..., None]
+    merged = lambda x: x.swapaxes(1, 2).reshape(B, T, -1, *x.shape[4:])
+    return Partial(out=merged(summed), lse=merged(m + jnp.log(total)))
+
+
+def fold_tiles(attend: Callable[[jax.Array | int, int], Partial], slots: int, tile: int) -> Partial:
+    """Merges attention over S slots, a tile at a time: what is expanded to be read exists for one tile only.
+
+    Args:
+      attend: `(start, size) -> Partial` over slots `start .. start + size`; `start` may be traced.
+      slots: [S].
+      tile: slots of a tile; the last one may be smaller.
+    """
+    count, rest = divmod(slots, tile)
+    if count == 0:
+        return attend(0, rest)
+    if count == 1:
+        partial = attend(0, tile)
+    else:
+        like = jax.eval_shape(lambda: attend(0, tile))
+        nothing = Partial(jnp.zeros(like.out.shape, jnp.float32), jnp.full(like.lse.shape, -jnp.inf))
+        partial = jax.lax.fori_loop(0, count, lambda i, merged: combine([merged, attend(i * tile, tile)]), nothing)
+    return combine([partial, attend(count * tile, rest)]) if rest else partial

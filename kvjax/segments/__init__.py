@@ -2,7 +2,20 @@
 
 from kvjax.segments.buffered import BufferedSegment
 from kvjax.segments.dense import DenseSegment
+from kvjax.segments.heads import HeadsSegment
+from kvjax.segments.latent import LatentSegment
 from kvjax.segments.protocol import Queries, Ranks, Segment
 from kvjax.segments.quantized import QuantizedSegment
+from kvjax.segments.ragged import RaggedSegment
 
-__all__ = ["BufferedSegment", "DenseSegment", "QuantizedSegment", "Queries", "Ranks", "Segment"]
+__all__ = [
+    "BufferedSegment",
+    "DenseSegment",
+    "HeadsSegment",
+    "LatentSegment",
+    "QuantizedSegment",
+    "Queries",
+    "RaggedSegment",
+    "Ranks",
+    "Segment",
+]

@@ -9,7 +9,7 @@ from flax import struct
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
-from kvjax.segments.slots import token_order, write_windows
+from kvjax.segments.slots import write_windows
 from pallas_kernels.partial import Partial, combine
 
 
@@ -40,11 +40,11 @@ class BufferedSegment:
             raise TypeError("BufferedSegment cannot keep a ring: blocks are written once and never overwritten.")
         S = slots.pos.shape[2]
         slots = slots.replace(stats={})  # nothing scores slots once they are encoded
-        slots = _in_token_order(slots.resize(-(-S // block) * block))
+        slots = slots.resize(-(-S // block) * block).in_token_order()
         occupied = jnp.sum(slots.pos >= 0, axis=-1, keepdims=True)
         full = occupied // block * block
         in_body = jnp.arange(slots.pos.shape[2]) < full
-        tail = _window(slots.resize(slots.pos.shape[2] + block), full[..., 0], block)
+        tail = slots.resize(slots.pos.shape[2] + block).window(full[..., 0], block)
         return cls(body=encode(slots.drop(~in_body)), tail=tail)
 
     @property
@@ -77,6 +77,14 @@ class BufferedSegment:
             self.tail,
         )
 
+    def map_dense(self, body, tail) -> BufferedSegment:
+        """See `Segment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
+        return self.replace(body=self.body.map_dense(body, body))
+
+    def fold_dense(self, attend) -> Partial:
+        """See `Segment.fold_dense`."""
+        return combine([self.body.fold_dense(attend), self.tail.fold_dense(attend)])
+
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BufferedSegment:
         """See `Segment.append`."""
         if pos.shape[1] == 1:
@@ -91,12 +99,12 @@ class BufferedSegment:
             self.tail,
             self.tail.slots_of(k, v, pos, rope),
         )
-        ordered = _in_token_order(both.resize(max(block + T, (most + 1) * block)))
+        ordered = both.resize(max(block + T, (most + 1) * block)).in_token_order()
         whole = jax.tree.map(lambda x: x[:, :, : most * block], ordered)
         in_body = jnp.arange(most * block) < (flushes * block)[..., None]
         blocks = self._encode(whole.drop(~in_body), jnp.any(flushes > 0))
         return self.replace(
-            body=self._write(blocks, flushes, most), tail=_window(ordered, flushes * block, block)
+            body=self._write(blocks, flushes, most), tail=ordered.window(flushes * block, block)
         )
 
     def _append_one(self, k, v, pos, rope) -> BufferedSegment:
@@ -115,17 +123,18 @@ class BufferedSegment:
         S = self.body.pos.shape[2]
 
         def grow(x, axis):
+            if axis < 0:  # not of slots
+                return x
             pad = [(0, 0)] * x.ndim
             pad[axis] = (0, x.shape[axis] * (S + extra) // S - x.shape[axis])
-            return jnp.pad(x, pad)
+            empty = -1 if x.dtype == jnp.int32 else 0  # positions; codes are unsigned
+            return jnp.pad(x, pad, constant_values=empty)
 
         if S == 0:
             slots = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype), self.tail)
             body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1)))
             return self.replace(body=body)
-        body = jax.tree.map(grow, self.body, self.body.slot_axes())
-        body = body.replace(pos=body.pos.at[:, :, S:].set(-1))
-        return self.replace(body=body)
+        return self.replace(body=jax.tree.map(grow, self.body, self.body.slot_axes()))
 
     def _encode(self, slots: DenseSegment, needed: jax.Array) -> Segment:
         """Encodes slots when any are needed. Only the small result crosses the branch, never the body."""
@@ -143,23 +152,14 @@ class BufferedSegment:
         first = jnp.argmax(free, axis=-1)  # [B, K]
 
         def write(j, old, new, axis):
+            if axis < 0:
+                return old
             per = old.shape[axis] * block // S  # entries of this leaf in a block
             fresh = jax.lax.slice_in_dim(new, j * per, (j + 1) * per, axis=axis)
-            return write_windows(old, fresh, (first + j) * per, j < flushes, axis)
+            heads = old.shape[1]  # 1 where all heads share their coordinates, and so their tokens
+            return write_windows(old, fresh, ((first + j) * per)[:, :heads], (j < flushes)[:, :heads], axis)
 
         body = self.body
         for j in range(most):
             body = jax.tree.map(lambda *x, j=j: write(j, *x), body, blocks, self.body.slot_axes())
         return body
-
-
-def _in_token_order(slots: DenseSegment) -> DenseSegment:
-    """Slots sorted by position, empty ones last."""
-    order = token_order(slots.pos)
-    return slots.take(order, jnp.take_along_axis(slots.pos, order, axis=-1) >= 0)
-
-
-def _window(slots: DenseSegment, start: jax.Array, size: int) -> DenseSegment:
-    """`size` slots of every row and head from its own i32[B, K] start."""
-    index = start[..., None] + jnp.arange(size)
-    return slots.take(index, jnp.take_along_axis(slots.pos, index, axis=-1) >= 0)

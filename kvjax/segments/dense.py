@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.rope import Rope, rotate
-from kvjax.segments.protocol import KeyRope, Queries, Ranks
-from kvjax.segments.slots import LAST, keep_highest, write_windows
+from kvjax.rope import Rope, re_rotate, rotate
+from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from kvjax.segments.slots import LAST, keep_highest, token_order, write_windows
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, fold_tiles
+
+_TILE = 512  # slots that are expanded at a time
 
 
 @struct.dataclass
@@ -91,6 +93,26 @@ class DenseSegment:
         """Itself."""
         return self
 
+    def map_dense(self, body, tail) -> Segment:
+        """See `Segment.map_dense`."""
+        return tail(self)
+
+    def fold_dense(self, attend) -> Partial:
+        """See `Segment.fold_dense`."""
+
+        def tile(start, size):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), self)
+
+        return fold_tiles(lambda *of: attend(tile(*of)), self.pos.shape[2], _TILE)
+
+    def slot_axes(self) -> DenseSegment:
+        """For every leaf, the axis along which slots lie."""
+        return jax.tree.map(lambda _: 2, self)
+
+    def astype(self, dtype) -> DenseSegment:
+        """The same with keys and values stored in another floating dtype."""
+        return self.replace(k=_store(self.k, dtype), v=_store(self.v, dtype))
+
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> DenseSegment:
         """See `Segment.append`. A segment without slots becomes the tokens: the start of a prefill."""
         new = self.slots_of(k, v, pos, rope)
@@ -109,8 +131,8 @@ class DenseSegment:
         slot_pos = jnp.broadcast_to(pos[:, None], k.shape[:3])
         fresh = lambda: jnp.zeros(slot_pos.shape, jnp.float32)
         return self.replace(
-            k=k.astype(self.k.dtype),
-            v=v.astype(self.v.dtype),
+            k=_store(k, self.k.dtype),
+            v=_store(v, self.v.dtype),
             pos=slot_pos,
             bias=None if self.bias is None else fresh(),
             stats={name: fresh() for name in self.stats},
@@ -143,6 +165,28 @@ class DenseSegment:
         taken = jax.tree.map(gather, self)
         return taken.replace(pos=jnp.where(valid, taken.pos, -1))
 
+    def in_token_order(self) -> DenseSegment:
+        """Slots sorted by position, empty ones last."""
+        order = token_order(self.pos)
+        return self.take(order, jnp.take_along_axis(self.pos, order, axis=-1) >= 0)
+
+    def window(self, start: jax.Array, size: int) -> DenseSegment:
+        """`size` slots of every row and head from its own i32[B, K] start; those beyond the end are empty."""
+        index = start[..., None] + jnp.arange(size)
+        there = index < self.pos.shape[2]
+        index = jnp.where(there, index, 0)
+        return self.take(index, there & (jnp.take_along_axis(self.pos, index, axis=-1) >= 0))
+
+    def split_newest(self, count: int) -> tuple[DenseSegment, DenseSegment]:
+        """The older slots and the newest `count` of every row and head, both in token order."""
+        S = self.pos.shape[2]
+        ordered = self.in_token_order()
+        held = jnp.sum(ordered.pos >= 0, axis=-1)
+        older = jnp.maximum(held - count, 0)
+        newest = ordered.window(older, count)
+        rest = jax.tree.map(lambda x: x[:, :, : max(S - count, 0)], ordered)
+        return rest.drop(jnp.arange(rest.pos.shape[2]) >= older[..., None]), newest
+
     def drop(self, slots: jax.Array) -> DenseSegment:
         """Empties the slots where bool[B, K, S] is true; their room is used again."""
         return self.replace(pos=jnp.where(slots, -1, self.pos))
@@ -173,6 +217,21 @@ class DenseSegment:
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
         put = lambda old, fresh: old.at[rows, heads, slot].set(fresh, mode="drop", unique_indices=True)
         return jax.tree.map(put, self, new)
+
+
+def unrotated(slots: DenseSegment, rope: Rope) -> DenseSegment:
+    """The same slots with keys as they were before their rotation, to be rotated when read."""
+    if slots.key_rope != "stored":
+        return slots
+    return slots.replace(k=re_rotate(slots.k, -slots.pos, rope), key_rope="at_attend")
+
+
+def _store(x: jax.Array, dtype) -> jax.Array:
+    """Casts for storage; 8-bit floats have no infinity, so what lies beyond their range is clipped."""
+    if jnp.dtype(dtype).itemsize == 1:
+        limit = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
 
 
 def dense_tail(layer, transform: str) -> DenseSegment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -86,8 +87,23 @@ class Segment(Protocol):
     def dense(self) -> Segment:
         """The same slots with keys and values as stored numbers: what transforms that need values read."""
 
+    def map_dense(self, body: Rewrite, tail: Rewrite) -> Segment:
+        """Rewrites the dense slots it holds, wherever they are nested; refuses where there are none.
+
+        Args:
+          body: for slots that are written once, or in whole blocks.
+          tail: for slots that tokens are appended to one by one.
+        """
+
+    def fold_dense(self, attend: Callable[[Segment], Partial]) -> Partial:
+        """Merges `attend` over dense tiles of its slots, expanded one at a time (for `LatentSegment`)."""
+
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
         """Writes T new tokens: k, v [B, K, T, H], k un-rotated; pos i32[B, T], padding (-1) last."""
 
     def reserve(self, tokens: int) -> Segment:
         """Makes room for `tokens` more appended tokens. Changes shapes: only before the loop starts."""
+
+
+Rewrite = Callable[[Segment], Segment]
+"""From a `DenseSegment` to the segment that replaces it."""

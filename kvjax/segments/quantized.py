@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ from flax import struct
 
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
-from kvjax.segments.protocol import KeyRope, Queries, Ranks
+from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from pallas_kernels.attention_mass import attention_mass
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.quantize_pack import Packed, dequantize, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+
+_TILE = 512  # slots that are dequantized at a time
 
 
 @struct.dataclass
@@ -122,6 +125,24 @@ class QuantizedSegment:
             v=dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
         )
+
+    def map_dense(self, body, tail) -> Segment:
+        """Refused: its slots are compressed already."""
+        raise ValueError("QuantizedSegment is compressed already; put this transform before the one that made it.")
+
+    def fold_dense(self, attend) -> Partial:
+        """See `Segment.fold_dense`."""
+
+        def tile(start, size):
+            def part(x, axis):
+                per = self.pos.shape[2] // x.shape[axis]  # slots of an entry
+                at, count = (start // per, size // per) if x.shape[axis] < self.pos.shape[2] else (start, size)
+                return jax.lax.dynamic_slice_in_dim(x, at, count, axis=axis)
+
+            return jax.tree.map(part, self, self.slot_axes()).dense()
+
+        step = self.key_group * 32 // math.gcd(self.key_group, 32)  # whole groups and whole words
+        return fold_tiles(lambda *of: attend(tile(*of)), self.pos.shape[2], max(_TILE // step, 1) * step)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:
         """Refused: a single token has no group to share its key scales with."""

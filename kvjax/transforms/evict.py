@@ -35,12 +35,43 @@ class Scorer(NamedTuple):
     observe: Callable[[DenseSegment, LayerObservation], DenseSegment] = lambda segment, seen: segment
 
 
+LayerBudgets = Callable[[int, int, int], tuple[int, ...]]
+"""`(layers, slots per layer, slots of the prompt) -> slots of each layer`, all beside what is always kept."""
+
+
+def pyramid(beta: int = 20) -> LayerBudgets:
+    """Budgets that fall linearly with depth, from about `2 n` to `n / beta`.
+
+    With n slots a layer: `low = n // beta`, `high = 2 n - low`, `n_l = high - l * ((high - low) // (L - 1))`. A
+    prompt of fewer than `high` tokens caps `high` and raises `low`; one of fewer than `2 n` is split evenly.
+
+    Args:
+      beta: how steep; at least 1.
+
+    Source: Cai et al., PyramidKV (2024), section 3.2; KVCache-Factory, `pyramidkv_utils.py`.
+    """
+    if beta < 1:
+        raise ValueError(f"beta must be at least 1, got {beta}.")
+
+    def split(layers: int, slots: int, prompt: int) -> tuple[int, ...]:
+        if layers == 1 or prompt < 2 * slots:
+            return (slots,) * layers
+        low = slots // beta
+        high = min(2 * slots - low, prompt)
+        low = 2 * slots - high
+        step = (high - low) // (layers - 1)
+        return tuple(high - layer * step for layer in range(layers))
+
+    return split
+
+
 def evict(
     scorer: Scorer,
     budget: int | float,
     *,
     sinks: int = 0,
     recent: int | float = 0,
+    layers: LayerBudgets | None = None,
 ) -> CacheTransform:
     """Keeps, per KV head, the `budget` slots with the highest scores, and frees the memory of the rest.
 
@@ -52,32 +83,16 @@ def evict(
       budget: tokens per KV head, as a count or as a fraction of each row's prompt.
       sinks: first tokens of the sequence that are always kept.
       recent: newest tokens that are always kept: a count, or a fraction of the budget.
+      layers: splits the budget unevenly over the layers, as it does for the longest prompt of the batch.
 
     Raises:
       ValueError: the budget cannot hold the sinks and the recent tokens.
     """
-    if sinks < 0 or recent < 0:
-        raise ValueError(f"sinks and recent must be at least 0, got {sinks} and {recent}.")
-    if isinstance(recent, float) and recent > 1:
-        raise ValueError(f"recent as a fraction of the budget must be at most 1, got {recent}.")
-    recent_count = recent if isinstance(recent, int) else 0
-    check_budget(
-        budget,
-        at_least=max(1, sinks + recent_count),
-        holds=f"{sinks} sinks and {recent_count} recent tokens",
-    )
+    recent_count = check_protected(budget, sinks, recent)
 
     def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array) -> jax.Array:
-        scores = scorer.score(segment, seen).astype(jnp.float32)
-        newest = jnp.max(segment.pos, axis=-1, keepdims=True)
-        if isinstance(recent, float):
-            count = jnp.floor(recent * rows + 1e-3).astype(jnp.int32)[:, None, None]
-        else:
-            count = recent
-        protected = (segment.pos > newest - count) | (segment.pos < sinks)
-        age = (newest - segment.pos).astype(jnp.float32)
-        # Where a row's budget is smaller than what is protected, the newest stay.
-        return jnp.where(protected, _PROTECTED / (1.0 + age), scores)
+        protected = is_protected(segment.pos, rows, sinks, recent)
+        return protect(scorer.score(segment, seen).astype(jnp.float32), segment.pos, protected)
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
@@ -102,22 +117,22 @@ def evict(
         return layer.with_tail(segment.drop(lowest(scores, excess)))
 
     def init(cache: Cache, observation: Observation):
-        slots = budget_slots(budget, observation.prompt_slots)
-        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
-        if slots < sinks + recent_count:
-            raise ValueError(
-                f"budget must hold {sinks} sinks and {recent_count} recent tokens, got {budget} of "
-                f"{observation.prompt_slots} tokens = {slots}."
-            )
-        shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
-        return cache.map_layers(shrink, observation.layers), rows
+        prompt_slots = observation.prompt_slots
+        slots = budget_slots(budget, prompt_slots)
+        check_protected_fit(budget, slots, prompt_slots, sinks, recent_count)
+        rows = budget_rows(budget, observation.prompt, prompt_slots)
+        each = _split(layers, len(cache.layers), slots, prompt_slots, sinks + recent_count, rows)
+        shrunk = [
+            compress(layer, seen, rows, slots=slots)
+            for layer, seen, (slots, rows) in zip(cache.layers, observation.layers, each, strict=True)
+        ]
+        return cache.replace(layers=tuple(shrunk)), tuple(rows for _, rows in each)
 
-    def observe(cache: Cache, rows: jax.Array, observation: Observation):
+    def observe(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
         return cache.map_layers(see, observation.layers), rows
 
-    def update(cache: Cache, rows: jax.Array, observation: Observation):
-        free = lambda layer, seen: drop_excess(layer, seen, rows)
-        return cache.map_layers(free, observation.layers), rows
+    def update(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
+        return cache.map_layers(drop_excess, observation.layers, rows), rows
 
     return CacheTransform(
         init=init,
@@ -128,6 +143,63 @@ def evict(
         frees_in_decode=1,
         budget=budget,
     )
+
+
+def _split(
+    layers: LayerBudgets | None, count: int, slots: int, prompt_slots: int, protected: int, rows: jax.Array
+) -> list[tuple[int, jax.Array]]:
+    """For each of `count` layers its slots, and i32[B], the budget of each row."""
+    if layers is None:
+        return [(slots, rows)] * count
+    free = slots - protected
+    split = layers(count, free, max(prompt_slots - protected, 0))
+    share = lambda n: jnp.floor((rows - protected) * (n / max(free, 1)) + 1e-3).astype(jnp.int32)
+    return [(n + protected, protected + jnp.clip(share(n), 0, n)) for n in split]
+
+
+def check_protected(budget: int | float, sinks: int, recent: int | float) -> int:
+    """Checks, when a method is built, that a budget holds what is always kept; returns `recent` as a count.
+
+    Raises:
+      ValueError: the budget cannot hold the sinks and the recent tokens, or these make no sense.
+    """
+    if sinks < 0 or recent < 0:
+        raise ValueError(f"sinks and recent must be at least 0, got {sinks} and {recent}.")
+    if isinstance(recent, float) and recent > 1:
+        raise ValueError(f"recent as a fraction of the budget must be at most 1, got {recent}.")
+    count = recent if isinstance(recent, int) else 0
+    check_budget(budget, at_least=max(1, sinks + count), holds=f"{sinks} sinks and {count} recent tokens")
+    return count
+
+
+def check_protected_fit(budget: int | float, slots: int, prompt_slots: int, sinks: int, recent: int) -> None:
+    """The same for a budget that is a fraction, when the prompt is known."""
+    if slots < sinks + recent:
+        raise ValueError(
+            f"budget must hold {sinks} sinks and {recent} recent tokens, got {budget} of {prompt_slots} tokens "
+            f"= {slots}."
+        )
+
+
+def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | float) -> jax.Array:
+    """bool[B, K, S]: the slots that are always kept.
+
+    Args:
+      pos: i32[B, K, S].
+      rows: i32[B], budget of each row, of which a fractional `recent` is a part.
+      sinks: first tokens of the sequence.
+      recent: newest tokens.
+    """
+    newest = jnp.max(pos, axis=-1, keepdims=True)
+    if isinstance(recent, float):
+        recent = jnp.floor(recent * rows + 1e-3).astype(jnp.int32)[:, None, None]
+    return (pos >= 0) & ((pos > newest - recent) | (pos < sinks))
+
+
+def protect(scores: jax.Array, pos: jax.Array, protected: jax.Array) -> jax.Array:
+    """Lifts protected slots above all others; the newest first, where a budget cannot hold all of them."""
+    age = (jnp.max(pos, axis=-1, keepdims=True) - pos).astype(jnp.float32)
+    return jnp.where(protected, _PROTECTED / (1.0 + age), scores)
 
 
 def lowest(scores: jax.Array, count: jax.Array) -> jax.Array:

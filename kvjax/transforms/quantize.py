@@ -6,7 +6,6 @@ import jax
 
 from kvjax.cache import LayerCache
 from kvjax.segments import BufferedSegment, QuantizedSegment
-from kvjax.segments.dense import dense_tail
 from kvjax.transforms.base import CacheTransform
 
 
@@ -20,8 +19,9 @@ def quantize(
 ) -> CacheTransform:
     """Turns each layer's last, dense segment into a quantized body and a dense tail of `residual` slots.
 
-    `init` encodes whole blocks of `residual` tokens, oldest first, and leaves the remainder in the tail;
-    afterwards the tail flushes by itself whenever it fills up.
+    Segments before it, which nothing is written to any more, are quantized as a whole. `init` encodes whole
+    blocks of `residual` tokens, oldest first, and leaves the remainder in the tail; afterwards the tail flushes
+    by itself whenever it fills up.
 
     Args:
       bits: 2, 4 or 8 per stored number.
@@ -58,7 +58,9 @@ def quantize(
 
     @jax.jit
     def compress(layer: LayerCache) -> LayerCache:
-        dense = dense_tail(layer, "quantize")
-        return layer.with_tail(BufferedSegment.from_dense(dense, encode, residual))
+        *written, tail = layer.segments
+        buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)
+        body = tuple(segment.map_dense(encode, encode) for segment in written)
+        return layer.replace(segments=(*body, tail.map_dense(encode, buffer)))
 
     return CacheTransform(init=lambda cache, observation: (cache.map_layers(compress), ()))

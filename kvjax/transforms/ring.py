@@ -10,11 +10,19 @@ import jax.numpy as jnp
 from kvjax.budget import budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.rope import re_rotate
-from kvjax.segments.dense import dense_tail
+from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
 from kvjax.segments.protocol import KeyRope
 from kvjax.segments.slots import LAST, keep_highest
 from kvjax.transforms.base import CacheTransform
+
+
+def as_ring(segment: DenseSegment, slots: int, sinks: int) -> DenseSegment:
+    """The sinks and the newest slots, `slots` of them, in a segment that overwrites its oldest."""
+    if segment.pos.shape[2] < slots:
+        segment = segment.resize(slots)
+    is_sink = (segment.pos >= 0) & (segment.pos < sinks)
+    newest = jnp.where(is_sink, LAST, segment.pos)
+    return segment.take(*keep_highest(newest, segment.pos >= 0, slots)).replace(ring_sinks=sinks)
 
 
 def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
@@ -37,16 +45,10 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, *, slots: int) -> LayerCache:
-        segment = dense_tail(layer, "ring")
-        if segment.pos.shape[2] < slots:
-            segment = segment.resize(slots)
-        is_sink = (segment.pos >= 0) & (segment.pos < sinks)
-        newest = jnp.where(is_sink, LAST, segment.pos)
-        segment = segment.take(*keep_highest(newest, segment.pos >= 0, slots))
+        segment = as_ring(dense_tail(layer, "ring"), slots, sinks)
         if key_rope != segment.key_rope:
-            unrotated = re_rotate(segment.k, -segment.pos, seen.queries.rope)
-            segment = segment.replace(k=unrotated, key_rope=key_rope)
-        return layer.with_tail(segment.replace(ring_sinks=sinks))
+            segment = unrotated(segment, seen.queries.rope).replace(key_rope=key_rope)
+        return layer.with_tail(segment)
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)

@@ -26,6 +26,7 @@ def attention_mass(
     K, S = k.shape[1], k.shape[2]
     G = N // K
     scale = H**-0.5 if scale is None else scale
+    k = k.astype(q.dtype) if k.dtype.itemsize == 1 else k
 
     def block(q, q_pos, lse):
         t = q.shape[1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.visibility import visible
+
+_TILE = 512  # slots of 8-bit floats that are widened at a time
 
 
 def decode_attention(
@@ -21,6 +23,8 @@ def decode_attention(
     scale: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.decode_attention.api.decode_attention`."""
+    if k.dtype.itemsize == 1:
+        return _widened(q, k, v, q_pos, k_pos, bias, window=window, scale=scale)
     B, T, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
     G = N // K
@@ -54,3 +58,15 @@ def decode_attention(
         out=out.transpose(0, 2, 1, 3, 4).reshape(B, T, N, v.shape[-1]),
         lse=lse.transpose(0, 2, 1, 3).reshape(B, T, N),
     )
+
+
+def _widened(q, k, v, q_pos, k_pos, bias, **how) -> Partial:
+    """8-bit floats, tile by tile in the queries' dtype."""
+
+    def attend(start, size):
+        tile = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+        wide = lambda x: tile(x).astype(q.dtype)
+        bias_tile = None if bias is None else tile(bias)
+        return decode_attention(q, wide(k), wide(v), q_pos, tile(k_pos), bias=bias_tile, **how)
+
+    return fold_tiles(attend, k.shape[2], _TILE)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.reference import decode_attention
-from pallas_kernels.partial import Partial, combine
+from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.quantize_pack.reference import Packed, dequantize
 
 _TILE = 512  # slots; a float32 tile of 8 heads of 128 channels is 2 MB
@@ -26,9 +26,8 @@ def quantized_decode_attention(
     """See `pallas_kernels.quantized_decode_attention.api.quantized_decode_attention`."""
     B, T, N, H = q.shape
     S = k_pos.shape[-1]
-    nothing = Partial(jnp.zeros((B, T, N, H), jnp.float32), jnp.full((B, T, N), -jnp.inf))
     if S == 0:
-        return nothing
+        return Partial(jnp.zeros((B, T, N, v.words.shape[-1]), jnp.float32), jnp.full((B, T, N), -jnp.inf))
     group = S // k.scale.shape[2]
 
     def attend(start, size):
@@ -53,16 +52,4 @@ def quantized_decode_attention(
             scale=scale,
         )
 
-    tile = max(_TILE // group, 1) * group
-    count, rest = divmod(S, tile)
-    partial = nothing
-    if count == 1:
-        partial = attend(0, tile)
-    elif count > 1:
-        partial = jax.lax.fori_loop(
-            0, count, lambda i, merged: combine([merged, attend(i * tile, tile)]), nothing
-        )
-    if rest:
-        last = attend(count * tile, rest)
-        partial = combine([partial, last]) if count else last
-    return partial
+    return fold_tiles(attend, S, max(_TILE // group, 1) * group)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import kvjax
 from experiments.methods import load_method
 from kvjax import every, every_chunk, every_step, evict, scores, when_full
 from kvjax.budget import budget_slots
+from tests.fake_calibrations import calibrate
+from tests.kvjax import tiny_model
 from tests.kvjax.conformance import Case, Sizes
 
 FLOAT, INDEX = 4, 4  # bytes
@@ -31,6 +34,19 @@ def bounded(budget, extra: int, stats: int = 0):
     return lambda sizes: _dense(budget_slots(budget, sizes.prompt) + extra, sizes, stats) + INDEX * sizes.batch
 
 
+def pages(budget, page: int):
+    """Pages for K * budget slots of a layer, what rounding may add, and a dense segment for the room."""
+
+    def nbytes(sizes):
+        K = sizes.kv_heads
+        count = -(-(K * budget_slots(budget, sizes.prompt) + K // 2) // page) + K - 1
+        count = min(count, K * -(-sizes.prompt // page))
+        pool = sizes.layers * sizes.batch * count * (page * (2 * sizes.head_dim * FLOAT + INDEX) + INDEX)
+        return pool + _dense(sizes.room, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
 def kivi(bits: int, group: int, residual: int, budget=None):
     """Packed blocks for the prompt (or the budget) and the room, with bfloat16 scales, and an exact tail."""
 
@@ -55,10 +71,61 @@ def _config(name: str, nbytes, *bindings: str, budget: int | float = 12, exact: 
     """The method of `configs/methods/NAME.gin`, with bindings that make it small; `exact`: given enough budget."""
 
     def build(budget=budget):
-        return load_method(name, budget=budget, bindings=bindings).transform
+        return load_method(name, budget=budget, bindings=bindings, calibrate=calibrate(tiny_model.CONFIG)).transform
 
     lossless = (lambda: build(_ALL)) if exact else None
     return Case(name, build, nbytes, lossless, **promises)
+
+
+def _calibrated(recipe: str):
+    return calibrate(tiny_model.CONFIG)(recipe, None)
+
+
+def fp8():
+    """A byte for each number, beside the position."""
+
+    def nbytes(sizes):
+        slots = sizes.layers * sizes.batch * sizes.kv_heads * (sizes.prompt + sizes.room)
+        return slots * (2 * sizes.head_dim + INDEX) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def think(prune: float, window: int):
+    """Keys of fewer channels and their index for all but the newest tokens."""
+
+    def nbytes(sizes):
+        H, heads = sizes.head_dim, sizes.layers * sizes.batch * sizes.kv_heads
+        kept = H - int(prune * H)
+        older = (sizes.prompt - window) * (FLOAT * (kept + H) + INDEX) + INDEX * kept
+        return heads * older + _dense(window + sizes.room, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def matryoshka(rank: int):
+    """Coordinates of each token, and bases with means that the rows share."""
+
+    def nbytes(sizes):
+        H, heads = sizes.head_dim, sizes.layers * sizes.kv_heads
+        token = FLOAT * 2 * rank + INDEX
+        bases = FLOAT * heads * (2 * H * rank + 2 * H)
+        return heads * sizes.batch * (sizes.prompt + sizes.room) * token + bases + INDEX * sizes.batch
+
+    return nbytes
+
+
+def cskv(rank: int, window: int):
+    """Joint coordinates in blocks, bases that the rows share, and an exact tail."""
+
+    def nbytes(sizes):
+        blocks = -(-sizes.prompt // window) + -(-sizes.room // window)
+        token = FLOAT * 2 * rank + INDEX
+        bases = FLOAT * sizes.layers * sizes.kv_heads * sizes.head_dim * 2 * rank
+        body = sizes.layers * sizes.batch * blocks * window * token
+        return body + bases + _dense(window, sizes) + INDEX * sizes.batch
+
+    return nbytes
 
 
 CASES = [
@@ -85,6 +152,69 @@ CASES = [
         budget=16,
     ),
     _config("keydiff_int8", kivi(8, 8, 8, budget=0.5), "kivi.group = 8", "kivi.residual = 8", budget=0.5),
+    _config("kivi4", kivi(4, 8, 16), "kivi.group = 8", "kivi.residual = 16"),
+    _config("kivi2", kivi(2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
+    _config("fp8", fp8()),
+    _config(
+        "pyramidkv",
+        # 8 beside the window: high = min(2 * 8 - 8 // 4, 24 - 4), low = 16 - 14 over two layers
+        lambda s: (_dense(4 + 14, s) + _dense(4 + 2, s)) // 2 + _dense(s.room, s) + INDEX * s.batch,
+        "pyramidkv.window = 4",
+        "pyramidkv.kernel = 3",
+        "pyramidkv.beta = 4",
+        exact=True,
+        shared_by="cache",
+    ),
+    _config(
+        "adakv_snapkv",
+        pages(12, 4),
+        "adakv_snapkv.window = 4",
+        "adakv_snapkv.kernel = 3",
+        "adakv_snapkv.page = 4",
+        exact=True,
+        shared_by="layer",
+    ),
+    _config("adakv_expected", pages(0.5, 4), "adakv_expected.page = 4", budget=0.5, exact=True, shared_by="layer"),
+    _config("expected_attention", grows(12), "expected_attention.future = 16", exact=True),
+    _config("lazyeviction", bounded(12, 4, stats=2), "lazyeviction.window = 4", exact=True, slack=3),
+    _config("think", think(0.4, 4), "think.window = 4"),
+    _config("matryoshka_pca", matryoshka(8)),
+    _config("cskv", cskv(16, 4), "cskv.window = 4"),
+    _config(
+        "duoattention",
+        # half of the four heads keep the prompt and the room, half are rings of six
+        lambda s: (_dense(s.prompt + s.room, s) + _dense(6, s)) // 2 + INDEX * s.batch,
+        "duoattention.sinks = 2",
+        "duoattention.recent = 4",
+    ),
+    Case(
+        "think_all_channels",
+        lambda: kvjax.methods.think(0.0, window=4),
+        think(0.0, 4),
+        lambda: kvjax.methods.think(0.0, window=4),
+    ),
+    Case(
+        "matryoshka_full_rank",
+        lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
+        matryoshka(16),
+        lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
+    ),
+    Case(
+        "cskv_full_rank",
+        lambda: kvjax.methods.cskv(_calibrated("cskv"), 1.0, 1.0, window=4),
+        cskv(32, 4),
+        lambda: kvjax.methods.cskv(_calibrated("cskv"), 1.0, 1.0, window=4),
+    ),
+    Case(
+        "adakv_int4",
+        lambda: kvjax.chain(
+            kvjax.methods.adakv_snapkv(12, window=4, kernel=3, page=8),
+            kvjax.quantize(4, key_group=8, value_group=8, residual=8),
+        ),
+        # 5 pages of 8 for 2 * 12 + 1 slots, packed; then the room, packed in blocks, and the exact tail
+        lambda s: s.layers * s.batch * 5 * (8 * 36 + INDEX) + kivi(4, 8, 8, budget=0)(s),
+        shared_by="layer",
+    ),
     Case(
         "every_4_window_attention",
         lambda: every(4, evict(_window(), 12, recent=4)),
@@ -114,14 +244,24 @@ CASES = [
 ]
 
 METHODS = {
+    "adakv_expected": "adakv_expected",
+    "adakv_snapkv": "adakv_snapkv",
+    "cskv": "cskv",
+    "duoattention": "duoattention",
+    "expected_attention": "expected_attention",
+    "fp8": "fp8",
     "full": "full",
     "h2o": "h2o",
     "keydiff": "keydiff",
     "kivi": "int8",
     "knorm": "knorm",
+    "lazyeviction": "lazyeviction",
+    "matryoshka_pca": "matryoshka_pca",
+    "pyramidkv": "pyramidkv",
     "random_eviction": "random",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
+    "think": "think",
     "tova": "tova",
 }
 """The case that stands for each public method."""

@@ -129,3 +129,108 @@ class StreamingLLM:
         if len(at) > self.sinks + self.recent:
             at = np.concatenate([at[: self.sinks], at[-self.recent :]])
         return [at] * len(slots)
+
+
+@dataclasses.dataclass
+class AdaKV:
+    """Ada-KV, `adaptive_snapkv`: SnapKV's pooled scores of all heads in one list decide how many each head keeps."""
+
+    budget: int
+    window: int
+    kernel: int
+    floor: float
+    normalise: bool
+    acted: bool = False
+
+    def __call__(self, probability, slots, keys, done):
+        if self.acted:
+            return slots
+        self.acted = True
+        base, half = self.budget - self.window, self.kernel // 2
+        pooled = []
+        for weights in probability:
+            vote = weights[:, -self.window :, : -self.window].sum(axis=1).mean(axis=0)
+            padded = np.pad(vote, half)
+            pooled.append(np.lib.stride_tricks.sliding_window_view(padded, self.kernel).max(axis=-1))
+        compared = pooled
+        if self.normalise:
+            compared = [x * np.sort(x)[::-1][:base].sum() / x.sum() for x in pooled]
+        flat = np.concatenate(compared)
+        owner = np.repeat(np.arange(len(pooled)), [len(x) for x in pooled])
+        adaptive = np.bincount(owner[np.argsort(-flat, kind="stable")[: base * len(pooled)]], minlength=len(pooled))
+        counts = np.rint(adaptive * (1 - self.floor) + self.floor * base).astype(int)
+        return [
+            np.concatenate([at[_top(x, n)], at[-self.window :]]) for at, x, n in zip(slots, pooled, counts)
+        ]
+
+
+def pyramid_budgets(layers: int, capacity: int, window: int, tokens: int, beta: int) -> list[int]:
+    """PyramidKV, `pyramidkv_utils.py`: tokens of each layer, its window included."""
+    capacity -= window
+    low = capacity // beta
+    high = capacity * 2 - low
+    if high >= tokens - window:
+        high = tokens - window
+        low = capacity * 2 - high
+    if tokens - window < capacity * 2:
+        return [capacity + window] * layers
+    return [high - layer * ((high - low) // (layers - 1)) + window for layer in range(layers)]
+
+
+@dataclasses.dataclass
+class LazyEviction:
+    """LazyEviction, step by step: timestamps and longest rests of every token, judged every `window` tokens."""
+
+    budget: int
+    window: int
+    alpha: float
+    states: list[dict] | None = None
+    since: int | None = None
+
+    def __call__(self, probability, slots, keys, done):
+        if self.states is None:
+            self.states = [{} for _ in slots]
+        now = slots[0][-1]
+        for weights, at, state in zip(probability, slots, self.states):
+            seen = weights[:, -1].max(axis=0)  # over the query group
+            for token, p in zip(at, seen):
+                last, gap = state.get(token, (token, 0))
+                if p > self.alpha:
+                    last, gap = now, max(gap, now - last)
+                state[token] = (last, gap)
+        self.since = self.window if self.since is None else self.since + 1
+        if self.since < self.window:
+            return slots
+        self.since = 0
+        kept = []
+        for at, state in zip(slots, self.states):
+            older = at[at <= now - self.window]
+            score = np.array([self.importance(now, *state[token]) for token in older])
+            count = self.budget - (len(at) - len(older))
+            kept.append(np.concatenate([older[_top(score, count)], at[at > now - self.window]]))
+        return kept
+
+    def importance(self, now, last, gap):
+        if gap == 0:
+            return 1.0 if now == last else 1e-3 / (1 + now - last)
+        sigmoid = lambda x: 1 / (1 + np.exp(-x))
+        return 2 * sigmoid(-(now - last) / gap) + 2 * sigmoid(-gap / self.window)
+
+
+def expected_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, turn, future: int, sinks: int, covariance: bool = True
+) -> np.ndarray:
+    """`ExpectedAttentionPress.score` for one KV head: queries [T, G, H] before and keys [T, H] after rotation."""
+    T, G, H = q.shape
+    rotation = np.mean([[turn(e, T + i) for e in np.eye(H)] for i in range(future)], axis=0).T
+    scores = []
+    for g in range(G):
+        used = q[sinks:, g]
+        mean = rotation @ used.mean(axis=0)
+        logits = k[sinks:] @ mean / np.sqrt(H)
+        if covariance:
+            second = rotation @ np.cov(used.T, bias=True) @ rotation.T
+            logits = logits + np.einsum("ti,ij,tj->t", k[sinks:], second, k[sinks:]) / H / 2
+        p = np.exp(logits - logits.max())
+        scores.append(p / p.sum())
+    return np.mean(scores, axis=0) * np.linalg.norm(v[sinks:], axis=-1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import Queries, Rope, StepOutput, empty_cache, rotate
-from kvjax.observation import LayerObservation, last_queries
+from kvjax.observation import observe
 from pallas_kernels.prefill_attention import prefill_attention
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, VOCAB, BASE = 2, 4, 2, 8, 512, 100.0
@@ -59,9 +59,7 @@ def decoder(tables: Tables):
             own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
             attended = layer.attend(queries, new=own)
             layers.append(layer.append(k, v, positions, rope, after=attended))
-            seen.append(
-                LayerObservation(*last_queries(queries, attended.lse, needs.queries), layer=jnp.int32(index))
-            )
+            seen.append(observe(queries, attended.lse, needs, jnp.int32(index)))
             outs.append(attended.out.reshape(*tokens.shape, -1))
         new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
         logits = jnp.concatenate(outs, axis=-1)

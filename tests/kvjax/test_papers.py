@@ -188,3 +188,58 @@ def test_random_eviction_draws_uniform_numbers():
     assert (np.abs(counts - 8 * S / 20) < 195).all()
     # Independent rows of 4000: the standard deviation of a correlation is 0.016.
     assert np.abs(np.corrcoef(draws) - np.eye(8)).max() < 0.08
+
+
+@pytest.mark.parametrize("floor, normalise", [(0.2, False), (0.5, True), (0.0, False)])
+def test_adakv(floor, normalise):
+    method = methods.adakv_snapkv(BUDGET, window=6, kernel=3, floor=floor, normalise=normalise, page=4)
+    run = _follow(method, lambda row: papers.AdaKV(BUDGET, 6, 3, floor, normalise), decoded=2)
+    held = [len(head) for layer in positions(run.cache, 0) for head in layer]
+    assert len(set(held)) > 1  # heads do keep different numbers
+
+
+def test_pyramidkv():
+    budgets = papers.pyramid_budgets(table_decoder.LAYERS, 12, 6, T, 4)
+    assert budgets[0] > 12 > budgets[-1]
+
+    def policy():
+        layer = iter(budgets)
+        return lambda: papers.SnapKV(next(layer), 6, 5, "avg")
+
+    made = {row: policy() for row in range(2)}
+    method = methods.pyramidkv(12, window=6, beta=4)
+    _follow(method, lambda row: made[row](), decoded=2)
+
+
+def test_pyramidkv_splits_evenly_where_the_prompt_is_short():
+    assert papers.pyramid_budgets(4, 16, 6, 24, 4) == [16] * 4
+    assert kvjax.pyramid(4)(4, 10, 18) == (10,) * 4
+
+
+@pytest.mark.parametrize("layers, slots, prompt, beta", [(30, 96, 5000, 20), (32, 2016, 4064, 20), (5, 10, 20, 3)])
+def test_pyramid_budgets_are_the_official_ones(layers, slots, prompt, beta):
+    official = papers.pyramid_budgets(layers, slots + 8, 8, prompt + 8, beta)
+    assert [8 + n for n in kvjax.pyramid(beta)(layers, slots, prompt)] == official
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.1])
+def test_lazyeviction(alpha):
+    method = methods.lazyeviction(BUDGET, window=5, alpha=alpha)
+    _follow(method, lambda row: papers.LazyEviction(BUDGET, 5, alpha))
+
+
+@pytest.mark.parametrize("covariance", [True, False])
+def test_expected_attention(covariance):
+    scorer = kvjax.scores.future_attention(future=20, sinks=4, covariance=covariance)
+    tables = [np.asarray(x, np.float64) for x in TABLES]
+    run = _prefill(kvjax.at_prefill_end(kvjax.evict(scorer, BUDGET, sinks=4)))
+    for row, length in enumerate(LENGTHS):
+        tokens = _tokens(row, length)
+        for layer, heads in enumerate(positions(run.cache, row)):
+            q, k, v = (x[layer, tokens] for x in tables)
+            for head, held in enumerate(heads):
+                mine = np.s_[head * table_decoder.GROUP : (head + 1) * table_decoder.GROUP]
+                rotated = table_decoder.turn(k[:, head], np.arange(length))
+                want = papers.expected_attention(q[:, mine], rotated, v[:, head], table_decoder.turn, 20, 4, covariance)
+                expected = sorted([0, 1, 2, 3, *(4 + np.argsort(-want)[: BUDGET - 4])])
+                assert held == expected

@@ -1,0 +1,55 @@
+"""Measures on a model what an offline method needs, and saves it.
+
+    python -m experiments.calibrate --method=matryoshka_pca --model=smollm2 --output_dir=out/pca
+
+The folder is named in the method's config, `calibration.path = 'out/pca'`. Text comes from essays that the evaluation
+does not hold back. Seconds to minutes on 2 cores for SmolLM2.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+from absl import flags
+
+from experiments import calibrations, cli
+from experiments.report import human_bytes
+from kvjax import nbytes
+from models import load_model
+
+_METHOD = flags.DEFINE_string("method", None, f"One of {', '.join(calibrations.RECIPES)}.")
+_TEXTS = flags.DEFINE_integer("texts", calibrations.Settings.texts, "Sequences to read.")
+_TOKENS = flags.DEFINE_integer("tokens", calibrations.Settings.tokens, "Tokens of a sequence.")
+_OVERWRITE_CALIBRATION = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
+flags.declare_key_flag("model")
+flags.declare_key_flag("output_dir")
+
+
+def run() -> None:
+    """The program."""
+    if _METHOD.value is None:
+        raise ValueError(f"--method is required: one of {', '.join(calibrations.RECIPES)}.")
+    if cli.OUTPUT_DIR.value is None:
+        raise ValueError("--output_dir says where the calibration goes; it is required.")
+    folder = pathlib.Path(cli.OUTPUT_DIR.value)
+    if folder.exists() and any(folder.iterdir()) and not _OVERWRITE_CALIBRATION.value:
+        raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
+    if _METHOD.value not in calibrations.RECIPES:
+        known = ", ".join(calibrations.RECIPES)
+        raise ValueError(f"--method: nothing to calibrate for {_METHOD.value!r}; there are {known}.")
+    settings = calibrations.Settings(texts=_TEXTS.value, tokens=_TOKENS.value)
+    model = load_model(cli.MODEL.value or "smollm2")
+    started = time.perf_counter()
+    data = calibrations.measure(_METHOD.value, model, settings)
+    calibrations.save(folder, _METHOD.value, model, data, settings)
+    print(
+        f"{_METHOD.value} of {model.config.name}, {settings.texts} texts of {settings.tokens} tokens, "
+        f"{time.perf_counter() - started:.0f} s: {human_bytes(nbytes(dict(data)))} in {folder}"
+    )
+    for name, x in data.items():
+        print(f"  {name:<14} {x.dtype}{list(x.shape)}")
+
+
+if __name__ == "__main__":
+    cli.start(run)

@@ -1,0 +1,222 @@
+"""What offline methods measure on a model: recipes, and folders that remember which model they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tqdm
+
+import kvjax
+from experiments import synthetic
+from kvjax.calibration import Moments, activation_aware_svd, copying_scores
+from models import Model
+from models.assets import ESSAYS, cache_dir, fetch
+from models.decoder import bind, layer_inputs, prompt_cache
+
+Calibration = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every recipe may use.
+
+    Attributes:
+      texts: sequences of natural text.
+      tokens: of a sequence.
+      seed: of random tokens.
+    """
+
+    texts: int = 8
+    tokens: int = 1024
+    seed: int = 0
+
+
+def principal_components(model: Model, settings: Settings) -> Calibration:
+    """Mean, axes and variances of rotated keys and of values, per layer and KV head."""
+    sums = None
+    for tokens in _progress(_texts(model, settings), settings.texts):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        moments = [(Moments.of(segment.k, segment.pos), Moments.of(segment.v, segment.pos)) for segment in segments]
+        sums = moments if sums is None else [(k + a, v + b) for (k, v), (a, b) in zip(sums, moments)]
+    found = {}
+    for index, name in enumerate(("key", "value")):
+        parts = zip(*(layer[index].principal_components() for layer in sums))
+        for part, x in zip(("mean", "axes", "variance"), parts):
+            found[f"{name}_{part}"] = jnp.stack(x)
+    return found
+
+
+def weight_directions(model: Model, settings: Settings) -> Calibration:
+    """Directions of the key and value projections in the order of an activation-aware SVD, per layer."""
+    config = model.config
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    inputs = None
+    for tokens in _progress(_texts(model, settings), settings.texts):
+        read = layer_inputs(model.params, config, tokens)
+        found = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(0, 1)) for x in read]
+        inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
+    axes = {"key": [], "value": []}
+    for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
+        _, wk, wv = jnp.split(weights["wqkv"], (N * H, (N + K) * H), axis=1)
+        for name, weight in (("key", wk), ("value", wv)):
+            directions, _ = activation_aware_svd(weight, mean_abs / settings.texts)
+            axes[name].append(directions.reshape(K, H, -1))
+    return {f"{name}_axes": jnp.stack(parts) for name, parts in axes.items()}
+
+
+def head_types(model: Model, settings: Settings, repeats: int = 4) -> Calibration:
+    """How much each KV head copies from random tokens that repeat: `echo` and `induction`, f32[L, K]."""
+    period = settings.tokens // repeats
+    rng = np.random.default_rng(settings.seed)
+    scores = []
+    for _ in _progress(range(settings.texts), settings.texts):
+        tokens = np.tile(rng.integers(0, model.config.vocab_size, size=period), repeats)
+        out = _read(model, jnp.int32(tokens)[None], kvjax.Needs(queries=kvjax.ALL))
+        found = [
+            copying_scores(layer.segments[0], seen, period) for layer, seen in zip(out.cache.layers, out.layers)
+        ]
+        scores.append(np.asarray(found))  # [L, 2, K]
+    mean = jnp.asarray(np.mean(scores, axis=0))
+    return {"echo": mean[:, 0], "induction": mean[:, 1]}
+
+
+RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
+    "cskv": weight_directions,
+    "duoattention": head_types,
+    "matryoshka_pca": principal_components,
+}
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model."""
+    shape = dataclasses.asdict(model.config) | {"name": ""}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    for weights in (model.params["layers"][0]["wqkv"], model.params["layers"][-1]["wo"]):
+        digest.update(np.asarray(weights[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calibration:
+    """Runs a recipe.
+
+    Raises:
+      ValueError: an unknown recipe, or settings that no recipe can use.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"--method: nothing to calibrate for {recipe!r}; there are {', '.join(RECIPES)}.")
+    for name in ("texts", "tokens"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(settings, name)}.")
+    if settings.tokens > model.config.max_positions or settings.tokens < 8:
+        raise ValueError(
+            f"--tokens must be from 8 to the {model.config.max_positions} positions of {model.config.name}, got "
+            f"{settings.tokens}."
+        )
+    return RECIPES[recipe](model, settings)
+
+
+def save(folder: str | pathlib.Path, recipe: str, model: Model, data: Calibration, settings: Settings) -> None:
+    """Writes a calibration with orbax, and what it is of beside it; all of it or nothing."""
+    folder = pathlib.Path(folder).absolute()
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(staging / "arrays", dict(data))
+        about = {
+            "recipe": recipe,
+            "model": model.config.name,
+            "fingerprint": fingerprint(model),
+            "settings": dataclasses.asdict(settings),
+            "shapes": {name: list(x.shape) for name, x in data.items()},
+        }
+        (staging / "calibration.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
+    """Reads a calibration.
+
+    Raises:
+      ValueError: there is none, it is damaged, or it is of another method or model.
+    """
+    folder = pathlib.Path(folder).absolute()
+    try:
+        about = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"calibration.path: {folder} holds no calibration; make one with python -m experiments.calibrate "
+            f"--method={recipe} --output_dir={folder}."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"calibration.path: {folder}/calibration.json is damaged ({error}).") from None
+    if about["recipe"] != recipe:
+        raise ValueError(f"calibration.path: {folder} was made for {about['recipe']}, not for {recipe}.")
+    if about["fingerprint"] != fingerprint(model):
+        raise ValueError(
+            f"calibration.path: {folder} was measured on {about['model']} (fingerprint {about['fingerprint']}), not on "
+            f"this {model.config.name} ({fingerprint(model)})."
+        )
+    like = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for name, shape in about["shapes"].items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder / "arrays", like)
+    except Exception as error:  # orbax raises what its storage raises
+        raise ValueError(f"calibration.path: {folder} is damaged ({str(error).splitlines()[0]}).") from error
+
+
+class Calibrations:
+    """What `calibration()` in a config stands for: the data of a recipe for one model, measured when missing."""
+
+    def __init__(self, model: Model, settings: Settings = Settings()):
+        self._model, self._settings = model, settings
+
+    def __call__(self, recipe: str, path: str | None) -> Calibration:
+        """The calibration in `path`, or, for None, the one kept for this model."""
+        if path is not None:
+            return load(path, recipe, self._model)
+        name = f"{recipe}-{fingerprint(self._model)}-{self._settings.texts}x{self._settings.tokens}"
+        folder = cache_dir() / "calibrations" / name
+        if not (folder / "calibration.json").exists():
+            print(f"{recipe} has no calibration for {self._model.config.name} yet; measuring one.", file=sys.stderr)
+            data = measure(recipe, self._model, self._settings)
+            save(folder, recipe, self._model, data, self._settings)
+        return load(folder, recipe, self._model)
+
+
+def _texts(model: Model, settings: Settings) -> Iterator[jax.Array]:
+    """i32[1, tokens] pieces of essays that the evaluation does not hold back."""
+    essays = [path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt"))]
+    ids = model.tokenizer.encode("\n\n".join(synthetic.split_essays(essays)[1]))
+    available = len(ids) // settings.tokens
+    if available < settings.texts:
+        raise ValueError(f"--texts: there is text for {available} of {settings.tokens} tokens, got {settings.texts}.")
+    step = available // settings.texts
+    for index in range(settings.texts):
+        start = index * step * settings.tokens
+        yield jnp.asarray([ids[start : start + settings.tokens]], jnp.int32)
+
+
+def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -> kvjax.StepOutput:
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    step = bind(model.params, model.config)
+    return step(tokens, positions, prompt_cache(model.config, 1), needs=needs, last_only=True)
+
+
+def _progress(items: Iterator | Sequence, total: int) -> Iterator:
+    return tqdm.tqdm(items, total=total, unit="text", leave=False)

@@ -1,0 +1,100 @@
+"""What offline methods measure on a model before they run: principal components, low-rank weights, head types.
+
+Pure functions over arrays; `experiments.calibrate` feeds them text and stores what they return.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.observation import LayerObservation
+from kvjax.segments import DenseSegment
+
+
+class Moments(NamedTuple):
+    """Sums over the tokens of one layer's keys or values, per KV head."""
+
+    count: jax.Array  # f32[]
+    first: jax.Array  # f32[K, H]
+    second: jax.Array  # f32[K, H, H]
+
+    @classmethod
+    def of(cls, x: jax.Array, pos: jax.Array) -> Moments:
+        """Of the occupied slots of [B, K, S, H]."""
+        x = jnp.where((pos >= 0)[..., None], x.astype(jnp.float32), 0.0)
+        count = jnp.sum(pos[:, 0] >= 0, dtype=jnp.float32)
+        return cls(count, jnp.sum(x, axis=(0, 2)), jnp.einsum("bksh,bksi->khi", x, x))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(a + b for a, b in zip(self, other)))
+
+    def principal_components(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean f32[K, H], orthonormal axes f32[K, H, H] in columns, and variances f32[K, H], largest first.
+
+        One axis is flipped where needed, so that the axes are a rotation (determinant 1), as MatryoshkaKV's
+        Cayley parametrisation wants.
+        """
+        mean = self.first / self.count
+        covariance = self.second / self.count - mean[:, :, None] * mean[:, None]
+        variance, axes = jnp.linalg.eigh(covariance)
+        variance, axes = variance[:, ::-1], axes[:, :, ::-1]
+        sign = jnp.sign(jnp.linalg.det(axes))
+        return mean, axes.at[:, :, -1].multiply(sign[:, None]), jnp.maximum(variance, 0.0)
+
+
+def activation_aware_svd(weight: jax.Array, mean_abs: jax.Array, power: float = 0.5) -> tuple[jax.Array, jax.Array]:
+    """Right singular vectors of `diag(mean_abs ** power) W`: the directions of `x W` that activations use.
+
+    `x W` projected on the first R of them is the rank-R approximation that ASVD makes of the layer.
+
+    Args:
+      weight: f32[D, n], W of `x W`.
+      mean_abs: f32[D], mean absolute value of each channel of x.
+      power: how much activations count.
+
+    Returns:
+      f32[n, n], directions in columns, and f32[n], singular values, largest first.
+
+    Source: Yuan et al., ASVD (2023), arXiv:2312.05821, as CSKV uses it.
+    """
+    scaled = weight.astype(jnp.float32) * (mean_abs.astype(jnp.float32) ** power)[:, None]
+    _, values, right = jnp.linalg.svd(scaled, full_matrices=False)
+    return right.T, values
+
+
+def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> tuple[jax.Array, jax.Array]:
+    """How much heads look for earlier copies, over a text of `period` random tokens repeated several times.
+
+    Args:
+      keys: the layer's cache after the whole text, rotated keys, one row.
+      seen: all queries of the text with their lse.
+      period: tokens after which the text repeats; the last query has position `R * period - 1`.
+
+    Returns:
+      f32[K] echo: mean probability, from the second repetition on, that a query gives earlier copies of its own
+      token; f32[K] induction: the same for the tokens after those copies. Both are the highest of a query group.
+
+    Source: Tang et al., RazorAttention (2024), arXiv:2407.15891, section 3.2.
+    """
+    mass = lambda query_at, key_at: _probability(keys, seen, query_at, key_at)
+    T = keys.pos.shape[2]
+    echo, induction = 0.0, 0.0
+    for back in range(1, T // period):
+        at = jnp.arange(back * period, T)
+        echo = echo + jnp.sum(mass(at, at - back * period), axis=0)
+        induction = induction + jnp.sum(mass(at, at - back * period + 1), axis=0)
+    per_kv_head = lambda x: jnp.max((x / (T - period)).reshape(keys.pos.shape[1], -1), axis=-1)
+    return per_kv_head(echo), per_kv_head(induction)
+
+
+def _probability(keys: DenseSegment, seen: LayerObservation, query_at: jax.Array, key_at: jax.Array) -> jax.Array:
+    """f32[n, N]: what each of n queries gives one slot each."""
+    q = seen.queries.rotated[0, query_at].astype(jnp.float32)  # [n, N, H]
+    K, H = keys.k.shape[1], keys.k.shape[-1]
+    k = keys.k[0][:, key_at].astype(jnp.float32)  # [K, n, H]
+    scale = H**-0.5 if seen.scale is None else seen.scale
+    logit = scale * jnp.einsum("nkgh,knh->nkg", q.reshape(q.shape[0], K, -1, H), k)
+    return jnp.exp(logit.reshape(q.shape[:2]) - seen.lse[0, query_at])

@@ -1,0 +1,39 @@
+"""DuoAttention: retrieval heads keep everything, the others sinks and a window.
+
+Xiao, Tang, Zuo, Guo, Yang, Tang, Fu, Han. "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and
+Streaming Heads". ICLR 2025. arXiv:2410.10819.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from kvjax.transforms import CacheTransform, at_prefill_end, split_heads
+
+
+def duoattention(
+    calibration: Mapping[str, jax.Array], sparsity: float = 0.5, sinks: int = 64, recent: int = 256
+) -> CacheTransform:
+    """Makes streaming heads of the `sparsity` of all KV heads with the lowest scores.
+
+    Deviation: scores are how strongly a head copies from repeated random tokens (induction, training-free),
+    not trained gates.
+
+    Args:
+      calibration: of `experiments.calibrate --method=duoattention`: `induction` f32[L, K].
+      sparsity: fraction of the KV heads that stream.
+      sinks: first tokens that a streaming head keeps.
+      recent: newest tokens that a streaming head keeps.
+
+    Raises:
+      ValueError: sparsity is outside [0, 1].
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be in [0, 1], got {sparsity}.")
+    scores = np.asarray(calibration["induction"])
+    streaming = np.argsort(scores, axis=None, kind="stable")[: round(sparsity * scores.size)]
+    full = ~np.isin(np.arange(scores.size), streaming).reshape(scores.shape)
+    return at_prefill_end(split_heads([np.flatnonzero(heads) for heads in full], sinks=sinks, recent=recent))

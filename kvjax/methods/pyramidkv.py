@@ -1,0 +1,28 @@
+"""PyramidKV: lower layers keep more.
+
+Cai, Zhang, Gao, Liu, Li, Liu, Lu, Xiong, Dong, Hu, Xiao. "PyramidKV: Dynamic KV Cache Compression based on Pyramidal
+Information Funneling". 2024. arXiv:2406.02069.
+"""
+
+from __future__ import annotations
+
+from kvjax.scores import Pooling, window_attention
+from kvjax.transforms import CacheTransform, at_prefill_end, evict, pyramid
+
+
+def pyramidkv(
+    budget: int | float = 2048, window: int = 32, kernel: int = 5, pooling: Pooling = "avg", beta: int = 20
+) -> CacheTransform:
+    """SnapKV's scores with budgets that fall linearly from the first layer to the last.
+
+    Deviation: the split over layers is that of the longest prompt of a batch; shorter rows take their share of it.
+
+    Args:
+      budget: tokens per KV head on average over the layers, the window included.
+      window: observed queries at the end of the prompt, kept in every layer.
+      kernel: tokens over which scores are pooled, odd.
+      pooling: "avg" or "max".
+      beta: the last layer keeps about `1 / beta` of the average beside the window.
+    """
+    scorer = window_attention(window, kernel, pooling)
+    return at_prefill_end(evict(scorer, budget, recent=window, layers=pyramid(beta)))

@@ -1,0 +1,236 @@
+"""Slots as coordinates in a basis: projections, low rank, selected channels."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvjax.rope import Rope, rotate
+from kvjax.segments.dense import DenseSegment
+from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.partial import Partial
+
+
+class Basis(Protocol):
+    """A linear map between the H channels of a KV head and R coordinates."""
+
+    mean: jax.Array | None  # [K, H], subtracted before and added after
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """[B, K, n, H] -> [B, K, n, R], without the mean."""
+
+    def expand(self, c: jax.Array) -> jax.Array:
+        """[B, K or 1, n, R] -> [B, K, n, H], without the mean: the transpose of `coordinates`."""
+
+
+@struct.dataclass
+class Matrix:
+    """Coordinates `x @ matrix`, per KV head; orthonormal columns make `expand` its pseudo-inverse."""
+
+    matrix: jax.Array  # [1 or B, K, H, R]
+    mean: jax.Array | None = None
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `Basis.coordinates`."""
+        return jnp.matmul(x, self.matrix.astype(x.dtype))
+
+    def expand(self, c: jax.Array) -> jax.Array:
+        """See `Basis.expand`."""
+        return jnp.matmul(c, self.matrix.swapaxes(2, 3).astype(c.dtype))
+
+
+@struct.dataclass
+class Channels:
+    """Coordinates are some of the channels, each row's own."""
+
+    index: jax.Array  # i32[B, K, R]
+    channels: int = struct.field(pytree_node=False)  # [H]
+    mean: jax.Array | None = None
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `Basis.coordinates`."""
+        return jnp.take_along_axis(x, self.index[:, :, None], axis=-1)
+
+    def expand(self, c: jax.Array) -> jax.Array:
+        """See `Basis.expand`."""
+        B, K, n, _ = c.shape
+        put = jax.vmap(jax.vmap(lambda row, index: jnp.zeros((n, self.channels), c.dtype).at[:, index].set(row)))
+        return put(c, self.index)
+
+
+@struct.dataclass
+class LatentSegment:
+    """Keys and values as coordinates in bases; the coordinates are a segment of any representation.
+
+    Rotated keys (`key_rope="stored"`) are read in the reduced space: `<q, U c> = <U^T q, c>`, so queries are
+    projected and keys never expanded. Keys from before the rotation ("at_attend") are expanded and rotated a
+    tile at a time. Values are expanded after the weighted sum either way.
+
+    With `joint`, all KV heads share one coordinate vector a token, and the bases say how each head reads it; the
+    coordinates of a token are then the sum over heads.
+
+    Bytes: those of the coordinates and of the bases, which rows share unless they depend on the prompt.
+    """
+
+    latent: Segment  # [B, K, S, R], or [B, 1, S, R] when joint
+    key_basis: Basis | None  # None: keys as they are
+    value_basis: Basis | None
+    kv_heads: int = struct.field(pytree_node=False)
+    key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
+    joint: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def of(
+        cls, slots: DenseSegment, key_basis: Basis | None, value_basis: Basis | None, *, joint: bool = False
+    ) -> LatentSegment:
+        """Projects dense slots, whose rotation (`key_rope`) stays as it is."""
+        if slots.bias is not None or slots.ring_sinks is not None or slots.key_rope == "rank":
+            raise TypeError("LatentSegment takes plain slots: no rings, no re-indexed positions, no merged slots.")
+        like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint)
+        return like.encode_like(slots)
+
+    def encode_like(self, slots: DenseSegment) -> LatentSegment:
+        """Projects dense slots the way this segment is projected; what holds the coordinates is dense."""
+        dense = slots.replace(
+            k=self._coordinates(slots.k, self.key_basis),
+            v=self._coordinates(slots.v, self.value_basis),
+            pos=slots.pos[:, :1] if self.joint else slots.pos,
+            key_rope="stored",
+            stats={},
+        )
+        encode = getattr(self.latent, "encode_like", lambda x: x)
+        return self.replace(latent=encode(dense))
+
+    def slot_axes(self) -> LatentSegment:
+        """For every leaf, the axis along which slots lie; -1 for the bases."""
+        axes = self.latent.slot_axes()
+        nowhere = lambda basis: jax.tree.map(lambda _: -1, basis)
+        return self.replace(latent=axes, key_basis=nowhere(self.key_basis), value_basis=nowhere(self.value_basis))
+
+    @property
+    def pos(self) -> jax.Array:
+        """i32[B, K, S]."""
+        pos = self.latent.pos
+        return jnp.broadcast_to(pos, (pos.shape[0], self.kv_heads, pos.shape[2]))
+
+    def attend(
+        self,
+        queries: Queries,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        shared: Any = None,
+        ranks: Ranks | None = None,
+    ) -> Partial:
+        """See `Segment.attend`."""
+        scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
+        if self.key_rope == "stored":
+            partial = self.latent.attend(self._projected(queries), window=window, scale=scale, shared=shared)
+            partial = partial._replace(lse=partial.lse + self._mean_logit(queries, scale))
+        else:
+            partial = self.latent.fold_dense(
+                lambda tile: self._attend_tile(queries, tile, window=window, scale=scale)
+            )
+        return partial._replace(out=self._expanded_output(partial))
+
+    def mass(
+        self,
+        queries: Queries,
+        lse: jax.Array,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        shared: Any = None,
+        ranks: Ranks | None = None,
+    ) -> jax.Array:
+        """See `Segment.mass`."""
+        scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
+        if self.key_rope == "stored":
+            lse = lse - self._mean_logit(queries, scale)
+            return self.latent.mass(self._projected(queries), lse, window=window, scale=scale, shared=shared)
+        return self.dense().mass(queries, lse, window=window, scale=scale)
+
+    def dense(self) -> DenseSegment:
+        """Keys and values expanded again, float32."""
+        slots = self.latent.dense()
+        return slots.replace(
+            k=self._expanded(slots.k, self.key_basis),
+            v=self._expanded(slots.v, self.value_basis),
+            pos=self.pos,
+            key_rope=self.key_rope,
+        )
+
+    def map_dense(self, body, tail) -> LatentSegment:
+        """See `Segment.map_dense`: what holds the coordinates."""
+        return self.replace(latent=self.latent.map_dense(body, tail))
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> LatentSegment:
+        """See `Segment.append`. New tokens are projected at once."""
+        if self.key_rope == "stored":
+            k = rotate(k, pos[:, None], rope)
+        k, v = self._coordinates(k, self.key_basis), self._coordinates(v, self.value_basis)
+        return self.replace(latent=self.latent.append(k, v, pos, None))
+
+    def reserve(self, tokens: int) -> LatentSegment:
+        """See `Segment.reserve`."""
+        return self.replace(latent=self.latent.reserve(tokens))
+
+    def _coordinates(self, x: jax.Array, basis: Basis | None) -> jax.Array:
+        if basis is None:
+            return x
+        if basis.mean is not None:
+            x = x - basis.mean[:, None].astype(x.dtype)
+        c = basis.coordinates(x)
+        return jnp.sum(c, axis=1, keepdims=True) if self.joint else c
+
+    def _expanded(self, c: jax.Array, basis: Basis | None) -> jax.Array:
+        if basis is None:
+            return c
+        x = basis.expand(c)
+        return x if basis.mean is None else x + basis.mean[:, None].astype(x.dtype)
+
+    def _projected(self, queries: Queries) -> Queries:
+        if self.key_basis is None:
+            return Queries(queries.rotated, queries.pos, None)
+        q = _by_kv_head(queries.rotated, self.kv_heads)
+        return Queries(_by_token(self.key_basis.coordinates(q), queries.pos.shape[1]), queries.pos, None)
+
+    def _mean_logit(self, queries: Queries, scale: float) -> jax.Array:
+        """f32[B, T, N]: what the mean key adds to every logit of a query."""
+        if self.key_basis is None or self.key_basis.mean is None:
+            return jnp.zeros((), jnp.float32)
+        q = _by_kv_head(queries.rotated.astype(jnp.float32), self.kv_heads)
+        logit = scale * jnp.einsum("bkrh,kh->bkr", q, self.key_basis.mean.astype(jnp.float32))
+        return _by_token(logit[..., None], queries.pos.shape[1])[..., 0]
+
+    def _attend_tile(self, queries: Queries, tile: DenseSegment, **how) -> Partial:
+        pos = jnp.broadcast_to(tile.pos, (tile.pos.shape[0], self.kv_heads, tile.pos.shape[2]))
+        k = rotate(self._expanded(tile.k, self.key_basis), pos, queries.rope)
+        v = jnp.broadcast_to(tile.v, (*pos.shape, tile.v.shape[-1]))
+        return decode_attention(queries.rotated, k, v, queries.pos, pos, **how)
+
+    def _expanded_output(self, partial: Partial) -> jax.Array:
+        if self.value_basis is None:
+            return partial.out
+        T = partial.out.shape[1]
+        out = self.value_basis.expand(_by_kv_head(partial.out, self.kv_heads))
+        if self.value_basis.mean is not None:
+            out = out + self.value_basis.mean[:, None].astype(out.dtype)
+        out = _by_token(out, T)
+        return jnp.where((partial.lse == -jnp.inf)[..., None], 0.0, out)
+
+
+def _by_kv_head(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, n] -> [B, K, T * G, n]."""
+    B, T, N, n = x.shape
+    return x.reshape(B, T, kv_heads, N // kv_heads, n).swapaxes(1, 2).reshape(B, kv_heads, -1, n)
+
+
+def _by_token(x: jax.Array, tokens: int) -> jax.Array:
+    """[B, K, T * G, n] -> [B, T, N, n]."""
+    B, K, _, n = x.shape
+    return x.reshape(B, K, tokens, -1, n).swapaxes(1, 2).reshape(B, tokens, -1, n)

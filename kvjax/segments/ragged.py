@@ -1,0 +1,114 @@
+"""Pages that belong to KV heads: how many slots a head has is data, the total is not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvjax.rope import Rope
+from kvjax.segments.dense import DenseSegment
+from kvjax.segments.protocol import KeyRope, Queries, Segment
+from pallas_kernels.partial import Partial, combine_by_owner
+
+
+@struct.dataclass
+class RaggedSegment:
+    """A pool of P pages a row; each page holds slots of one KV head.
+
+    The pages are a segment of any representation whose "heads" are the pages, so they may be dense or
+    packed. Attention treats a page as a KV head, then merges the pages of a head: the work is that of the
+    pages, however unequal the heads are. Unused pages are empty and belong to head 0.
+
+    Bytes: those of the pages, and `4 * B * P`.
+    """
+
+    pages: Segment  # [B, P, page, ...]
+    owner: jax.Array  # i32[B, P], KV head of every page
+    kv_heads: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def of_flat(
+        cls, slots: DenseSegment, owner: jax.Array, keep: jax.Array, *, kv_heads: int, page: int, pages: int
+    ) -> RaggedSegment:
+        """Gathers the kept ones of M slots into pages, those of a head together, in token order.
+
+        Args:
+          slots: [B, 1, M, ...], slots of all heads in one list.
+          owner: i32[B, M], their KV heads.
+          keep: bool[B, M]; with `c` kept slots of a head, `sum(ceil(c / page)) <= pages` must hold.
+          kv_heads: [K].
+          page: slots of a page.
+          pages: [P].
+        """
+        if slots.key_rope == "rank":
+            raise TypeError("RaggedSegment does not re-index positions.")
+        B, M = owner.shape
+        K = kv_heads
+        pos = slots.pos[:, 0]
+        order = jnp.lexsort((pos, jnp.where(keep, owner, K)), axis=-1)  # by head, then token; the rest last
+        held = jnp.sum((owner[..., None] == jnp.arange(K)) & keep[..., None], axis=1)  # [B, K]
+        used = -(-held // page)
+        last_page = jnp.cumsum(used, axis=-1)
+        first_page, first_slot = last_page - used, jnp.cumsum(held, axis=-1) - held
+        p = jnp.arange(pages)
+        of_page = jnp.sum(p[None, :, None] >= last_page[:, None], axis=-1)  # [B, P], K beyond the last
+        there = of_page < K
+        of_page = jnp.where(there, of_page, 0)
+        per_head = lambda x: jnp.take_along_axis(x, of_page, axis=1)
+        rank = (p - per_head(first_page))[..., None] * page + jnp.arange(page)  # [B, P, page]
+        valid = there[..., None] & (rank < per_head(held)[..., None])
+        index = jnp.clip(per_head(first_slot)[..., None] + rank, 0, M - 1).reshape(B, -1)
+        index = jnp.take_along_axis(order, index, axis=1)
+        taken = slots.take(index[:, None], valid.reshape(B, 1, -1))
+        paged = jax.tree.map(lambda x: x.reshape(B, pages, page, *x.shape[3:]), taken)
+        return cls(paged, of_page.astype(jnp.int32), kv_heads)
+
+    @property
+    def key_rope(self) -> KeyRope:
+        """That of the pages."""
+        return self.pages.key_rope
+
+    @property
+    def pos(self) -> jax.Array:
+        """i32[B, P, page]."""
+        return self.pages.pos
+
+    def attend(self, queries: Queries, **how) -> Partial:
+        """See `Segment.attend`."""
+        partial = self.pages.attend(self._of_pages(queries), **how)
+        return combine_by_owner(partial, self.owner, self.kv_heads)
+
+    def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
+        """See `Segment.mass`; f32[B, P * G, page], the G query heads of a page's owner."""
+        return self.pages.mass(self._of_pages(queries), self._heads(lse), **how)
+
+    def dense(self) -> RaggedSegment:
+        """The same with dense pages."""
+        return self.replace(pages=self.pages.dense())
+
+    def map_dense(self, body, tail) -> RaggedSegment:
+        """See `Segment.map_dense`."""
+        return self.replace(pages=self.pages.map_dense(body, body))
+
+    def fold_dense(self, attend) -> Partial:
+        """Refused: bases belong to heads, not to pages."""
+        raise TypeError("RaggedSegment cannot be expanded tile by tile; project before budgets go by head.")
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> RaggedSegment:
+        """Refused: new tokens go to the segment behind it."""
+        raise TypeError("RaggedSegment is written once; new tokens go to the dense segment behind it.")
+
+    def reserve(self, tokens: int) -> RaggedSegment:
+        """Refused: see `append`."""
+        raise TypeError("RaggedSegment is written once; reserve in the dense segment behind it.")
+
+    def _of_pages(self, queries: Queries) -> Queries:
+        return queries._replace(raw=self._heads(queries.raw))
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """[B, T, K * G, ...] -> [B, T, P * G, ...]: to each page what belongs to its head."""
+        B, T, N = x.shape[:3]
+        grouped = x.reshape(B, T, self.kv_heads, N // self.kv_heads, *x.shape[3:])
+        index = self.owner.reshape(B, 1, -1, *(1,) * (grouped.ndim - 3))
+        return jnp.take_along_axis(grouped, index, axis=2).reshape(B, T, -1, *x.shape[3:])

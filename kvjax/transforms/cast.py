@@ -1,0 +1,39 @@
+"""Stores keys and values in another floating dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache import LayerCache
+from kvjax.transforms.base import CacheTransform
+
+_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+
+def cast(dtype: str = "float8_e4m3fn") -> CacheTransform:
+    """Stores dense keys and values as `dtype`, those of the prompt and all that follow.
+
+    8-bit floats have a scale of one: what lies beyond their range (448 for e4m3fn) is clipped. They are
+    widened tile by tile when read.
+
+    Args:
+      dtype: "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16" or "float32".
+
+    Raises:
+      ValueError: another dtype, or a cache that is compressed already.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    narrow = jnp.dtype(dtype).itemsize == 1
+
+    def store(segment):
+        if narrow and segment.key_rope != "stored":
+            raise ValueError(f"cast to {dtype} needs rotated keys, got key_rope={segment.key_rope!r}.")
+        return segment.astype(dtype)
+
+    @jax.jit
+    def compress(layer: LayerCache) -> LayerCache:
+        return layer.replace(segments=tuple(segment.map_dense(store, store) for segment in layer.segments))
+
+    return CacheTransform(init=lambda cache, observation: (cache.map_layers(compress), ()))

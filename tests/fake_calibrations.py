@@ -1,0 +1,34 @@
+"""Calibrations of the right shape with random contents, for tests that ask how a method runs, not how well."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import DecoderConfig
+
+
+def calibrate(config: DecoderConfig):
+    """What `load_method` takes as `calibrate`: `(recipe, path) -> arrays`."""
+    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
+
+    @functools.cache
+    def make(recipe: str):
+        rng = np.random.default_rng(0)
+        rotation = lambda *shape: jnp.float32(np.linalg.qr(rng.normal(size=(*shape, shape[-1])))[0])
+        normal = lambda *shape: jnp.float32(rng.normal(size=shape))
+        if recipe == "matryoshka_pca":
+            return {
+                "key_axes": rotation(L, K, H),
+                "value_axes": rotation(L, K, H),
+                "key_mean": normal(L, K, H),
+                "value_mean": normal(L, K, H),
+            }
+        if recipe == "cskv":
+            joint = lambda: rotation(L, K * H).reshape(L, K, H, K * H)
+            return {"key_axes": joint(), "value_axes": joint()}
+        return {"echo": normal(L, K), "induction": normal(L, K)}
+
+    return lambda recipe, path: make(recipe)
