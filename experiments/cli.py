@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from models import FetchError
 
@@ -55,6 +55,7 @@ def call(program: Callable[[], None], argv: Sequence[str]) -> None:
 
 def start(program: Callable[[], None]) -> None:
     """The main of a program."""
+    logging.set_verbosity(logging.WARNING)  # checkpoints are saved and read with many lines of INFO
     app.run(lambda argv: call(program, argv), flags_parser=parse_flags)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -63,6 +65,8 @@ def every(n: int, transform: CacheTransform) -> CacheTransform:
 
         return start
 
+    act = _acting(transform)
+
     def observe(cache, state, observation):
         inner, since = state
         cache, inner = transform.observe(cache, inner, observation)
@@ -71,7 +75,7 @@ def every(n: int, transform: CacheTransform) -> CacheTransform:
     def update(cache, state, observation):
         inner, since = state
         due = since >= n
-        cache, inner = _where_due(transform, cache, inner, observation, due)
+        cache, inner = act(cache, inner, observation, due)
         return cache, (inner, jnp.where(due, 0, since))
 
     return transform._replace(
@@ -110,6 +114,8 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
 
         return start
 
+    act = _acting(transform)
+
     def observe(cache, state, observation):
         inner, rows = state
         cache, inner = transform.observe(cache, inner, observation)
@@ -118,7 +124,7 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
     def update(cache, state, observation):
         inner, rows = state
         due = occupied(cache) >= rows + slack
-        cache, inner = _where_due(transform, cache, inner, observation, due)
+        cache, inner = act(cache, inner, observation, due)
         return cache, (inner, rows)
 
     return transform._replace(
@@ -129,6 +135,11 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
         frees_in_prefill=slack,
         frees_in_decode=slack,
     )
+
+
+def _acting(transform: CacheTransform):
+    """`_where_due` of one transform, compiled once where a caller runs it outside jit."""
+    return jax.jit(functools.partial(_where_due, transform))
 
 
 def _where_due(transform, cache, state, observation, due):
