@@ -36,7 +36,7 @@ run: $(INSTALLED) ## Run the quickstart; GIN_FILE=, OUTPUT_DIR= and ARGS="--flag
 	$(VENV_PYTHON) -m experiments.evaluate --gin_file=$(GIN_FILE) --output_dir=$(OUTPUT_DIR) $(ARGS)
 
 test: $(INSTALLED) ## Run the tests; ARGS="tests/test_layers.py -k name ..." goes to pytest
-	$(VENV_PYTHON) -m pytest $(ARGS)
+	$(VENV_PYTHON) -m pytest -n auto --maxprocesses=4 $(ARGS)
 
 lint: $(LINT_INSTALLED) ## Check the style of the sources with flake8
 	$(VENV_PYTHON) -m flake8 $(ARGS)

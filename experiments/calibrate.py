@@ -21,7 +21,7 @@ from models import load_model
 _METHOD = flags.DEFINE_string("method", None, f"One of {', '.join(calibrations.RECIPES)}.")
 _TEXTS = flags.DEFINE_integer("texts", calibrations.Settings.texts, "Sequences to read.")
 _TOKENS = flags.DEFINE_integer("tokens", calibrations.Settings.tokens, "Tokens of a sequence.")
-_OVERWRITE_CALIBRATION = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
+_REPLACE = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
 flags.declare_key_flag("model")
 flags.declare_key_flag("output_dir")
 
@@ -30,14 +30,14 @@ def run() -> None:
     """The program."""
     if _METHOD.value is None:
         raise ValueError(f"--method is required: one of {', '.join(calibrations.RECIPES)}.")
-    if cli.OUTPUT_DIR.value is None:
-        raise ValueError("--output_dir says where the calibration goes; it is required.")
-    folder = pathlib.Path(cli.OUTPUT_DIR.value)
-    if folder.exists() and any(folder.iterdir()) and not _OVERWRITE_CALIBRATION.value:
-        raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
     if _METHOD.value not in calibrations.RECIPES:
         known = ", ".join(calibrations.RECIPES)
         raise ValueError(f"--method: nothing to calibrate for {_METHOD.value!r}; there are {known}.")
+    if cli.OUTPUT_DIR.value is None:
+        raise ValueError("--output_dir says where the calibration goes; it is required.")
+    folder = pathlib.Path(cli.OUTPUT_DIR.value)
+    if folder.exists() and any(folder.iterdir()) and not _REPLACE.value:
+        raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
     settings = calibrations.Settings(texts=_TEXTS.value, tokens=_TOKENS.value)
     model = load_model(cli.MODEL.value or "smollm2")
     started = time.perf_counter()

@@ -45,7 +45,7 @@ class Settings:
 def principal_components(model: Model, settings: Settings) -> Calibration:
     """Mean, axes and variances of rotated keys and of values, per layer and KV head."""
     sums = None
-    for tokens in _progress(_texts(model, settings), settings.texts):
+    for tokens in _progress(_texts(model, settings)):
         segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
         moments = [(Moments.of(segment.k, segment.pos), Moments.of(segment.v, segment.pos)) for segment in segments]
         sums = moments if sums is None else [(k + a, v + b) for (k, v), (a, b) in zip(sums, moments)]
@@ -62,7 +62,7 @@ def weight_directions(model: Model, settings: Settings) -> Calibration:
     config = model.config
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     inputs = None
-    for tokens in _progress(_texts(model, settings), settings.texts):
+    for tokens in _progress(_texts(model, settings)):
         read = layer_inputs(model.params, config, tokens)
         found = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(0, 1)) for x in read]
         inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
@@ -80,7 +80,7 @@ def head_types(model: Model, settings: Settings, repeats: int = 4) -> Calibratio
     period = settings.tokens // repeats
     rng = np.random.default_rng(settings.seed)
     scores = []
-    for _ in _progress(range(settings.texts), settings.texts):
+    for _ in _progress(range(settings.texts)):
         tokens = np.tile(rng.integers(0, model.config.vocab_size, size=period), repeats)
         out = _read(model, jnp.int32(tokens)[None], kvjax.Needs(queries=kvjax.ALL))
         found = [
@@ -183,8 +183,9 @@ def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
 class Calibrations:
     """What `calibration()` in a config stands for: the data of a recipe for one model, measured when missing."""
 
-    def __init__(self, model: Model, settings: Settings = Settings()):
-        self._model, self._settings = model, settings
+    def __init__(self, model: Model, settings: Settings | None = None):
+        self._model = model
+        self._settings = settings or Settings(tokens=min(Settings.tokens, model.config.max_positions))
 
     def __call__(self, recipe: str, path: str | None) -> Calibration:
         """The calibration in `path`, or, for None, the one kept for this model."""
@@ -199,17 +200,15 @@ class Calibrations:
         return load(folder, recipe, self._model)
 
 
-def _texts(model: Model, settings: Settings) -> Iterator[jax.Array]:
+def _texts(model: Model, settings: Settings) -> list[jax.Array]:
     """i32[1, tokens] pieces of essays that the evaluation does not hold back."""
     essays = [path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt"))]
     ids = model.tokenizer.encode("\n\n".join(synthetic.split_essays(essays)[1]))
     available = len(ids) // settings.tokens
     if available < settings.texts:
         raise ValueError(f"--texts: there is text for {available} of {settings.tokens} tokens, got {settings.texts}.")
-    step = available // settings.texts
-    for index in range(settings.texts):
-        start = index * step * settings.tokens
-        yield jnp.asarray([ids[start : start + settings.tokens]], jnp.int32)
+    starts = (index * (available // settings.texts) * settings.tokens for index in range(settings.texts))
+    return [jnp.asarray([ids[start : start + settings.tokens]], jnp.int32) for start in starts]
 
 
 def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -> kvjax.StepOutput:
@@ -218,5 +217,5 @@ def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -
     return step(tokens, positions, prompt_cache(model.config, 1), needs=needs, last_only=True)
 
 
-def _progress(items: Iterator | Sequence, total: int) -> Iterator:
-    return tqdm.tqdm(items, total=total, unit="text", leave=False)
+def _progress(items: Sequence) -> Iterator:
+    return tqdm.tqdm(items, unit="text", leave=False)

@@ -119,7 +119,7 @@ def last_query_attention() -> Scorer:
         mean = jnp.mean(_mass(segment, seen), axis=1, keepdims=True)  # over N
         return jnp.broadcast_to(mean, segment.pos.shape)
 
-    return Scorer(score=score, needs=Needs(queries=1))
+    return Scorer(score=score, needs=Needs(queries=1), aligned=True)
 
 
 def future_attention(

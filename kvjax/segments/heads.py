@@ -67,8 +67,6 @@ class HeadsSegment:
     def map_dense(self, body, tail) -> HeadsSegment:
         """See `Segment.map_dense`. Rings have their size and stay."""
         is_ring = lambda part: isinstance(part, DenseSegment) and part.ring_sinks is not None
-        if all(map(is_ring, self.parts)):
-            raise ValueError("all heads are rings already, and there is nothing left to compress.")
         return self.replace(parts=tuple(p if is_ring(p) else p.map_dense(body, tail) for p in self.parts))
 
     def fold_dense(self, attend) -> Partial:

@@ -12,6 +12,21 @@ from kvjax.observation import Needs, Observation
 
 State = Any
 
+SLOTS = {
+    "plain": "plain slots, the same tokens in every head",
+    "by_head": "plain slots, each head with tokens of its own",
+    "ring": "a ring that overwrites its oldest",
+    "packed": "packed codes",
+    "paged": "pages of a pool that heads share",
+    "projected": "coordinates of each head",
+    "joint": "coordinates that all heads share",
+    "pruned": "keys of fewer channels",
+    "split": "heads of different kinds",
+}
+"""What the slots of a cache may be, as far as the order of transforms depends on it."""
+
+PLAIN = ("plain", "by_head")
+
 
 def keep(cache, state, observation):
     """An `update` or `observe` that does nothing."""
@@ -34,6 +49,9 @@ class CacheTransform(NamedTuple):
       frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a
         token and the driver reserves room for all of them.
       budget: tokens per KV head it keeps, as a count or as a fraction of the prompt; None: no token budget.
+      name: what `chain` calls it when it refuses an order.
+      takes: keys of `SLOTS`, what it can work on.
+      leaves: what it makes of them; None: what they were.
     """
 
     init: Callable[[Cache, Observation], tuple[Cache, State]]
@@ -44,6 +62,9 @@ class CacheTransform(NamedTuple):
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None
     budget: int | float | None = None
+    name: str = "transform"
+    takes: tuple[str, ...] = tuple(SLOTS)
+    leaves: str | None = None
 
     def step(self, cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
         """What a driver runs after every call of the decoder: `observe`, then `update`."""
@@ -53,14 +74,31 @@ class CacheTransform(NamedTuple):
 
 def identity() -> CacheTransform:
     """Leaves the cache as it is."""
-    return CacheTransform(init=lambda cache, observation: (cache, ()))
+    return CacheTransform(init=lambda cache, observation: (cache, ()), name="identity")
 
 
 def chain(*transforms: CacheTransform) -> CacheTransform:
     """Applies transforms in order, in `init` as in `observe` and `update`.
 
     The result frees slots as often as the part that does so most often.
+
+    Raises:
+      ValueError: a transform cannot work on what the ones before it leave.
     """
+    slots, made_by, later_acting = None, "", []
+    for t in transforms:
+        if slots is not None and slots not in t.takes:
+            raise ValueError(f"{t.name} cannot follow {made_by}: it cannot work on {SLOTS[slots]}.")
+        if t.leaves is not None:
+            for earlier in later_acting:
+                if t.leaves not in earlier.takes:
+                    raise ValueError(
+                        f"{t.name} cannot follow {earlier.name}, which still acts after the prompt: it cannot work on "
+                        f"{SLOTS[t.leaves]}. Wrap it in at_prefill_end."
+                    )
+            slots, made_by = t.leaves, t.name
+        if t.update is not keep or t.observe is not keep:
+            later_acting.append(t)
 
     def start(name):
         def run(cache, observation):
@@ -89,12 +127,15 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
     return CacheTransform(
         init=start("init"),
         begin=start("begin"),
-        update=each("update"),
-        observe=each("observe"),
+        update=each("update") if later_acting else keep,
+        observe=each("observe") if later_acting else keep,
         needs=needs,
         frees_in_prefill=soonest(t.frees_in_prefill for t in transforms),
         frees_in_decode=soonest(t.frees_in_decode for t in transforms),
         budget=next((t.budget for t in transforms if t.budget is not None), None),
+        name=" and ".join(t.name for t in transforms),
+        takes=transforms[0].takes if transforms else tuple(SLOTS),
+        leaves=slots,
     )
 
 

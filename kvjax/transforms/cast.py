@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import LayerCache
-from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.base import PLAIN, CacheTransform
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -36,4 +36,8 @@ def cast(dtype: str = "float8_e4m3fn") -> CacheTransform:
     def compress(layer: LayerCache) -> LayerCache:
         return layer.replace(segments=tuple(segment.map_dense(store, store) for segment in layer.segments))
 
-    return CacheTransform(init=lambda cache, observation: (cache.map_layers(compress), ()))
+    return CacheTransform(
+        init=lambda cache, observation: (cache.map_layers(compress), ()),
+        name="cast",
+        takes=(*PLAIN, "ring", "paged", "projected", "pruned", "split"),
+    )

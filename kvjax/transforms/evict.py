@@ -14,7 +14,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_highest
-from kvjax.transforms.base import CacheTransform, keep
+from kvjax.transforms.base import PLAIN, CacheTransform, keep
 
 _PROTECTED = 1e30  # above any score, even after division by the length of a context
 
@@ -27,12 +27,14 @@ class Scorer(NamedTuple):
       needs: what the decoder must collect for it.
       stats: names of the per-slot statistics it keeps in the segment, beside keys and values.
       observe: `(segment, layer observation) -> segment` brings the statistics up to date.
+      aligned: the scores of a token are the same in every head of a layer.
     """
 
     score: Callable[[DenseSegment, LayerObservation], jax.Array]
     needs: Needs = Needs()
     stats: tuple[str, ...] = ()
     observe: Callable[[DenseSegment, LayerObservation], DenseSegment] = lambda segment, seen: segment
+    aligned: bool = False
 
 
 LayerBudgets = Callable[[int, int, int], tuple[int, ...]]
@@ -142,6 +144,9 @@ def evict(
         frees_in_prefill=1,
         frees_in_decode=1,
         budget=budget,
+        name="evict",
+        takes=PLAIN,
+        leaves=None if scorer.aligned else "by_head",
     )
 
 

@@ -13,7 +13,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments import DenseSegment, RaggedSegment
 from kvjax.segments.dense import dense_tail
-from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, protect
 
 HeadBudgets = Callable[[jax.Array, jax.Array], jax.Array]
@@ -118,4 +118,6 @@ def evict_by_head(
         shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(shrink, observation.layers), ()
 
-    return CacheTransform(init=init, needs=scorer.needs, budget=budget)
+    return CacheTransform(
+        init=init, needs=scorer.needs, budget=budget, name="evict_by_head", takes=PLAIN, leaves="paged"
+    )

@@ -12,7 +12,7 @@ from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments import BufferedSegment, DenseSegment, LatentSegment
 from kvjax.segments.dense import dense_tail, unrotated
 from kvjax.segments.latent import Basis, Channels
-from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.base import PLAIN, CacheTransform
 
 LayerBases = tuple[Basis | None, Basis | None]
 """Bases of the keys and of the values of a layer; None leaves them as they are."""
@@ -34,7 +34,7 @@ def project(bases: Sequence[LayerBases]) -> CacheTransform:
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, _of_all_layers(bases, cache)), ()
 
-    return CacheTransform(init=init)
+    return CacheTransform(init=init, name="project", takes=PLAIN, leaves="projected")
 
 
 def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTransform:
@@ -62,7 +62,7 @@ def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTr
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    return CacheTransform(init=init)
+    return CacheTransform(init=init, name="project_jointly", takes=("plain",), leaves="joint")
 
 
 def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> CacheTransform:
@@ -96,7 +96,9 @@ def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> Cach
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    return CacheTransform(init=init, needs=Needs(queries=queries))
+    return CacheTransform(
+        init=init, needs=Needs(queries=queries), name="prune_channels", takes=PLAIN, leaves="pruned"
+    )
 
 
 def _strongest_channels(slots: DenseSegment, seen: LayerObservation, keep: int) -> jax.Array:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 
 from kvjax.cache import LayerCache
 from kvjax.segments import BufferedSegment, QuantizedSegment
-from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.base import PLAIN, CacheTransform
 
 
 def quantize(
@@ -48,8 +50,9 @@ def quantize(
         )
 
     def encode(slots):
+        whole = math.lcm(key_group, 32 // bits)  # groups and words
         return QuantizedSegment.encode(
-            slots,
+            slots.resize(-(-slots.pos.shape[2] // whole) * whole),
             bits=bits,
             key_group=key_group,
             value_group=value_group,
@@ -63,4 +66,9 @@ def quantize(
         body = tuple(segment.map_dense(encode, encode) for segment in written)
         return layer.replace(segments=(*body, tail.map_dense(encode, buffer)))
 
-    return CacheTransform(init=lambda cache, observation: (cache.map_layers(compress), ()))
+    return CacheTransform(
+        init=lambda cache, observation: (cache.map_layers(compress), ()),
+        name="quantize",
+        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split"),
+        leaves="packed",
+    )

@@ -13,7 +13,7 @@ from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
 from kvjax.segments.protocol import KeyRope
 from kvjax.segments.slots import LAST, keep_highest
-from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.base import PLAIN, CacheTransform
 
 
 def as_ring(segment: DenseSegment, slots: int, sinks: int) -> DenseSegment:
@@ -60,4 +60,6 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
         shrink = lambda layer, seen: compress(layer, seen, slots=slots)
         return cache.map_layers(shrink, observation.layers), ()
 
-    return CacheTransform(init=init, frees_in_prefill=1, frees_in_decode=1, budget=budget)
+    return CacheTransform(
+        init=init, frees_in_prefill=1, frees_in_decode=1, budget=budget, name="ring", takes=PLAIN, leaves="ring"
+    )

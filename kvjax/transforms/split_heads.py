@@ -10,7 +10,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import HeadsSegment
 from kvjax.segments.dense import dense_tail
-from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.ring import as_ring
 
 
@@ -45,4 +45,4 @@ def split_heads(full: Sequence[Sequence[int]], *, sinks: int = 64, recent: int =
             raise ValueError(f"full is for {len(full)} layers, but the cache has {len(cache.layers)}.")
         return cache.map_layers(compress, full), ()
 
-    return CacheTransform(init=init)
+    return CacheTransform(init=init, name="split_heads", takes=PLAIN, leaves="split")

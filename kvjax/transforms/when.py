@@ -16,11 +16,13 @@ from kvjax.transforms.base import CacheTransform
 
 def at_prefill_end(transform: CacheTransform) -> CacheTransform:
     """Acts once, when the prompt is in. Afterwards the cache grows with every token."""
-    return CacheTransform(
-        init=transform.init,
+    once = CacheTransform(init=transform.init)
+    return transform._replace(
         begin=lambda cache, observation: (cache, ()),
-        needs=transform.needs,
-        budget=transform.budget,
+        update=once.update,
+        observe=once.observe,
+        frees_in_prefill=None,
+        frees_in_decode=None,
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cli
+from experiments import calibrations, cli
 from experiments import evaluate as program
 from models import load_model
 from models.decoder import forward, prompt_cache
@@ -59,6 +59,14 @@ def evaluate(*args):
         except SystemExit as stopped:
             code = stopped.code
     return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def calibrations_elsewhere(tmp_path_factory):
+    """What the evaluation calibrates by itself is kept, but not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrations, "cache_dir", lambda: tmp_path_factory.getbasetemp() / "cache")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from tests.models.conftest import TEMPLATE, VOCAB, backend
 MAX_POSITIONS = 256
 
 
-def write(path: pathlib.Path) -> pathlib.Path:
+def write(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """D 64, N 4, K 2, H 32, F 96; untrained, so answers are noise and only the machinery is tested."""
     path.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens": (len(VOCAB), 64), "model.norm": (64,)}
     for i in range(2):
         layer = f"model.layers.{i}"

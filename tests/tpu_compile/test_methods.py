@@ -19,7 +19,7 @@ from tests.fake_calibrations import calibrate
 
 pytestmark = pytest.mark.tpu_compile
 
-SMOLLM2 = DecoderConfig("smollm2", 49152, 2, 576, 9, 3, 64, 1536)
+SMOLLM2 = DecoderConfig("smollm2", 49152, 1, 576, 9, 3, 64, 1536)
 LLAMA_8B = DecoderConfig("llama-8b", 128256, 2, 4096, 32, 8, 128, 14336, tied_embeddings=False)
 NEW_TOKENS = 64
 

@@ -1,0 +1,176 @@
+"""The calibration program, and calibrations that remember their model."""
+
+import contextlib
+import io
+import json
+import sys
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import calibrate as program
+from experiments import calibrations, cli
+from experiments.methods import load_method
+from models import load_model
+from tests.experiments import tiny_checkpoint
+
+SMALL = calibrations.Settings(texts=2, tokens=64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint)
+
+
+def calibrate(*args):
+    """The program without a new interpreter: exit code, standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["calibrate.py", *map(str, args)]
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        flags.FLAGS.unparse_flags()
+        try:
+            with mock.patch.object(sys, "argv", argv):
+                cli.call(program.run, cli.parse_flags(argv))
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("recipe", calibrations.RECIPES)
+def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_path):
+    folder = tmp_path / "made"
+    given = (f"--method={recipe}", f"--model={checkpoint}", f"--output_dir={folder}", "--texts=2", "--tokens=64")
+    code, out, err = calibrate(*given)
+    assert code == 0 and str(folder) in out, err
+    data = calibrations.load(folder, recipe, model)
+    for name, x in data.items():
+        assert f"{name:<14} {x.dtype}{list(x.shape)}" in out and jnp.isfinite(x).all()
+    method = load_method(recipe, budget=0.5, calibrate=lambda recipe, path: data)
+    assert method.transform.budget is None
+    code, _, err = calibrate(*given)
+    assert code == 2 and "is not empty; pass --replace" in err
+    assert calibrate(*given, "--replace")[0] == 0
+
+
+def test_principal_components_are_those_of_the_cached_keys(model):
+    data = calibrations.principal_components(model, SMALL)
+    axes, variance = np.asarray(data["key_axes"]), np.asarray(data["key_variance"])
+    H = axes.shape[-1]
+    np.testing.assert_allclose(axes.swapaxes(2, 3) @ axes, np.broadcast_to(np.eye(H), axes.shape), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.det(axes), 1.0, atol=1e-4)
+    assert (np.diff(variance, axis=-1) <= 0).all()
+    keys = np.concatenate(
+        [
+            np.asarray(calibrations._read(model, tokens).cache.layers[1].segments[0].k, np.float64)[0]
+            for tokens in calibrations._texts(model, SMALL)
+        ],
+        axis=1,
+    )
+    for head, x in enumerate(keys):
+        np.testing.assert_allclose(data["key_mean"][1, head], x.mean(axis=0), rtol=1e-4, atol=1e-5)
+        spread = np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1]
+        np.testing.assert_allclose(variance[1, head], spread, rtol=1e-3, atol=1e-5 * spread[0])
+
+
+def test_weight_directions_of_all_ranks_span_the_projection(model):
+    data = calibrations.weight_directions(model, SMALL)
+    config = model.config
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    wk = np.asarray(model.params["layers"][0]["wqkv"])[:, N * H : (N + K) * H]
+    V = np.asarray(data["key_axes"][0]).reshape(K * H, -1)
+    np.testing.assert_allclose(wk @ V @ V.T, wk, atol=1e-4 * np.abs(wk).max())
+    # Half of the directions explain more of the weighted projection than any other half would: the SVD's promise.
+    half = V.shape[1] // 2
+    first, last = (np.linalg.norm(wk @ part) for part in (V[:, :half], V[:, half:]))
+    assert first > last
+
+
+def test_copying_heads_are_found_by_hand():
+    """One layer whose queries equal the keys of the tokens before them: echo or induction by construction."""
+    import kvjax
+    from kvjax.calibration import copying_scores
+
+    period, repeats, H = 6, 3, 64
+    T = period * repeats
+    code = np.random.default_rng(0).choice([-1.0, 1.0], size=(period, H)) * 3
+    tokens = np.tile(np.arange(period), repeats)
+    before = np.roll(tokens, 1)
+    k = np.stack([code[tokens], code[before]])[None]  # head 0: own token; head 1: the token before
+    k[0, 1, 0] = 0  # nothing comes before the first
+    q = code[tokens][None, :, None].repeat(2, axis=2)
+    rope = kvjax.Rope(jnp.zeros(H // 2))  # no rotation
+    pos = jnp.arange(T)[None]
+    keys = kvjax.DenseSegment(k=jnp.float32(k), v=jnp.float32(k), pos=jnp.tile(pos[:, None], (1, 2, 1)))
+    queries = kvjax.Queries(jnp.float32(q), pos, rope)
+    lse = keys.attend(queries).lse
+    echo, induction = copying_scores(keys, kvjax.LayerObservation(queries, lse, jnp.int32(0)), period)
+    # Head 0 looks at all copies of its token, itself included: 1/2 and 2/3 of its attention are earlier copies.
+    np.testing.assert_allclose(echo[0], (1 / 2 + 2 / 3) / 2, atol=0.02)
+    assert induction[0] < 0.02
+    # Head 1 looks at what follows its token: one slot from the second repetition on (its own follower is to come).
+    np.testing.assert_allclose(induction[1], 1.0, atol=0.02)
+    assert echo[1] < 0.02
+
+
+def test_calibrations_are_measured_once_and_kept(model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(calibrations, "cache_dir", lambda: tmp_path)
+    first = calibrations.Calibrations(model, SMALL)("duoattention", None)
+    assert "measuring one" in capsys.readouterr().err
+    monkeypatch.setitem(calibrations.RECIPES, "duoattention", None)
+    again = calibrations.Calibrations(model, SMALL)("duoattention", None)
+    np.testing.assert_array_equal(first["induction"], again["induction"])
+
+
+def test_another_model_or_method_is_refused_and_damage_is_named(model, checkpoint, tmp_path):
+    folder = tmp_path / "made"
+    calibrations.save(folder, "duoattention", model, calibrations.head_types(model, SMALL), SMALL)
+    with pytest.raises(ValueError, match="was made for duoattention, not for cskv"):
+        calibrations.load(folder, "cskv", model)
+    other = load_model(tiny_checkpoint.write(tmp_path / "other", seed=1))
+    with pytest.raises(ValueError, match="was measured on .* not on this"):
+        calibrations.load(folder, "duoattention", other)
+    with pytest.raises(ValueError, match="holds no calibration; make one with"):
+        calibrations.load(tmp_path / "nothing", "cskv", model)
+    for path in (folder / "arrays").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        calibrations.load(folder, "duoattention", model)
+    (folder / "calibration.json").write_text("{")
+    with pytest.raises(ValueError, match="calibration.json is damaged"):
+        calibrations.load(folder, "duoattention", model)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ([], "--method is required"),
+        (["--method=snapkv"], "nothing to calibrate for 'snapkv'"),
+        (["--method=cskv"], "--output_dir says where"),
+        (["--method=cskv", "--output_dir=OUT", "--texts=0"], "--texts must be at least 1"),
+        (["--method=cskv", "--output_dir=OUT", "--tokens=100000"], "--tokens must be from 8 to the"),
+        (["--method=cskv", "--output_dir=OUT", "--tokens=64", "--texts=100000"], "--texts: there is text for"),
+    ],
+)
+def test_bad_flags_give_one_clear_line(given, says, checkpoint, tmp_path):
+    given = [flag.replace("OUT", str(tmp_path / "out")) for flag in given]
+    code, _, err = calibrate(f"--model={checkpoint}", *given)
+    assert code == 2 and says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(json, "dumps", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        calibrations.save(tmp_path / "made", "duoattention", model, {"induction": jnp.zeros((2, 2))}, SMALL)
+    assert list(tmp_path.iterdir()) == []
