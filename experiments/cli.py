@@ -40,6 +40,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(error)
 
 
+def refuse(*unused: flags.FlagHolder) -> None:
+    """Refuses shared flags that a program has no use for, rather than ignore them.
+
+    Raises:
+      ValueError: names the first that was given.
+    """
+    for flag in unused:
+        if flag.present:
+            raise ValueError(f"--{flag.name} means nothing to this program.")
+
+
 def call(program: Callable[[], None], argv: Sequence[str]) -> None:
     """Runs a program; bad input, a full disk or a failed download becomes one line and exit status 2."""
     try:

@@ -1,28 +1,22 @@
 """The speed benchmark: what its rows say, with and without the peer. Nothing here asserts a time."""
 
-import contextlib
-import io
+import functools
 import json
-import sys
 from unittest import mock
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import kvjax
 from experiments import bench_decode as program
-from experiments import cli
 from experiments.stopwatch import in_turn
 from experiments.transformers_peer import TransformersPeer, huggingface_tensors
 from models import load_model
 from models.decoder import forward, prompt_cache
 from models.weights import build_params
-from tests.experiments import tiny_checkpoint
+from tests.experiments import in_process, tiny_checkpoint
 
 NEW_TOKENS = 6
 
@@ -32,20 +26,7 @@ def checkpoint(tmp_path_factory):
     return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
-def bench(*args):
-    """The program without a new interpreter: exit code, standard output and standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["bench_decode.py", *map(str, args)]
-    gin.clear_config()
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        flags.FLAGS.unparse_flags()
-        try:
-            with mock.patch.object(sys, "argv", argv):
-                cli.call(program.run, cli.parse_flags(argv))
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code
-    return code, out.getvalue(), err.getvalue()
+bench = functools.partial(in_process.call, program)
 
 
 @pytest.fixture(scope="module")

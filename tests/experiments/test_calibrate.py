@@ -1,21 +1,17 @@
 """The calibration program, and calibrations that remember their model."""
 
-import contextlib
-import io
-import sys
+import functools
 from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from experiments import calibrate as program
-from experiments import calibrations, cli
+from experiments import calibrations
 from experiments.methods import load_method
 from models import load_model
-from tests.experiments import tiny_checkpoint
+from tests.experiments import in_process, tiny_checkpoint
 
 SMALL = calibrations.Settings(texts=2, tokens=64)
 
@@ -30,19 +26,7 @@ def model(checkpoint):
     return load_model(checkpoint)
 
 
-def calibrate(*args):
-    """The program without a new interpreter: exit code, standard output and standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["calibrate.py", *map(str, args)]
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        flags.FLAGS.unparse_flags()
-        try:
-            with mock.patch.object(sys, "argv", argv):
-                cli.call(program.run, cli.parse_flags(argv))
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code
-    return code, out.getvalue(), err.getvalue()
+calibrate = functools.partial(in_process.call, program)
 
 
 @pytest.mark.parametrize("recipe", calibrations.RECIPES)
@@ -156,6 +140,8 @@ def test_another_model_or_method_is_refused_and_damage_is_named(model, checkpoin
         ([], "--method is required"),
         (["--method=snapkv"], "nothing to calibrate for 'snapkv'"),
         (["--method=cskv"], "--output_dir says where"),
+        (["--method=cskv", "--output_dir=OUT", "--keep=0.5"], "--keep means nothing to this program"),
+        (["--methods=cskv", "--output_dir=OUT"], "--methods means nothing to this program"),
         (["--method=cskv", "--output_dir=OUT", "--texts=0"], "--texts must be at least 1"),
         (["--method=cskv", "--output_dir=OUT", "--tokens=100000"], "--tokens must be from 8 to the"),
         (["--method=cskv", "--output_dir=OUT", "--tokens=64", "--texts=100000"], "--texts: there is text for"),

@@ -1,27 +1,22 @@
 """The evaluation program, run as a user runs it."""
 
-import contextlib
-import io
+import functools
 import json
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from unittest import mock
 
-import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from experiments import calibrations, cli
+from experiments import calibrations
 from experiments import evaluate as program
 from models import load_model
 from models.decoder import forward, prompt_cache
-from tests.experiments import tiny_checkpoint
+from tests.experiments import in_process, tiny_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 VOCAB = 263
@@ -45,20 +40,7 @@ def evaluate_as_process(*flags, **kwargs):
     return process.returncode, out, err
 
 
-def evaluate(*args):
-    """The same program without a new interpreter: exit code, standard output and standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    argv = ["evaluate.py", *map(str, args)]
-    gin.clear_config()
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        flags.FLAGS.unparse_flags()
-        try:
-            with mock.patch.object(sys, "argv", argv):
-                cli.call(program.run, cli.parse_flags(argv))
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code
-    return code, out.getvalue(), err.getvalue()
+evaluate = functools.partial(in_process.call, program)
 
 
 @pytest.fixture(scope="module", autouse=True)
