@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
-from kvjax.segments import DenseSegment, Queries, Ranks, Segment
+from kvjax.segments import DenseSegment, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.slots import token_order
 from pallas_kernels.partial import Partial, combine
+
+
+Shared = dict[str, Segment]
+"""Segments that several layers read, by name."""
 
 
 @struct.dataclass
@@ -27,7 +31,7 @@ class LayerCache:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
+        shared: Shared | None = None,
         new: Partial | None = None,
     ) -> Partial:
         """Attention over all slots: the merge of the segments' partial results.
@@ -36,12 +40,13 @@ class LayerCache:
           queries: T queries of every row.
           window: tokens a query looks back over, itself included; None: all.
           scale: multiplies the dot products; None: `H ** -0.5`.
-          shared: what layers share, from `Cache.shared`.
+          shared: what layers share, `Cache.shared`.
           new: attention over tokens that are not in the cache yet, merged with the rest.
         """
+        layer = self.inlined(shared)
         partials = [
-            s.attend(queries, window=window, scale=scale, shared=shared, **r)
-            for s, r in zip(self.segments, self._ranks(queries))
+            s.attend(queries, window=window, scale=scale, **r)
+            for s, r in zip(layer.segments, layer._ranks(queries))
             if s.pos.shape[-1]
         ]
         return combine(partials if new is None else [*partials, new])
@@ -53,13 +58,13 @@ class LayerCache:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
+        shared: Shared | None = None,
     ) -> tuple[jax.Array, ...]:
         """f32[B, N, S] per segment: the probability each slot received from the queries."""
-        ranks = self._ranks(queries)
+        layer = self.inlined(shared)
         return tuple(
-            s.mass(queries, lse, window=window, scale=scale, shared=shared, **r)
-            for s, r in zip(self.segments, ranks)
+            s.mass(queries, lse, window=window, scale=scale, **r)
+            for s, r in zip(layer.segments, layer._ranks(queries))
         )
 
     def append(
@@ -80,6 +85,18 @@ class LayerCache:
             never = jnp.any(after.out == jnp.inf)
             k, v, pos = (jnp.where(never, jnp.zeros((), x.dtype), x) for x in (k, v, pos))
         return self.with_tail(self.segments[-1].append(k, v, pos, rope))
+
+    def inlined(self, shared: Shared | None) -> LayerCache:
+        """The same with every `LayerView` replaced by the segment that it is of what layers share."""
+        if not shared:
+            return self
+        views = (getattr(s, "inlined", None) for s in self.segments)
+        return self.replace(segments=tuple(view(shared) if view else s for s, view in zip(self.segments, views)))
+
+    def map_dense(self, body: Rewrite, tail: Rewrite) -> LayerCache:
+        """Rewrites dense slots: with `tail` those that tokens are appended to, with `body` all others."""
+        *written, last = self.segments
+        return self.replace(segments=(*(s.map_dense(body, body) for s in written), last.map_dense(body, tail)))
 
     def with_tail(self, segment: Segment) -> LayerCache:
         """The same layer cache with another last segment."""
@@ -108,11 +125,19 @@ class Cache:
 
     layers: tuple[LayerCache, ...]
     length: jax.Array  # i32[B], tokens seen; the position of the next token
-    shared: Any = None
+    shared: Shared = struct.field(default_factory=dict)
 
     def map_layers(self, fn, *rest) -> Cache:
         """Applies `fn(layer_cache, *entries)` to every layer, with the entries of `rest` at that layer."""
         return self.replace(layers=tuple(fn(*each) for each in zip(self.layers, *rest, strict=True)))
+
+    def map_shared(self, fn: Rewrite) -> Cache:
+        """Applies `fn(segment)` to everything that layers share."""
+        return self.replace(shared={name: fn(segment) for name, segment in self.shared.items()})
+
+    def inlined(self) -> Cache:
+        """The same slots with nothing shared: what to look at, not what to store."""
+        return self.map_layers(lambda layer: layer.inlined(self.shared)).replace(shared={})
 
     def reserve(self, tokens: int) -> Cache:
         """Makes room for `tokens` more tokens in every layer. Changes shapes: not inside a loop."""
@@ -149,6 +174,6 @@ def kept_tokens(cache: Cache) -> jax.Array:
     """f32[B]: occupied slots per KV head, averaged over layers and heads."""
     per_layer = [
         sum(jnp.sum(s.pos >= 0, axis=(1, 2)) for s in layer.segments) / layer.segments[-1].pos.shape[1]
-        for layer in cache.layers
+        for layer in cache.inlined().layers
     ]
     return jnp.mean(jnp.stack(per_layer), axis=0)

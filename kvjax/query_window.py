@@ -44,7 +44,7 @@ def observe(window: QueryWindow, cache: Cache, observation: Observation) -> Obse
     """The observation with the window's queries, their lse computed over the cache as it is now."""
 
     return observation.replace(
-        layers=tuple(_look(*each) for each in zip(cache.layers, observation.layers, window, strict=True))
+        layers=tuple(map(_look, cache.inlined().layers, observation.layers, window))
     )
 
 

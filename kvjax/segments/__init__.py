@@ -4,7 +4,7 @@ from kvjax.segments.buffered import BufferedSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
-from kvjax.segments.protocol import Queries, Ranks, Segment
+from kvjax.segments.protocol import LayerView, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.ragged import RaggedSegment
 
@@ -13,9 +13,11 @@ __all__ = [
     "DenseSegment",
     "HeadsSegment",
     "LatentSegment",
+    "LayerView",
     "QuantizedSegment",
     "Queries",
     "RaggedSegment",
     "Ranks",
+    "Rewrite",
     "Segment",
 ]

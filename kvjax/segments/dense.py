@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -57,7 +55,6 @@ class DenseSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> Partial:
         """See `Segment.attend`."""
@@ -78,7 +75,6 @@ class DenseSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """See `Segment.mass`."""

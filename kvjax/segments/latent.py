@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -123,13 +123,12 @@ class LatentSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> Partial:
         """See `Segment.attend`."""
         scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
         if self.key_rope == "stored":
-            partial = self.latent.attend(self._projected(queries), window=window, scale=scale, shared=shared)
+            partial = self.latent.attend(self._projected(queries), window=window, scale=scale)
             partial = partial._replace(lse=partial.lse + self._mean_logit(queries, scale))
         else:
             partial = self.latent.fold_dense(
@@ -144,14 +143,13 @@ class LatentSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """See `Segment.mass`."""
         scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
         if self.key_rope == "stored":
             lse = lse - self._mean_logit(queries, scale)
-            return self.latent.mass(self._projected(queries), lse, window=window, scale=scale, shared=shared)
+            return self.latent.mass(self._projected(queries), lse, window=window, scale=scale)
         return self.dense().mass(queries, lse, window=window, scale=scale)
 
     def dense(self) -> DenseSegment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 
@@ -67,7 +67,6 @@ class Segment(Protocol):
         *,
         window: int | None,
         scale: float | None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> Partial:
         """Attention of the queries over this segment's slots."""
@@ -79,7 +78,6 @@ class Segment(Protocol):
         *,
         window: int | None,
         scale: float | None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """f32[B, N, S]: probability each slot received, given the queries' lse over the whole layer."""
@@ -103,6 +101,20 @@ class Segment(Protocol):
 
     def reserve(self, tokens: int) -> Segment:
         """Makes room for `tokens` more appended tokens. Changes shapes: only before the loop starts."""
+
+
+class LayerView(Protocol):
+    """What a layer cache holds in place of a segment whose slots are in `Cache.shared`; a frozen pytree.
+
+    A layer cache replaces it by the segment before anything is read, so a view has no other methods. Nothing is
+    appended to it.
+    """
+
+    def inlined(self, shared: dict[str, Segment]) -> Segment:
+        """The segment that this layer sees."""
+
+    def map_dense(self, body: Rewrite, tail: Rewrite) -> LayerView:
+        """Itself: what is shared is rewritten where it lies, once."""
 
 
 Rewrite = Callable[[Segment], Segment]

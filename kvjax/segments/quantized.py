@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import jax
 from flax import struct
 
@@ -87,7 +85,6 @@ class QuantizedSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> Partial:
         """See `Segment.attend`."""
@@ -109,7 +106,6 @@ class QuantizedSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """See `Segment.mass`."""

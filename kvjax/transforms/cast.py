@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import LayerCache
 from kvjax.transforms.base import PLAIN, CacheTransform
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -32,12 +31,10 @@ def cast(dtype: str = "float8_e4m3fn") -> CacheTransform:
             raise ValueError(f"cast to {dtype} needs rotated keys, got key_rope={segment.key_rope!r}.")
         return segment.astype(dtype)
 
-    @jax.jit
-    def compress(layer: LayerCache) -> LayerCache:
-        return layer.replace(segments=tuple(segment.map_dense(store, store) for segment in layer.segments))
+    compress = jax.jit(lambda stored: stored.map_dense(store, store))  # a layer cache, or what layers share
 
     return CacheTransform(
-        init=lambda cache, observation: (cache.map_layers(compress), ()),
+        init=lambda cache, observation: (cache.map_layers(compress).map_shared(compress), ()),
         name="cast",
         takes=(*PLAIN, "ring", "paged", "projected", "pruned", "split"),
     )

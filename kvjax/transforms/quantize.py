@@ -6,7 +6,6 @@ import math
 
 import jax
 
-from kvjax.cache import LayerCache
 from kvjax.segments import BufferedSegment, QuantizedSegment
 from kvjax.transforms.base import PLAIN, CacheTransform
 
@@ -59,15 +58,12 @@ def quantize(
             scale_dtype=scale_dtype,
         )
 
-    @jax.jit
-    def compress(layer: LayerCache) -> LayerCache:
-        *written, tail = layer.segments
-        buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)
-        body = tuple(segment.map_dense(encode, encode) for segment in written)
-        return layer.replace(segments=(*body, tail.map_dense(encode, buffer)))
+    buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)
+    of_layer = jax.jit(lambda layer: layer.map_dense(encode, buffer))
+    of_shared = jax.jit(lambda segment: segment.map_dense(encode, encode))
 
     return CacheTransform(
-        init=lambda cache, observation: (cache.map_layers(compress), ()),
+        init=lambda cache, observation: (cache.map_layers(of_layer).map_shared(of_shared), ()),
         name="quantize",
         takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split"),
         leaves="packed",

@@ -128,7 +128,7 @@ class Harness:
 def positions(cache: kvjax.Cache, row: int) -> list[list[list[int]]]:
     """Positions a row holds, sorted, per layer and KV head."""
     layers = []
-    for layer in cache.layers:
+    for layer in cache.inlined().layers:
         heads = [[] for _ in range(layer.segments[-1].pos.shape[1])]
         for segment in layer.segments:
             pos = np.asarray(segment.pos[row])
