@@ -4,7 +4,7 @@
 papers as short compositions, `prefill`, `extend` and `generate` run a decoder with any of them.
 """
 
-from kvjax import methods, scores
+from kvjax import inspection, methods, scores
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.observation import ALL, LayerObservation, Needs, Observation

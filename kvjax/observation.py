@@ -112,10 +112,24 @@ def last_queries(queries: Queries, lse: jax.Array, count: int) -> tuple[Queries,
     T = queries.pos.shape[1]
     if count == ALL or count >= T:
         return queries._replace(ahead=0), lse
-    real = jnp.sum(queries.pos >= 0, axis=1)
-    index = real[:, None] - count + jnp.arange(count)  # [B, W]
-    there = index >= 0
-    index = jnp.maximum(index, 0)
-    take = lambda x: jnp.take_along_axis(x, index[(...,) + (None,) * (x.ndim - 2)], axis=1)
-    picked = Queries(take(queries.raw), jnp.where(there, take(queries.pos), -1), queries.rope)
-    return picked, take(lse)
+    take = lambda x, **how: take_last(x, queries.pos, count, **how)
+    return Queries(take(queries.raw), take(queries.pos, fill=-1), queries.rope), take(lse)
+
+
+def take_last(x: jax.Array, pos: jax.Array, count: int, *, fill: int | None = None) -> jax.Array:
+    """The entries of the last `count` real tokens of every row, in order, right-aligned.
+
+    Args:
+      x: [B, T, ...].
+      pos: i32[B, T], padding (-1) last.
+      count: at most T.
+      fill: what stands where a row has fewer; None: its first entry.
+
+    Returns:
+      [B, count, ...].
+    """
+    real = jnp.sum(pos >= 0, axis=1)
+    index = real[:, None] - count + jnp.arange(count)  # [B, count]
+    expand = (...,) + (None,) * (x.ndim - 2)
+    taken = jnp.take_along_axis(x, jnp.maximum(index, 0)[expand], axis=1)
+    return taken if fill is None else jnp.where((index >= 0)[expand], taken, fill)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache, empty_cache
 from kvjax.drivers import Step, StepOutput
-from kvjax.observation import LayerObservation, Needs, observe
+from kvjax.observation import ALL, LayerObservation, Needs, observe, take_last
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
 from models.config import DecoderConfig
@@ -70,16 +70,20 @@ def step(
     run_layer = _layer_in_place if donate else _layer
     x = _embed(params["embed"], tokens)
     layers, seen = [], []
+    last = None
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
+        if last_only and index == config.num_layers - 1:
+            last = _tokens_read(layer, needs, tokens.shape[1])
         x, layer, observed = run_layer(
-            weights, x, positions, layer, cache.shared, jnp.int32(index), config=config, needs=needs
+            weights, x, positions, layer, cache.shared, jnp.int32(index), config=config, needs=needs, last=last
         )
         layers.append(layer)
         seen.append(observed)
     new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     cache = cache.replace(layers=tuple(layers), length=cache.length + new)
     head = params["embed"] if config.tied_embeddings else params["head"]
-    logits = _unembed(params["final_norm"], head, x, new, config=config, last_only=last_only)
+    count = new if last is None else jnp.full_like(new, last)
+    logits = _unembed(params["final_norm"], head, x, count, config=config, last_only=last_only)
     return StepOutput(logits, cache, tuple(seen))
 
 
@@ -144,17 +148,34 @@ def _one_layer(
     *,
     config: DecoderConfig,
     needs: Needs,
+    last: int | None = None,
 ) -> tuple[jax.Array, LayerCache, LayerObservation]:
-    """Attention and feed-forward, each normalised before and added to the residual stream x [B, T, D]."""
+    """Attention and feed-forward, each normalised before and added to the residual stream x [B, T, D].
+
+    With `last`, only the last tokens of every row go on; the cache gets all of them.
+    """
     normed = rms_norm(x, weights["attn_norm"], config.norm_eps)
-    attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config)
-    x = x + attended
+    attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config, last)
+    x = (x if last is None else take_last(x, positions, last)) + attended
     x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
     return x, layer, observe(queries, lse, needs, index)
 
 
-_layer = jax.jit(_one_layer, static_argnames=("config", "needs"))
-_layer_in_place = jax.jit(_one_layer, static_argnames=("config", "needs"), donate_argnames="layer")
+_STATIC = ("config", "needs", "last")
+_layer = jax.jit(_one_layer, static_argnames=_STATIC)
+_layer_in_place = jax.jit(_one_layer, static_argnames=_STATIC, donate_argnames="layer")
+
+
+def _tokens_read(layer: LayerCache, needs: Needs, tokens: int) -> int | None:
+    """How many of the last tokens anybody reads after the last layer; None: all, or not worth a program of its own.
+
+    From an empty cache the last layer may write all tokens first and attend for these alone: a thirtieth of a prefill.
+    """
+    count = max(needs.queries, 1)
+    held = sum(segment.pos.shape[-1] for segment in layer.segments)
+    if held or needs.queries == ALL or needs.moments_from is not None or 4 * count > tokens:
+        return None
+    return count
 
 
 def _attention(
@@ -164,18 +185,24 @@ def _attention(
     layer: LayerCache,
     shared,
     config: DecoderConfig,
+    last: int | None,
 ) -> tuple[jax.Array, LayerCache, Queries, jax.Array]:
-    """Attends to the cache and to the new tokens, then appends these to the cache."""
+    """Attends to the cache and to the new tokens, then appends these to the cache; see `_one_layer` for `last`."""
     B, T, _ = x.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     rope = Rope.from_base(config.rope_base, H)
     q, k, v = jnp.split((x @ weights["wqkv"]).reshape(B, T, N + 2 * K, H), (N, N + K), axis=2)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
-    own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
-    attended = layer.attend(queries, shared=shared, new=own)
-    layer = layer.append(k, v, positions, rope, after=attended)
-    out = attended.out.astype(x.dtype).reshape(B, T, N * H)
+    if last is None:
+        own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
+        attended = layer.attend(queries, shared=shared, new=own)
+        layer = layer.append(k, v, positions, rope, after=attended)
+    else:
+        queries = Queries(take_last(q, positions, last), take_last(positions, positions, last, fill=-1), rope)
+        layer = layer.append(k, v, positions, rope)
+        attended = layer.attend(queries)
+    out = attended.out.astype(x.dtype).reshape(B, -1, N * H)
     return out @ weights["wo"], layer, queries, attended.lse
 
 

@@ -127,16 +127,7 @@ class Harness:
 
 def positions(cache: kvjax.Cache, row: int) -> list[list[list[int]]]:
     """Positions a row holds, sorted, per layer and KV head."""
-    layers = []
-    for layer in cache.inlined().layers:
-        heads = [[] for _ in range(layer.segments[-1].pos.shape[1])]
-        for segment in layer.segments:
-            pos = np.asarray(segment.pos[row])
-            owners = np.asarray(segment.owner[row]) if isinstance(segment, kvjax.RaggedSegment) else range(len(pos))
-            for owner, part in zip(owners, pos, strict=True):
-                heads[owner] += part[part >= 0].tolist()
-        layers.append([sorted(head) for head in heads])
-    return layers
+    return [[head.tolist() for head in layer] for layer in kvjax.inspection.held_positions(cache, row)]
 
 
 def assert_same_run(a: kvjax.Run, b: kvjax.Run, rows=((0, 0), (1, 1))) -> None:
