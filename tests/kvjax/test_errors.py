@@ -173,10 +173,10 @@ SEGMENT = {
         TypeError,
         "QuantizedSegment takes whole blocks; reserve through a BufferedSegment",
     ),
-    "buffering merged slots": (
-        lambda: BufferedSegment.from_dense(_segment().replace(bias=jnp.zeros((2, 2, 8))), _encode, 8),
+    "one vector for heads that merged differently": (
+        lambda: kvjax.LatentSegment.of(_segment().replace(bias=jnp.zeros((2, 2, 8))), None, None, joint=True),
         TypeError,
-        "BufferedSegment cannot keep slots that stand for several tokens",
+        "A joint LatentSegment cannot keep slots that each head has merged in its own way",
     ),
     "re-indexing packed slots": (
         lambda: BufferedSegment.from_dense(_segment(), _encode, 8).attend(_QUERIES, ranks=object()),
