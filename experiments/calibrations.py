@@ -93,10 +93,10 @@ def head_types(model: Model, settings: Settings, repeats: int = 4) -> Calibratio
 
 def layer_variance(model: Model, settings: Settings) -> Calibration:
     """How unevenly the heads of each layer spread their attention over text: `variance`, f32[L]."""
-    found = []
+    found, variance = [], jax.jit(attention_variance)
     for tokens in _progress(_texts(model, settings)):
         out = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL))
-        found.append([attention_variance(layer.segments[0], seen) for layer, seen in zip(out.cache.layers, out.layers)])
+        found.append([variance(layer.segments[0], seen) for layer, seen in zip(out.cache.layers, out.layers)])
     return {"variance": jnp.mean(jnp.asarray(found), axis=0)}
 
 
