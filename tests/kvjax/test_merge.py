@@ -197,10 +197,10 @@ def test_packed_and_projected_slots_keep_the_log_of_their_count():
         np.testing.assert_allclose(got.lse, want.lse, **CLOSE)
         np.testing.assert_allclose(other.mass(queries, got.lse), want.probability.sum(axis=1), **CLOSE)
     # A token that comes later stands for itself, also after it was packed.
+    append = quick_jit(lambda segment, new, pos: segment.append(new, new, pos, queries.rope))
     grown = packed.reserve(8)
     for pos in range(24, 30):
-        new = jnp.ones((1, 2, 1, H))
-        grown = grown.append(new, new, jnp.full((1, 1), pos, jnp.int32), queries.rope)
+        grown = append(grown, jnp.ones((1, 2, 1, H)), jnp.full((1, 1), pos, jnp.int32))
     body = grown.body
     assert int(jnp.sum(body.pos >= 0)) == 2 * 24
     held = np.asarray(body.pos[0, 0])
@@ -223,4 +223,5 @@ def test_evict_then_merge_then_quantize_holds_the_smallest_budget():
     run = jax.eval_shape(
         lambda cache: kvjax.prefill(STEP, chained, prompt, jnp.array([T]), cache, room=4), table_decoder.empty(1)
     )
-    assert run.cache.layers[0].segments[0].pos.shape[2] == 12 + 4 + 4
+    segment = run.cache.layers[0].segments[0]
+    assert segment.body.pos.shape[2] == 12 + 4 and segment.tail.pos.shape[2] == 4
