@@ -19,7 +19,7 @@ import tqdm
 
 import kvjax
 from experiments import synthetic
-from kvjax.calibration import Moments, activation_aware_svd, copying_scores
+from kvjax.calibration import Moments, activation_aware_svd, attention_variance, copying_scores
 from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, layer_inputs, prompt_cache
@@ -91,8 +91,18 @@ def head_types(model: Model, settings: Settings, repeats: int = 4) -> Calibratio
     return {"echo": mean[:, 0], "induction": mean[:, 1]}
 
 
+def layer_variance(model: Model, settings: Settings) -> Calibration:
+    """How unevenly the heads of each layer spread their attention over text: `variance`, f32[L]."""
+    found, variance = [], jax.jit(attention_variance)
+    for tokens in _progress(_texts(model, settings)):
+        out = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL))
+        found.append([variance(layer.segments[0], seen) for layer, seen in zip(out.cache.layers, out.layers)])
+    return {"variance": jnp.mean(jnp.asarray(found), axis=0)}
+
+
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
+    "d2o": layer_variance,
     "duoattention": head_types,
     "matryoshka_pca": principal_components,
 }

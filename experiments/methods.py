@@ -33,6 +33,7 @@ _SCORES = (
 _TRANSFORMS = (
     "adaptive",
     "at_prefill_end",
+    "by_variance",
     "cast",
     "every",
     "every_chunk",
@@ -40,12 +41,16 @@ _TRANSFORMS = (
     "evict",
     "evict_by_head",
     "identity",
+    "into_nearest",
+    "into_runs",
+    "merge",
     "prune_channels",
     "pyramid",
     "quantize",
     "ring",
     "split_heads",
     "when_full",
+    "whole_layers",
 )
 
 for _name in kvjax.methods.__all__:

@@ -22,9 +22,11 @@ from kvjax.segments import (
 )
 from kvjax.transforms import (
     CacheTransform,
+    MergeRule,
     Scorer,
     adaptive,
     at_prefill_end,
+    by_variance,
     cast,
     chain,
     check_step,
@@ -34,6 +36,9 @@ from kvjax.transforms import (
     evict,
     evict_by_head,
     identity,
+    into_nearest,
+    into_runs,
+    merge,
     project,
     project_jointly,
     prune_channels,
@@ -42,6 +47,7 @@ from kvjax.transforms import (
     ring,
     split_heads,
     when_full,
+    whole_layers,
 )
 from pallas_kernels.partial import Partial, combine
 

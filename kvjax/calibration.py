@@ -1,4 +1,4 @@
-"""What offline methods measure on a model before they run: principal components, low-rank weights, head types.
+"""What offline methods measure on a model before they run: components, low-rank weights, kinds of heads and layers.
 
 Pure functions over arrays; `experiments.calibrate` feeds them text and stores what they return.
 """
@@ -88,6 +88,24 @@ def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> t
         induction = induction + jnp.sum(mass(at, at - back * period + 1), axis=0)
     per_kv_head = lambda x: jnp.max((x / (T - period)).reshape(keys.pos.shape[1], -1), axis=-1)
     return per_kv_head(echo), per_kv_head(induction)
+
+
+def attention_variance(keys: DenseSegment, seen: LayerObservation) -> jax.Array:
+    """f32[]: how unevenly a layer's heads spread their attention over a text, 0 for evenly.
+
+    The variance over tokens of the attention each received, scaled to [0, 1] over the query heads, and averaged over
+    them.
+
+    Args:
+      keys: the layer's cache after the whole text.
+      seen: all queries of the text with their lse.
+
+    Source: Wan et al., D2O (2024), section 3.2 and its official code.
+    """
+    received = keys.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale)  # [B, N, S]
+    variance = jnp.mean(jnp.var(received, axis=-1), axis=0)
+    low, high = jnp.min(variance), jnp.max(variance)
+    return jnp.mean((variance - low) / jnp.maximum(high - low, 1e-12))
 
 
 def _probability(keys: DenseSegment, seen: LayerObservation, query_at: jax.Array, key_at: jax.Array) -> jax.Array:

@@ -29,6 +29,8 @@ def calibrate(config: DecoderConfig):
         if recipe == "cskv":
             joint = lambda: rotation(L, K * H).reshape(L, K, H, K * H)
             return {"key_axes": joint(), "value_axes": joint()}
+        if recipe == "d2o":
+            return {"variance": jnp.float32(rng.uniform(size=L))}
         return {"echo": normal(L, K), "induction": normal(L, K)}
 
     return lambda recipe, path: make(recipe)

@@ -2,6 +2,7 @@
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
 from kvjax.methods.cskv import cskv
+from kvjax.methods.d2o import d2o
 from kvjax.methods.duoattention import duoattention
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
@@ -10,6 +11,7 @@ from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
+from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.pyramidkv import pyramidkv
@@ -23,6 +25,7 @@ __all__ = [
     "adakv_expected",
     "adakv_snapkv",
     "cskv",
+    "d2o",
     "duoattention",
     "expected_attention",
     "fp8",
@@ -31,6 +34,7 @@ __all__ = [
     "keydiff",
     "kivi",
     "knorm",
+    "kvmerger",
     "lazyeviction",
     "matryoshka_pca",
     "pyramidkv",

@@ -34,8 +34,6 @@ class BufferedSegment:
           encode: `DenseSegment -> body`, for a number of slots that is a multiple of `block`.
           block: slots of a block, and of the tail.
         """
-        if slots.bias is not None:
-            raise TypeError("BufferedSegment cannot keep slots that stand for several tokens.")
         if slots.ring_sinks is not None:
             raise TypeError("BufferedSegment cannot keep a ring: blocks are written once and never overwritten.")
         S = slots.pos.shape[2]

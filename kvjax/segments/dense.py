@@ -183,6 +183,11 @@ class DenseSegment:
         rest = jax.tree.map(lambda x: x[:, :, : max(S - count, 0)], ordered)
         return rest.drop(jnp.arange(rest.pos.shape[2]) >= older[..., None]), newest
 
+    def put(self, slot: jax.Array, new: DenseSegment) -> DenseSegment:
+        """Writes the one slot of `new` over slot i32[B, K] of every row and head where it is occupied."""
+        real = new.pos[..., 0] >= 0
+        return jax.tree.map(lambda old, fresh: write_windows(old, fresh, slot, real), self, new)
+
     def drop(self, slots: jax.Array) -> DenseSegment:
         """Empties the slots where bool[B, K, S] is true; their room is used again."""
         return self.replace(pos=jnp.where(slots, -1, self.pos))
@@ -206,8 +211,7 @@ class DenseSegment:
         T = new.pos.shape[2]
         order = jnp.where(self._is_sink(), LAST, self.pos)
         if T == 1:
-            slot, real = jnp.argmin(order, axis=-1), new.pos[..., 0] >= 0
-            return jax.tree.map(lambda old, fresh: write_windows(old, fresh, slot, real), self, new)
+            return self.put(jnp.argmin(order, axis=-1), new)
         slot = jnp.argsort(order, axis=-1, stable=True)[..., :T]
         slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]

@@ -88,8 +88,10 @@ class LatentSegment:
         cls, slots: DenseSegment, key_basis: Basis | None, value_basis: Basis | None, *, joint: bool = False
     ) -> LatentSegment:
         """Projects dense slots, whose rotation (`key_rope`) stays as it is."""
-        if slots.bias is not None or slots.ring_sinks is not None or slots.key_rope == "rank":
-            raise TypeError("LatentSegment takes plain slots: no rings, no re-indexed positions, no merged slots.")
+        if slots.ring_sinks is not None or slots.key_rope == "rank":
+            raise TypeError("LatentSegment takes plain slots: no rings, no re-indexed positions.")
+        if joint and slots.bias is not None:
+            raise TypeError("A joint LatentSegment cannot keep slots that each head has merged in its own way.")
         like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint)
         return like.encode_like(slots)
 
@@ -209,7 +211,7 @@ class LatentSegment:
         pos = jnp.broadcast_to(tile.pos, (tile.pos.shape[0], self.kv_heads, tile.pos.shape[2]))
         k = rotate(self._expanded(tile.k, self.key_basis), pos, queries.rope)
         v = jnp.broadcast_to(tile.v, (*pos.shape, tile.v.shape[-1]))
-        return decode_attention(queries.rotated, k, v, queries.pos, pos, **how)
+        return decode_attention(queries.rotated, k, v, queries.pos, pos, bias=tile.bias, **how)
 
     def _expanded_output(self, partial: Partial) -> jax.Array:
         if self.value_basis is None:

@@ -24,7 +24,7 @@ class QuantizedSegment:
     Keys share a scale over `key_group` tokens of a channel, values over `value_group` channels of a token.
 
     Bytes, with b bits and scales of e bytes:
-    `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4)`.
+    `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4 + (4 if bias))`.
     """
 
     k: Packed
@@ -35,6 +35,7 @@ class QuantizedSegment:
     value_group: int = struct.field(pytree_node=False)
     scale_dtype: str = struct.field(pytree_node=False, default="bfloat16")
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
+    bias: jax.Array | None = None  # f32[B, K, S], as in `DenseSegment`
 
     @classmethod
     def encode(
@@ -63,6 +64,7 @@ class QuantizedSegment:
             key_group=key_group,
             value_group=value_group,
             scale_dtype=scale_dtype,
+            bias=slots.bias,
         )
 
     def encode_like(self, slots: DenseSegment) -> QuantizedSegment:
@@ -77,7 +79,7 @@ class QuantizedSegment:
 
     def slot_axes(self) -> QuantizedSegment:
         """For every leaf, the axis along which slots lie."""
-        return self.replace(k=Packed(2, 2, 2), v=Packed(2, 3, 3), pos=2)
+        return self.replace(k=Packed(2, 2, 2), v=Packed(2, 3, 3), pos=2, bias=None if self.bias is None else 2)
 
     def attend(
         self,
@@ -95,6 +97,7 @@ class QuantizedSegment:
             queries.pos,
             self.pos,
             bits=self.bits,
+            bias=self.bias,
             window=window,
             scale=scale,
         )
@@ -111,7 +114,7 @@ class QuantizedSegment:
         """See `Segment.mass`."""
         k = dequantize(self.k, bits=self.bits, axis="channel", dtype=queries.raw.dtype)
         return attention_mass(
-            queries.rotated, k, queries.pos, self.pos, lse, window=window, scale=scale
+            queries.rotated, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale
         )
 
     def dense(self) -> DenseSegment:
@@ -120,6 +123,7 @@ class QuantizedSegment:
             k=dequantize(self.k, bits=self.bits, axis="channel"),
             v=dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
+            bias=self.bias,
         )
 
     def map_dense(self, body, tail) -> Segment:

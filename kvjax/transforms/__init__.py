@@ -2,8 +2,11 @@
 
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
-from kvjax.transforms.evict import Scorer, evict, pyramid
+from kvjax.transforms.evict import Scorer, evict
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
+from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
+from kvjax.transforms.merge import MergeRule, merge
+from kvjax.transforms.merge_rules import into_nearest, into_runs
 from kvjax.transforms.project import project, project_jointly, prune_channels
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.ring import ring
@@ -12,9 +15,11 @@ from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step
 
 __all__ = [
     "CacheTransform",
+    "MergeRule",
     "Scorer",
     "adaptive",
     "at_prefill_end",
+    "by_variance",
     "cast",
     "chain",
     "check_step",
@@ -24,6 +29,9 @@ __all__ = [
     "evict",
     "evict_by_head",
     "identity",
+    "into_nearest",
+    "into_runs",
+    "merge",
     "project",
     "project_jointly",
     "prune_channels",
@@ -32,4 +40,5 @@ __all__ = [
     "ring",
     "split_heads",
     "when_full",
+    "whole_layers",
 ]

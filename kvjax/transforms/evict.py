@@ -9,12 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_rows, budget_slots, check_budget
+from kvjax.budget import budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_highest
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
+from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
 
 _PROTECTED = 1e30  # above any score, even after division by the length of a context
 
@@ -35,36 +36,6 @@ class Scorer(NamedTuple):
     stats: tuple[str, ...] = ()
     observe: Callable[[DenseSegment, LayerObservation], DenseSegment] = lambda segment, seen: segment
     aligned: bool = False
-
-
-LayerBudgets = Callable[[int, int, int], tuple[int, ...]]
-"""`(layers, slots per layer, slots of the prompt) -> slots of each layer`, all beside what is always kept."""
-
-
-def pyramid(beta: int = 20) -> LayerBudgets:
-    """Budgets that fall linearly with depth, from about `2 n` to `n / beta`.
-
-    With n slots a layer: `low = n // beta`, `high = 2 n - low`, `n_l = high - l * ((high - low) // (L - 1))`. A
-    prompt of fewer than `high` tokens caps `high` and raises `low`; one of fewer than `2 n` is split evenly.
-
-    Args:
-      beta: how steep; at least 1.
-
-    Source: Cai et al., PyramidKV (2024), section 3.2; KVCache-Factory, `pyramidkv_utils.py`.
-    """
-    if beta < 1:
-        raise ValueError(f"beta must be at least 1, got {beta}.")
-
-    def split(layers: int, slots: int, prompt: int) -> tuple[int, ...]:
-        if layers == 1 or prompt < 2 * slots:
-            return (slots,) * layers
-        low = slots // beta
-        high = min(2 * slots - low, prompt)
-        low = 2 * slots - high
-        step = (high - low) // (layers - 1)
-        return tuple(high - layer * step for layer in range(layers))
-
-    return split
 
 
 def evict(
@@ -93,16 +64,14 @@ def evict(
     recent_count = check_protected(budget, sinks, recent)
 
     def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array) -> jax.Array:
-        protected = is_protected(segment.pos, rows, sinks, recent)
-        return protect(scorer.score(segment, seen).astype(jnp.float32), segment.pos, protected)
+        return worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
         segment = dense_tail(layer, "evict")
         if segment.pos.shape[2] < slots:
             segment = segment.resize(slots)
-        missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
-        segment = scorer.observe(segment.replace(stats={**missing, **segment.stats}), seen)
+        segment = scorer.observe(with_stats(segment, scorer), seen)
         scores = worth(segment, seen, rows)
         return layer.with_tail(segment.take(*keep_highest(scores, segment.pos >= 0, slots, rows)))
 
@@ -119,11 +88,8 @@ def evict(
         return layer.with_tail(segment.drop(lowest(scores, excess)))
 
     def init(cache: Cache, observation: Observation):
-        prompt_slots = observation.prompt_slots
-        slots = budget_slots(budget, prompt_slots)
-        check_protected_fit(budget, slots, prompt_slots, sinks, recent_count)
-        rows = budget_rows(budget, observation.prompt, prompt_slots)
-        each = _split(layers, len(cache.layers), slots, prompt_slots, sinks + recent_count, rows)
+        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
+        each = split_budget(budget, len(cache.layers), observation, layers, sinks + recent_count)
         shrunk = [
             compress(layer, seen, rows, slots=slots)
             for layer, seen, (slots, rows) in zip(cache.layers, observation.layers, each, strict=True)
@@ -150,18 +116,6 @@ def evict(
     )
 
 
-def _split(
-    layers: LayerBudgets | None, count: int, slots: int, prompt_slots: int, protected: int, rows: jax.Array
-) -> list[tuple[int, jax.Array]]:
-    """For each of `count` layers its slots, and i32[B], the budget of each row."""
-    if layers is None:
-        return [(slots, rows)] * count
-    free = slots - protected
-    split = layers(count, free, max(prompt_slots - protected, 0))
-    share = lambda n: jnp.floor((rows - protected) * (n / max(free, 1)) + 1e-3).astype(jnp.int32)
-    return [(n + protected, protected + jnp.clip(share(n), 0, n)) for n in split]
-
-
 def check_protected(budget: int | float, sinks: int, recent: int | float) -> int:
     """Checks, when a method is built, that a budget holds what is always kept; returns `recent` as a count.
 
@@ -177,8 +131,9 @@ def check_protected(budget: int | float, sinks: int, recent: int | float) -> int
     return count
 
 
-def check_protected_fit(budget: int | float, slots: int, prompt_slots: int, sinks: int, recent: int) -> None:
+def check_protected_fit(budget: int | float, prompt_slots: int, sinks: int, recent: int) -> None:
     """The same for a budget that is a fraction, when the prompt is known."""
+    slots = budget_slots(budget, prompt_slots)
     if slots < sinks + recent:
         raise ValueError(
             f"budget must hold {sinks} sinks and {recent} recent tokens, got {budget} of {prompt_slots} tokens "
@@ -205,6 +160,19 @@ def protect(scores: jax.Array, pos: jax.Array, protected: jax.Array) -> jax.Arra
     """Lifts protected slots above all others; the newest first, where a budget cannot hold all of them."""
     age = (jnp.max(pos, axis=-1, keepdims=True) - pos).astype(jnp.float32)
     return jnp.where(protected, _PROTECTED / (1.0 + age), scores)
+
+
+def with_stats(segment: DenseSegment, scorer: Scorer) -> DenseSegment:
+    """The segment with the scorer's statistics, zero where it had none."""
+    missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
+    return segment.replace(stats={**missing, **segment.stats})
+
+
+def worth_keeping(
+    scorer: Scorer, segment: DenseSegment, seen: LayerObservation, protected: jax.Array
+) -> jax.Array:
+    """f32[B, K, S]: the scores, with the protected slots (bool[B, K, S]) above all others."""
+    return protect(scorer.score(segment, seen).astype(jnp.float32), segment.pos, protected)
 
 
 def lowest(scores: jax.Array, count: jax.Array) -> jax.Array:

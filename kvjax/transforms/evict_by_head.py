@@ -113,7 +113,7 @@ def evict_by_head(
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
-        check_protected_fit(budget, slots, observation.prompt_slots, sinks, recent_count)
+        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
         shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(shrink, observation.layers), ()

@@ -17,6 +17,7 @@ def quantized_decode_attention(
     k_pos: jax.Array,
     *,
     bits: int,
+    bias: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
 ) -> Partial:
@@ -31,6 +32,7 @@ def quantized_decode_attention(
       q_pos: i32[B, T] token positions, -1 for padding.
       k_pos: i32[B, K, S] token positions, -1 for empty slots.
       bits: of `k` and `v`.
+      bias: f32[B, K, S] added to the logits. Optional.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
 
@@ -38,5 +40,5 @@ def quantized_decode_attention(
       `Partial(out f32[B, T, N, H], lse f32[B, T, N])`.
     """
     return reference.quantized_decode_attention(
-        q, k, v, q_pos, k_pos, bits=bits, window=window, scale=scale
+        q, k, v, q_pos, k_pos, bits=bits, bias=bias, window=window, scale=scale
     )

@@ -20,6 +20,7 @@ def quantized_decode_attention(
     k_pos: jax.Array,
     *,
     bits: int,
+    bias: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
 ) -> Partial:
@@ -48,6 +49,7 @@ def quantized_decode_attention(
             dequantize(packed_tile(v, "token"), bits=bits, axis="token", dtype=q.dtype),
             q_pos,
             rows(k_pos, start, size),
+            bias=None if bias is None else rows(bias, start, size),
             window=window,
             scale=scale,
         )

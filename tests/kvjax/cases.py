@@ -176,6 +176,20 @@ CASES = [
     ),
     _config("adakv_expected", pages(0.5, 4), "adakv_expected.page = 4", budget=0.5, exact=True, shared_by="layer"),
     _config("expected_attention", grows(12), "expected_attention.future = 16", exact=True),
+    _config(
+        "kvmerger",
+        lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch,
+        "kvmerger.width = 2.0",
+        "kvmerger.threshold = 0.0",
+        exact=True,
+    ),
+    _config(
+        "d2o",
+        # four sinks; the 8 others of the layers are split by exp(-0.637) and exp(-0.270): 6 and 9
+        lambda s: (_dense(4 + 6 + 1, s, stats=1) + _dense(4 + 9 + 1, s, stats=1)) // 2 + INDEX * s.batch,
+        exact=True,
+        shared_by="cache",
+    ),
     _config("lazyeviction", bounded(12, 4, stats=2), "lazyeviction.window = 4", exact=True, slack=3),
     _config("think", think(0.4, 4), "think.window = 4"),
     _config("matryoshka_pca", matryoshka(8)),
@@ -216,6 +230,15 @@ CASES = [
         shared_by="layer",
     ),
     Case(
+        "merge_counted_int4",
+        lambda: kvjax.chain(
+            kvjax.at_prefill_end(kvjax.merge(_window(), 16, kvjax.into_nearest(), recent=4, log_count=True)),
+            kvjax.quantize(4, key_group=8, value_group=8, residual=8),
+        ),
+        # 16 slots for the budget, 16 for the room and a tail of 8, each with its logarithm
+        lambda s: kivi(4, 8, 8, budget=16)(s) + s.layers * s.batch * s.kv_heads * FLOAT * (16 + 16 + 8),
+    ),
+    Case(
         "every_4_window_attention",
         lambda: every(4, evict(_window(), 12, recent=4)),
         bounded(12, 4),
@@ -247,6 +270,7 @@ METHODS = {
     "adakv_expected": "adakv_expected",
     "adakv_snapkv": "adakv_snapkv",
     "cskv": "cskv",
+    "d2o": "d2o",
     "duoattention": "duoattention",
     "expected_attention": "expected_attention",
     "fp8": "fp8",
@@ -255,6 +279,7 @@ METHODS = {
     "keydiff": "keydiff",
     "kivi": "int8",
     "knorm": "knorm",
+    "kvmerger": "kvmerger",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
     "pyramidkv": "pyramidkv",

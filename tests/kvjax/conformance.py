@@ -246,15 +246,17 @@ def check_occupancy(h: Harness) -> None:
         runs, slack = [h.run, h.prefill("chunked"), *h.greedy[1]], h.case.slack
     for run in runs:
         for row in range(B):
-            held = np.array([[len(head) for head in layer] for layer in positions(run.cache, row)])
-            if h.case.shared_by == "layer":
-                held = held.mean(axis=1)
-            elif h.case.shared_by == "cache":
-                held = held.mean()
+            held = _held(h.case, run.cache, row)
             rounding = 0 if h.case.shared_by == "head" else 0.5
             assert np.max(held) <= rows[row] + slack + rounding
             if h.case.shared_by != "cache" or LENGTHS[row] == T:  # the longest prompt decides the split
                 assert np.min(held) >= min(rows[row], LENGTHS[row]) - rounding
+
+
+def _held(case: Case, cache: kvjax.Cache, row: int) -> np.ndarray:
+    """Tokens a head holds, averaged over those that share a budget."""
+    held = np.array([[len(head) for head in layer] for layer in positions(cache, row)])
+    return held.mean(axis={"head": (), "layer": 1, "cache": None}[case.shared_by])
 
 
 def check_slots_may_be_permuted(h: Harness) -> None:
@@ -315,6 +317,7 @@ def check_bytes_do_not_grow(h: Harness) -> None:
     assert kvjax.nbytes(run.cache) == kvjax.nbytes(h.run.cache)
     rows = np.asarray(budget_rows(h.transform.budget, h.lengths, T))
     for row in range(B):
+        held, rounding = _held(h.case, run.cache, row), 0 if h.case.shared_by == "head" else 0.5
+        assert rows[row] - rounding <= np.min(held) <= np.max(held) <= rows[row] + h.case.slack + rounding
         for head in (head for layer in positions(run.cache, row) for head in layer):
-            assert rows[row] <= len(head) <= rows[row] + h.case.slack
             assert len(set(head)) == len(head) and head[-1] <= LENGTHS[row] + 199

@@ -7,6 +7,7 @@ as every kvjax method states.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -234,3 +235,94 @@ def expected_attention(
         p = np.exp(logits - logits.max())
         scores.append(p / p.sum())
     return np.mean(scores, axis=0) * np.linalg.norm(v[sinks:], axis=-1)
+
+
+class Slots(NamedTuple):
+    """What one head holds, in token order."""
+
+    pos: np.ndarray  # [n]
+    k: np.ndarray  # [n, H], rotated
+    v: np.ndarray  # [n, H]
+
+
+@dataclasses.dataclass
+class D2O:
+    """D2O: H2O with sinks; the evicted go to their most similar kept key, unless below a moving threshold."""
+
+    budget: int
+    recent: int
+    sinks: int
+    smoothing: float
+    mass: list[dict] | None = None
+    threshold: float | None = None
+
+    def __call__(self, probability, heads):
+        if self.mass is None:
+            self.mass = [{} for _ in heads]
+        found = []
+        for weights, head, mass in zip(probability, heads, self.mass):
+            for j, token in enumerate(head.pos):
+                mass[token] = mass.get(token, 0.0) + weights[:, :, j].sum(axis=1).mean()
+            excess = max(len(head.pos) - self.budget, 0)
+            older = np.flatnonzero((head.pos >= self.sinks) & (head.pos <= head.pos[-1] - self.recent))
+            lightest = older[np.argsort([mass[t] for t in head.pos[older]], kind="stable")][:excess]
+            evicted = np.sort(lightest)
+            kept = np.setdiff1d(np.arange(len(head.pos)), evicted)
+            unit = head.k / np.linalg.norm(head.k, axis=-1, keepdims=True)
+            found.append((kept, evicted, unit[evicted] @ unit[kept].T))
+        if any(len(evicted) for _, evicted, _ in found):
+            mean = np.mean(np.concatenate([similar.max(axis=1) for _, _, similar in found]))
+            old = mean if self.threshold is None else self.threshold
+            self.threshold = (1 - self.smoothing) * old + self.smoothing * mean
+        after = []
+        for (kept, evicted, similar), head in zip(found, heads):
+            k, v = head.k.copy(), head.v.copy()
+            for c, slot in enumerate(kept):
+                mine = [e for e in range(len(evicted)) if similar[e].argmax() == c and similar[e, c] >= self.threshold]
+                w = np.exp([1.0, *(similar[e, c] for e in mine)])
+                of = [slot, *evicted[mine]]
+                k[slot], v[slot] = (w @ x[of] / w.sum() for x in (head.k, head.v))
+            after.append(Slots(head.pos[kept], k[kept], v[kept]))
+        return after
+
+
+@dataclasses.dataclass
+class KVMerger:
+    """KVMerger: from the last token to the first, grow runs; merge each into its most attended token."""
+
+    budget: int
+    recent: int
+    heavy: int
+    threshold: float
+    width: float
+    acted: bool = False
+
+    def __call__(self, probability, heads):
+        if self.acted:
+            return heads
+        self.acted = True
+        return [self.merged(weights.sum(axis=1).mean(axis=0), head) for weights, head in zip(probability, heads)]
+
+    def merged(self, mass, head):
+        T = len(head.pos)
+        excess = T - self.budget
+        older = np.arange(T - self.recent)
+        free = np.setdiff1d(older, older[_top(mass[older], self.heavy)])
+        cosine = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        links = {i: cosine(head.k[i], head.k[i - 1]) for i in free if i - 1 in free}
+        links = {i: c for i, c in links.items() if c > self.threshold}
+        links = sorted(links, key=links.get, reverse=True)[:excess]
+        k, v, kept, i = head.k.copy(), head.v.copy(), [], T - 1
+        while i >= 0:
+            run = [i]
+            while run[0] in links:
+                run = [run[0] - 1, *run]
+            pivot = run[int(np.argmax(mass[run]))]
+            g = np.exp(-((head.k[pivot] - head.k[run]) ** 2).sum(axis=-1) / (2 * self.width**2))
+            k[pivot], v[pivot] = (g @ x[run] / g.sum() for x in (head.k, head.v))
+            kept.append(pivot)
+            i = run[0] - 1
+        droppable = [i for i in kept if i < T - self.recent]
+        dropped = sorted(droppable, key=lambda i: mass[i])[: len(kept) - self.budget]
+        kept = np.array(sorted(set(kept) - set(dropped)))
+        return Slots(head.pos[kept], k[kept], v[kept])

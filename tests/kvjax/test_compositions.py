@@ -17,6 +17,9 @@ _data = lambda recipe: calibrate(tiny_model.CONFIG)(recipe, None)
 FLAGSHIPS = {
     "evict": lambda: methods.snapkv(16, window=4, kernel=3),
     "same_tokens": lambda: kvjax.at_prefill_end(kvjax.evict(kvjax.scores.last_query_attention(), 16)),
+    "merge": lambda: kvjax.at_prefill_end(
+        kvjax.merge(kvjax.scores.window_attention(4), 12, kvjax.into_nearest(), recent=4, log_count=True)
+    ),
     "ring": lambda: methods.streamingllm(16, sinks=2, reindex=False),
     "paged": lambda: methods.adakv_snapkv(12, window=4, kernel=3, page=8),
     "quantize": lambda: kvjax.quantize(4, key_group=8, value_group=8, residual=8),
@@ -28,16 +31,17 @@ FLAGSHIPS = {
 }
 # What each may follow, the first of a chain aside.
 ALLOWED = {
-    "evict": {"same_tokens", "cast"},
-    "same_tokens": {"evict", "cast"},
-    "ring": {"evict", "same_tokens", "cast"},
-    "paged": {"evict", "same_tokens", "cast"},
-    "quantize": {"evict", "same_tokens", "paged", "project", "joint", "prune", "split", "cast"},
-    "cast": {"evict", "same_tokens", "ring", "paged", "project", "prune", "split"},
-    "project": {"evict", "same_tokens", "cast"},
+    "evict": {"same_tokens", "merge", "cast"},
+    "same_tokens": {"evict", "merge", "cast"},
+    "merge": {"evict", "same_tokens", "cast"},
+    "ring": {"evict", "same_tokens", "merge", "cast"},
+    "paged": {"evict", "same_tokens", "merge", "cast"},
+    "quantize": {"evict", "same_tokens", "merge", "paged", "project", "joint", "prune", "split", "cast"},
+    "cast": {"evict", "same_tokens", "merge", "ring", "paged", "project", "prune", "split"},
+    "project": {"evict", "same_tokens", "merge", "cast"},
     "joint": {"same_tokens", "cast"},
-    "prune": {"evict", "same_tokens", "cast"},
-    "split": {"evict", "same_tokens", "cast"},
+    "prune": {"evict", "same_tokens", "merge", "cast"},
+    "split": {"evict", "same_tokens", "merge", "cast"},
 }
 PAIRS = list(itertools.permutations(FLAGSHIPS, 2))
 

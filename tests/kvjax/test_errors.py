@@ -48,6 +48,14 @@ BUILD = {
         lambda: methods.kivi(2, group=8, residual=8),
         "residual must be a multiple of 16 for 2-bit words, got 8",
     ),
+    "budget of a merge below its sinks": (
+        lambda: methods.d2o(3),
+        r"budget must be at least 4 tokens \(4 sinks and 0 recent tokens\), got 3",
+    ),
+    "smoothing above one": (lambda: methods.d2o(8, smoothing=1.5), r"smoothing must be in \[0, 1\], got 1.5"),
+    "no cosine": (lambda: methods.kvmerger(threshold=2.0), r"threshold must be a cosine in \[-1, 1\], got 2.0"),
+    "kernel without width": (lambda: methods.kvmerger(width=0.0), "width must be above 0, got 0.0"),
+    "heavy above the budget": (lambda: methods.kvmerger(heavy=1.2), r"heavy must be a fraction .* got 1.2"),
     "every no tokens": (lambda: every(0, methods.knorm(8)), "n must be at least 1 token, got 0"),
     "no slack": (lambda: when_full(0, methods.knorm(8)), "slack must be at least 1 slot, got 0"),
     "full without a budget": (lambda: when_full(4, methods.full()), "when_full needs a transform with a token budget"),
@@ -86,6 +94,18 @@ PREFILL = {
     "fraction of a ring below its sinks": (
         lambda: _prefill(methods.streamingllm(0.25, sinks=4)),
         "budget must hold more than 4 sinks, got 0.25 of 16 tokens = 4",
+    ),
+    "a whole layer that is not there": (
+        lambda: _prefill(methods.kvmerger(8, whole=(5,))),
+        r"whole must name layers of the 2 there are, got \(5,\)",
+    ),
+    "variance of another model": (
+        lambda: _prefill(methods.d2o(8, calibration={"variance": [0.1] * 3}, whole=())),
+        "variance is of 3 layers, but the cache has 2",
+    ),
+    "merge after quantize": (
+        lambda: _prefill(chain(methods.kivi(4, 8, 8), methods.d2o(8))),
+        "merge cannot follow quantize: it cannot work on packed codes",
     ),
     "evict after quantize": (
         lambda: _prefill(chain(methods.kivi(4, 8, 8), methods.knorm(8))),
@@ -173,10 +193,10 @@ SEGMENT = {
         TypeError,
         "QuantizedSegment takes whole blocks; reserve through a BufferedSegment",
     ),
-    "buffering merged slots": (
-        lambda: BufferedSegment.from_dense(_segment().replace(bias=jnp.zeros((2, 2, 8))), _encode, 8),
+    "one vector for heads that merged differently": (
+        lambda: kvjax.LatentSegment.of(_segment().replace(bias=jnp.zeros((2, 2, 8))), None, None, joint=True),
         TypeError,
-        "BufferedSegment cannot keep slots that stand for several tokens",
+        "A joint LatentSegment cannot keep slots that each head has merged in its own way",
     ),
     "re-indexing packed slots": (
         lambda: BufferedSegment.from_dense(_segment(), _encode, 8).attend(_QUERIES, ranks=object()),

@@ -1,0 +1,199 @@
+"""Scores slots, keeps a budget of them, and adds the others to those that stay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Observation
+from kvjax.segments.dense import DenseSegment, dense_tail
+from kvjax.segments.slots import keep_highest
+from kvjax.transforms.base import PLAIN, CacheTransform, keep
+from kvjax.transforms.evict import (
+    Scorer,
+    check_protected,
+    check_protected_fit,
+    is_protected,
+    with_stats,
+    worth_keeping,
+)
+from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
+
+
+class Ranked(NamedTuple):
+    """Slots of a layer with what each is worth, for a rule to decide what becomes of them."""
+
+    segment: DenseSegment
+    worth: jax.Array  # f32[B, K, S], protected slots above all others
+    protected: jax.Array  # bool[B, K, S], always kept
+    rows: jax.Array  # i32[B], slots that may stay
+    most: int  # [E], no head of any row gives up more than this
+
+    @property
+    def occupied(self) -> jax.Array:
+        """bool[B, K, S]."""
+        return self.segment.pos >= 0
+
+    @property
+    def excess(self) -> jax.Array:
+        """i32[B, K], slots to give up."""
+        return jnp.maximum(jnp.sum(self.occupied, axis=-1) - self.rows[:, None], 0)
+
+    def lowest(self, worth: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The excess slots of lowest worth: i32[B, K, E], and bool[B, K, E], which of them are real."""
+        worth = jnp.where(self.occupied, worth, jnp.inf)
+        if self.most == 1:  # a token of a decoding step: no sort
+            slots = jnp.argmin(worth, axis=-1)[..., None]
+        else:
+            _, slots = jax.lax.top_k(-worth, self.most)
+        return slots, jnp.arange(self.most) < self.excess[..., None]
+
+
+class Moves(NamedTuple):
+    """Which slots are given up, and which slots take them up."""
+
+    slots: jax.Array  # i32[B, K, E]
+    real: jax.Array  # bool[B, K, E], false where a head gives up fewer than E
+    into: jax.Array  # i32[B, K, E], the slot that takes it up; S: none, its token is dropped
+    weight: jax.Array  # f32[B, K, E], beside the weight 1 of the slot that takes it up
+
+
+class MergeRule(NamedTuple):
+    """Says what becomes of the slots above a budget.
+
+    Attributes:
+      move: `(ranked slots, state) -> (moves, state)`.
+      start: `batch -> state`, every leaf with the batch in front.
+    """
+
+    move: Callable[[Ranked, Any], tuple[Moves, Any]]
+    start: Callable[[int], Any] = lambda batch: ()
+
+
+def merge(
+    scorer: Scorer,
+    budget: int | float,
+    rule: MergeRule,
+    *,
+    sinks: int = 0,
+    recent: int | float = 0,
+    layers: LayerBudgets | None = None,
+    log_count: bool = False,
+) -> CacheTransform:
+    """Keeps `budget` slots per KV head and adds the others to them, where the rule says so.
+
+    A slot c that takes up slots e becomes `k_c = (k_c + sum_e w_e k_e) / (1 + sum_e w_e)`, `v_c` alike, and keeps
+    its position and statistics. Keys are averaged as they are stored, rotated at the position of each.
+
+    `init` gathers what stays into a segment of `budget` slots. `update` does the same in place, slot by slot.
+
+    Args:
+      scorer: what a slot is worth.
+      budget: tokens per KV head, as a count or as a fraction of each row's prompt.
+      rule: which slots are given up, and what takes them up: `into_nearest`, `into_runs`.
+      sinks: first tokens of the sequence that are always kept, as they are unless others are added to them.
+      recent: newest tokens that are always kept: a count, or a fraction of the budget.
+      layers: splits the budget unevenly over the layers.
+      log_count: adds to the logits of a slot the log of how many tokens it stands for (4 bytes a slot).
+
+    Raises:
+      ValueError: the budget cannot hold the sinks and the recent tokens.
+    """
+    recent_count = check_protected(budget, sinks, recent)
+
+    def shrink(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, slots: int, state):
+        most = segment.pos.shape[2] - slots  # rows hold no more than `slots`, and what was reserved for new tokens
+        if most <= 0:
+            return segment, state
+        protected = is_protected(segment.pos, rows, sinks, recent)
+        worth = worth_keeping(scorer, segment, seen, protected)
+        moves, state = rule.move(Ranked(segment, worth, protected, rows, most), state)
+        return move(segment, moves), state
+
+    @functools.partial(jax.jit, static_argnames="slots")
+    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
+        segment = dense_tail(layer, "merge")
+        if segment.pos.shape[2] < slots:
+            segment = segment.resize(slots)
+        if log_count and segment.bias is None:
+            segment = segment.replace(bias=jnp.zeros(segment.pos.shape, jnp.float32))
+        segment = scorer.observe(with_stats(segment, scorer), seen)
+        segment, state = shrink(segment, seen, rows, slots, rule.start(segment.pos.shape[0]))
+        return layer.with_tail(segment.take(*keep_highest(segment.pos, segment.pos >= 0, slots))), state
+
+    @jax.jit
+    def see(layer: LayerCache, seen: LayerObservation):
+        return layer.with_tail(scorer.observe(dense_tail(layer, "merge"), seen))
+
+    @functools.partial(jax.jit, static_argnames="slots")
+    def shrink_in_place(layer: LayerCache, seen: LayerObservation, rows: jax.Array, state, *, slots: int):
+        segment, state = shrink(dense_tail(layer, "merge"), seen, rows, slots, state)
+        return layer.with_tail(segment), state
+
+    def split(cache: Cache, observation: Observation):
+        return split_budget(budget, len(cache.layers), observation, layers, sinks + recent_count)
+
+    def init(cache: Cache, observation: Observation):
+        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
+        each = zip(cache.layers, observation.layers, split(cache, observation), strict=True)
+        done = [compress(layer, seen, rows, slots=slots) for layer, seen, (slots, rows) in each]
+        return cache.replace(layers=tuple(layer for layer, _ in done)), tuple(state for _, state in done)
+
+    def observe(cache: Cache, states: tuple, observation: Observation):
+        return cache.map_layers(see, observation.layers), states
+
+    def update(cache: Cache, states: tuple, observation: Observation):
+        each = zip(cache.layers, observation.layers, split(cache, observation), states, strict=True)
+        done = [
+            shrink_in_place(layer, seen, rows, state, slots=slots) for layer, seen, (slots, rows), state in each
+        ]
+        return cache.replace(layers=tuple(layer for layer, _ in done)), tuple(state for _, state in done)
+
+    return CacheTransform(
+        init=init,
+        update=update,
+        observe=observe if scorer.stats else keep,
+        needs=scorer.needs,
+        frees_in_prefill=1,
+        frees_in_decode=1,
+        budget=budget,
+        name="merge",
+        takes=PLAIN,
+        leaves="by_head",
+    )
+
+
+def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
+    """Adds slots to those that take them up, as `merge` says, and empties them."""
+    B, K, S = segment.pos.shape
+    given = segment.take(moves.slots, moves.real)
+    taken_up = moves.real & (moves.into < S)
+    weight = jnp.where(taken_up, moves.weight, 0.0)
+    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    into = jnp.where(taken_up, moves.into, S)
+    one = moves.slots.shape[2] == 1
+
+    def add(x):
+        """Sums of x over what each slot takes up; for a single one, x itself."""
+        if one:
+            return x
+        return jnp.zeros((B, K, S, *x.shape[3:]), jnp.float32).at[rows, heads, into].add(x, mode="drop")
+
+    # A single token changes a single slot, in place; many are summed for all slots at once.
+    target = segment.take(jnp.minimum(into, S - 1), taken_up) if one else segment
+    total = 1.0 + add(weight)[..., None]
+    mean = lambda own, x: (own.astype(jnp.float32) + add(weight[..., None] * x.astype(jnp.float32))) / total
+    merged = target.replace(k=mean(target.k, given.k), v=mean(target.v, given.v)).astype(segment.k.dtype)
+    if segment.bias is not None:
+        count = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
+        merged = merged.replace(bias=jnp.log(count))
+    emptied = jnp.where(moves.real, moves.slots, S)
+    if one:
+        left = segment.drop(emptied == jnp.arange(S))
+        return left.put(jnp.minimum(into, S - 1)[..., 0], merged)
+    return merged.replace(pos=segment.pos.at[rows, heads, emptied].set(-1, mode="drop"))

@@ -1,0 +1,150 @@
+"""What becomes of the slots above a budget: added to their nearest, or to the highest of their run."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.segments.slots import token_order
+from kvjax.transforms.merge import MergeRule, Moves, Ranked
+
+_BLOCK = 256  # slots that are compared with all others at a time
+
+
+def into_nearest(smoothing: float = 0.5) -> MergeRule:
+    """Gives up the slots of lowest worth; each goes to the slot of most similar key, or is dropped.
+
+    `u_e = max_c cos(k_e, k_c)` over the slots that stay, `w_e = exp(u_e) / exp(1)`, e being similar to itself by 1.
+    A slot is dropped where `u_e < tau`. For every row of a layer `tau` is the mean of u over heads and slots the
+    first time anything is given up, and moves towards that mean each time after, before it is applied:
+    `tau = (1 - smoothing) tau + smoothing mean(u)`.
+
+    Args:
+      smoothing: how much the newest mean counts.
+
+    Source: Wan et al., D2O (2024), sections 3.3 and 3.4.
+    """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must be in [0, 1], got {smoothing}.")
+
+    def move(ranked: Ranked, threshold: jax.Array) -> tuple[Moves, jax.Array]:
+        S = ranked.worth.shape[2]
+        slots, real = ranked.lowest(ranked.worth)
+        stays = ranked.occupied & ~_marked(slots, real, S)
+        similarity, into = _nearest(ranked.segment.k, slots, stays)
+        count = jnp.sum(real, axis=(1, 2))
+        mean = jnp.sum(jnp.where(real, similarity, 0.0), axis=(1, 2)) / jnp.maximum(count, 1)
+        moved = jnp.where(threshold == -jnp.inf, mean, (1 - smoothing) * threshold + smoothing * mean)
+        threshold = jnp.where(count > 0, moved, threshold)
+        into = jnp.where(similarity >= threshold[:, None, None], into, S)
+        return Moves(slots, real, into, jnp.exp(similarity - 1)), threshold
+
+    return MergeRule(move, start=lambda batch: jnp.full((batch,), -jnp.inf, jnp.float32))
+
+
+def into_runs(threshold: float = 0.75, width: float = 5.0, heavy: float = 0.24) -> MergeRule:
+    """Merges runs of neighbouring tokens with similar keys into the token of the run that is worth most.
+
+    Two neighbours are linked where `cos(k_i, k_(i - 1)) > threshold`; of these links the most similar hold, as many
+    as there are slots to give up. Tokens linked in a row are a run; p, the one of highest worth, takes up the others
+    with `w_i = exp(-||k_p - k_i||^2 / (2 width^2))`. Where there are too few links, the slots of lowest worth that
+    are then left are dropped. Protected slots and the `heavy` highest are in no run.
+
+    Args:
+      threshold: cosine below which neighbours are never merged.
+      width: of the Gaussian kernel, in the unit of keys.
+      heavy: slots of highest worth, beside the protected, that stay as they are, as a fraction of the budget.
+
+    Source: Wang, Jin et al., KVMerger (2024), sections 4.1 and 4.2.
+    """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold must be a cosine in [-1, 1], got {threshold}.")
+    if width <= 0:
+        raise ValueError(f"width must be above 0, got {width}.")
+    if not 0 <= heavy <= 1:
+        raise ValueError(f"heavy must be a fraction of the budget in [0, 1], got {heavy}.")
+
+    def move(ranked: Ranked, state: tuple) -> tuple[Moves, tuple]:
+        S = ranked.worth.shape[2]
+        order = token_order(ranked.segment.pos)
+        sort = lambda x: jnp.take_along_axis(x, order[(...,) + (None,) * (x.ndim - 3)], axis=2)
+        keys, worth = sort(ranked.segment.k).astype(jnp.float32), sort(ranked.worth)
+        free = sort(ranked.occupied & ~ranked.protected & ~_heaviest(ranked, heavy))
+        norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1), 1e-12)
+        cosine = jnp.sum(keys[:, :, 1:] * keys[:, :, :-1], axis=-1) / (norm[..., 1:] * norm[..., :-1])
+        cosine = jnp.where(free[..., 1:] & free[..., :-1] & (cosine > threshold), cosine, -jnp.inf)
+        cosine = jnp.pad(cosine, ((0, 0), (0, 0), (1, 0)), constant_values=-jnp.inf)
+        linked = (cosine > -jnp.inf) & (_rank(-cosine) < ranked.excess[..., None])
+        run = jnp.cumsum(~linked, axis=-1) - 1  # which run a token is in, from 0
+        pivot = _first_highest(worth, run)  # the place in the order of that run's pivot
+        merged = pivot != jnp.arange(S)
+        of_pivot = jnp.take_along_axis(keys, pivot[..., None], axis=2)
+        weight = jnp.exp(-jnp.sum((of_pivot - keys) ** 2, axis=-1) / (2 * width**2))
+        into = jnp.where(merged, jnp.take_along_axis(order, pivot, axis=-1), S)
+        back = jnp.argsort(order, axis=-1)
+        merged, into, weight = (jnp.take_along_axis(x, back, axis=-1) for x in (merged, into, weight))
+        slots, real = ranked.lowest(jnp.where(merged, -jnp.inf, ranked.worth))
+        into, weight = (jnp.take_along_axis(x, slots, axis=-1) for x in (into, weight))
+        return Moves(slots, real, into, weight), state
+
+    return MergeRule(move)
+
+
+def _heaviest(ranked: Ranked, fraction: float) -> jax.Array:
+    """bool[B, K, S]: the protected slots and, of the others, the highest, as many as a fraction of the budget."""
+    count = jnp.floor(fraction * ranked.rows + 1e-3).astype(jnp.int32)[:, None]
+    count = jnp.sum(ranked.protected, axis=-1) + count
+    return _rank(jnp.where(ranked.occupied, -ranked.worth, jnp.inf)) < count[..., None]
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    """i32: the place of each number in the last axis when sorted; ties in their order."""
+    return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1)
+
+
+def _first_highest(worth: jax.Array, run: jax.Array) -> jax.Array:
+    """i32[B, K, S]: for every place the first of highest worth in its run."""
+    S = worth.shape[-1]
+    over_heads = lambda fn: jax.vmap(jax.vmap(fn))
+    highest = over_heads(lambda x, r: jax.ops.segment_max(x, r, S, indices_are_sorted=True)[r])(worth, run)
+    place = jnp.where(worth == highest, jnp.arange(S), S)
+    return over_heads(lambda x, r: jax.ops.segment_min(x, r, S, indices_are_sorted=True)[r])(place, run)
+
+
+def _marked(slots: jax.Array, real: jax.Array, S: int) -> jax.Array:
+    """bool[B, K, S]: the real ones of i32[B, K, E] slots."""
+    if slots.shape[2] == 1:
+        return real & (slots == jnp.arange(S))
+    B, K, _ = slots.shape
+    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    return jnp.zeros((B, K, S), bool).at[rows, heads, jnp.where(real, slots, S)].set(True, mode="drop")
+
+
+def _nearest(keys: jax.Array, slots: jax.Array, stays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest cosine of each of some keys with those that stay, and where it is.
+
+    Args:
+      keys: [B, K, S, H].
+      slots: i32[B, K, E].
+      stays: bool[B, K, S].
+
+    Returns:
+      `(f32[B, K, E], i32[B, K, E])`.
+    """
+    keys = keys.astype(jnp.float32) if keys.dtype.itemsize == 1 else keys
+    norm = jnp.maximum(jnp.sqrt(jnp.sum(keys.astype(jnp.float32) ** 2, axis=-1)), 1e-12)
+
+    def block(index):
+        picked = jnp.take_along_axis(keys, index[..., None], axis=2)
+        dot = jnp.einsum("bkeh,bksh->bkes", picked, keys, preferred_element_type=jnp.float32)
+        cosine = dot / (jnp.take_along_axis(norm, index, axis=-1)[..., None] * norm[:, :, None])
+        cosine = jnp.where(stays[:, :, None], cosine, -jnp.inf)
+        return jnp.max(cosine, axis=-1), jnp.argmax(cosine, axis=-1)
+
+    E = slots.shape[2]
+    if E <= _BLOCK:
+        return block(slots)
+    B, K, _ = slots.shape
+    blocks = jnp.pad(slots, ((0, 0), (0, 0), (0, -E % _BLOCK))).reshape(B, K, -1, _BLOCK)
+    found = jax.lax.map(block, jnp.moveaxis(blocks, 2, 0))
+    return tuple(jnp.moveaxis(x, 0, 2).reshape(B, K, -1)[..., :E] for x in found)
