@@ -43,6 +43,7 @@ _TRANSFORMS = (
     "prune_channels",
     "pyramid",
     "quantize",
+    "quantize_corrected",
     "ring",
     "split_heads",
     "when_full",

@@ -12,6 +12,7 @@ from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
 from kvjax.segments import (
     BufferedSegment,
+    CorrectedSegment,
     DenseSegment,
     HeadsSegment,
     LatentSegment,
@@ -39,6 +40,7 @@ from kvjax.transforms import (
     prune_channels,
     pyramid,
     quantize,
+    quantize_corrected,
     ring,
     split_heads,
     when_full,

@@ -6,6 +6,7 @@ from kvjax.methods.duoattention import duoattention
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
 from kvjax.methods.full import full
+from kvjax.methods.gear import gear
 from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
 from kvjax.methods.kivi import kivi
@@ -27,6 +28,7 @@ __all__ = [
     "expected_attention",
     "fp8",
     "full",
+    "gear",
     "h2o",
     "keydiff",
     "kivi",

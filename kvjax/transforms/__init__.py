@@ -6,6 +6,7 @@ from kvjax.transforms.evict import Scorer, evict, pyramid
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
 from kvjax.transforms.project import project, project_jointly, prune_channels
 from kvjax.transforms.quantize import quantize
+from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.ring import ring
 from kvjax.transforms.split_heads import split_heads
 from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, when_full
@@ -29,6 +30,7 @@ __all__ = [
     "prune_channels",
     "pyramid",
     "quantize",
+    "quantize_corrected",
     "ring",
     "split_heads",
     "when_full",
