@@ -33,6 +33,7 @@ _SCORES = (
 _TRANSFORMS = (
     "adaptive",
     "at_prefill_end",
+    "balance_channels",
     "cast",
     "every",
     "every_chunk",
@@ -46,6 +47,7 @@ _TRANSFORMS = (
     "quantize_corrected",
     "ring",
     "split_heads",
+    "split_slots",
     "when_full",
 )
 

@@ -26,6 +26,7 @@ from kvjax.transforms import (
     Scorer,
     adaptive,
     at_prefill_end,
+    balance_channels,
     cast,
     chain,
     check_step,
@@ -43,6 +44,7 @@ from kvjax.transforms import (
     quantize_corrected,
     ring,
     split_heads,
+    split_slots,
     when_full,
 )
 from pallas_kernels.partial import Partial, combine

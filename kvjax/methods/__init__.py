@@ -13,6 +13,7 @@ from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
+from kvjax.methods.mikv import mikv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.snapkv import snapkv
@@ -35,6 +36,7 @@ __all__ = [
     "knorm",
     "lazyeviction",
     "matryoshka_pca",
+    "mikv",
     "pyramidkv",
     "random_eviction",
     "snapkv",

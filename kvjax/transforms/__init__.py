@@ -1,5 +1,6 @@
 """Transforms: pairs of pure functions that rewrite a cache, and when they act."""
 
+from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
 from kvjax.transforms.evict import Scorer, evict, pyramid
@@ -9,6 +10,7 @@ from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.ring import ring
 from kvjax.transforms.split_heads import split_heads
+from kvjax.transforms.split_slots import split_slots
 from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, when_full
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Scorer",
     "adaptive",
     "at_prefill_end",
+    "balance_channels",
     "cast",
     "chain",
     "check_step",
@@ -33,5 +36,6 @@ __all__ = [
     "quantize_corrected",
     "ring",
     "split_heads",
+    "split_slots",
     "when_full",
 ]

@@ -45,17 +45,18 @@ def quantize(
     Raises:
       ValueError: bits or groups are impossible (at build), or do not fit the cache (at `init`).
     """
-    how = dict(
-        key_group=key_group, value_group=value_group, residual=residual, scale_dtype=scale_dtype, key_axis=key_axis
-    )
-    written = bits if written_bits is None else written_bits
-    if written not in (2, 4, 8):
+    if written_bits not in (None, 2, 4, 8):
         raise ValueError(f"written_bits must be 2, 4 or 8, got {written_bits}.")
-    return store_in_blocks("quantize", quantizer(bits, **how), residual, written=quantizer(written, **how))
+    pack = lambda bits: quantizer(
+        bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis
+    )
+    encode, written = pack(bits), pack(bits if written_bits is None else written_bits)
+    check_block(bits, residual, key_group if key_axis == "channel" else 1)
+    return store_in_blocks("quantize", encode, residual, written=written)
 
 
 def quantizer(
-    bits: int, *, key_group: int, value_group: int, residual: int, scale_dtype: str, key_axis: Axis = "channel"
+    bits: int, *, key_group: int, value_group: int, scale_dtype: str, key_axis: Axis = "channel"
 ) -> Encode:
     """Packs slots, padded to whole groups and words; see `quantize`.
 
@@ -66,17 +67,9 @@ def quantizer(
         raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
     if key_axis not in ("channel", "token"):
         raise ValueError(f"key_axis must be 'channel' or 'token', got {key_axis!r}.")
-    for name, value in (("key_group", key_group), ("value_group", value_group), ("residual", residual)):
+    for name, value in (("key_group", key_group), ("value_group", value_group)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if key_axis == "channel" and residual % key_group:
-        raise ValueError(
-            f"key_group must divide residual, so that blocks hold whole groups: got {key_group} and {residual}."
-        )
-    if residual * bits % WORD_BITS:
-        raise ValueError(
-            f"residual must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {residual}."
-        )
     whole = math.lcm(key_group if key_axis == "channel" else 1, WORD_BITS // bits)  # groups and words
 
     def encode(slots: DenseSegment) -> QuantizedSegment:
@@ -90,6 +83,22 @@ def quantizer(
         )
 
     return encode
+
+
+def check_block(bits: int, residual: int, key_group: int, name: str = "residual") -> None:
+    """Checks that a block holds whole words of codes and whole groups of tokens.
+
+    Raises:
+      ValueError: names `residual`, or what a method calls it, what came and what was expected.
+    """
+    if residual < 1:
+        raise ValueError(f"{name} must be at least 1, got {residual}.")
+    if residual % key_group:
+        raise ValueError(
+            f"key_group must divide {name}, so that blocks hold whole groups: got {key_group} and {residual}."
+        )
+    if residual * bits % WORD_BITS:
+        raise ValueError(f"{name} must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {residual}.")
 
 
 def store_in_blocks(name: str, encode: Encode, residual: int, *, written: Encode | None = None) -> CacheTransform:

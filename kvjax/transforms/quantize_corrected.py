@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvjax.segments import CorrectedSegment, DenseSegment
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.quantize import quantizer, store_in_blocks
+from kvjax.transforms.quantize import check_block, quantizer, store_in_blocks
 
 
 def quantize_corrected(
@@ -34,7 +34,8 @@ def quantize_corrected(
     Raises:
       ValueError: bits, groups, rank or outliers are impossible.
     """
-    pack = quantizer(bits, key_group=key_group, value_group=value_group, residual=block, scale_dtype=scale_dtype)
+    pack = quantizer(bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype)
+    check_block(bits, block, key_group, "block")
     if not 0 <= rank <= block:
         raise ValueError(f"rank must be from 0 to the {block} tokens of a block, got {rank}.")
     if not 0 <= outliers < 1:
