@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 
 
+_OUTER = 4  # ranks up to which outer products are faster than products of thin matrices
+
+
 class Factors(NamedTuple):
     """Rank-R approximation of every block of tokens of every head: `x[block] ~ tokens[block]^T channels[block]`."""
 
@@ -50,7 +53,11 @@ def add_product(x: jax.Array, factors: Factors, *, block: int) -> jax.Array:
     B, K, S, H = x.shape
     tokens = factors.tokens.astype(x.dtype).reshape(B, K, -1, S // block, block)
     channels = factors.channels.astype(x.dtype).reshape(B, K, S // block, -1, H)
-    return x + jnp.einsum("bkrns,bknrh->bknsh", tokens, channels).reshape(x.shape)  # n: blocks
+    rank = tokens.shape[2]
+    if rank > _OUTER:
+        return x + jnp.einsum("bkrns,bknrh->bknsh", tokens, channels).reshape(x.shape)  # n: blocks
+    # Outer products, elementwise: XLA makes one loop of them and what x is made of.
+    return x + sum(tokens[:, :, r, ..., None] * channels[:, :, :, r, None] for r in range(rank)).reshape(x.shape)
 
 
 def _orthonormal(x: jax.Array) -> jax.Array:

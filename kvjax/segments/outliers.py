@@ -77,9 +77,14 @@ def add_outliers(x: jax.Array, outliers: Outliers, *, axis: Axis, block: int) ->
     else:
         index, value = (y.reshape(B, K, S // block, -1, 1, H) for y in outliers)
         places, over = jnp.arange(block)[:, None], 3
-    # Comparing with every place beats a scatter, for the few outliers that a vector has.
-    delta = jnp.sum(jnp.where(index.astype(jnp.int32) == places, value.astype(x.dtype), 0), axis=over)
-    return x + delta.reshape(x.shape)
+    # Comparing with every place beats a scatter for the few outliers of a vector, and written out XLA makes one loop
+    # of it and what x is made of.
+    take = lambda y, j: jax.lax.index_in_dim(y, j, axis=over, keepdims=False)
+    places = places.astype(index.dtype)
+    for j in range(index.shape[over]):
+        delta = jnp.where(take(index, j) == places, take(value, j).astype(x.dtype), 0)
+        x = x + delta.reshape(x.shape)
+    return x
 
 
 def _vectors(x: jax.Array, axis: Axis, block: int) -> jax.Array:

@@ -14,7 +14,9 @@ from tests.quick_jit import quick_jit
 FLOAT32 = dict(rtol=3e-5, atol=3e-5)
 TILE = 512
 
-quantized_decode_attention = quick_jit(op.quantized_decode_attention, static_argnames=("bits", "key_axis", "window", "scale"))
+quantized_decode_attention = quick_jit(
+    op.quantized_decode_attention, static_argnames=("bits", "key_axis", "window", "scale")
+)
 
 
 def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16, key_axis="channel"):
