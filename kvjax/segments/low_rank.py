@@ -62,16 +62,17 @@ def add_product(x: jax.Array, factors: Factors, *, block: int) -> jax.Array:
 
 def _orthonormal(x: jax.Array) -> jax.Array:
     """Gram-Schmidt over the last axis; a column that depends on the ones before it becomes zero."""
-    done: list[jax.Array] = []
-    for j in range(x.shape[-1]):
-        column = x[..., j]
-        before = jnp.linalg.norm(column, axis=-1, keepdims=True)
+    dot = lambda a, b: jnp.sum(a * b, axis=-2, keepdims=True)
+
+    def add(j, done):
+        column = jax.lax.dynamic_slice_in_dim(x, j, 1, axis=-1)
+        before = jnp.sqrt(dot(column, column))
         for _ in range(2):  # once leaves float32 errors that the division by a small norm blows up
-            for other in done:
-                column = column - jnp.sum(column * other, axis=-1, keepdims=True) * other
-            norm = jnp.linalg.norm(column, axis=-1, keepdims=True)
+            column = column - jnp.sum(done * dot(done, column), axis=-1, keepdims=True)
+            norm = jnp.sqrt(dot(column, column))
             depends = norm <= 1e-6 * before
             column = jnp.where(depends, 0.0, column / jnp.where(depends, 1.0, norm))
             before = jnp.ones_like(before)
-        done.append(column)
-    return jnp.stack(done, axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(done, column, j, axis=-1)
+
+    return jax.lax.fori_loop(0, x.shape[-1], add, jnp.zeros_like(x))
