@@ -34,6 +34,7 @@ _TRANSFORMS = (
     "adaptive",
     "at_prefill_end",
     "by_variance",
+    "balance_channels",
     "cast",
     "every",
     "every_chunk",
@@ -47,8 +48,10 @@ _TRANSFORMS = (
     "prune_channels",
     "pyramid",
     "quantize",
+    "quantize_corrected",
     "ring",
     "split_heads",
+    "split_slots",
     "when_full",
     "whole_layers",
 )

@@ -12,6 +12,7 @@ from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
 from kvjax.segments import (
     BufferedSegment,
+    CorrectedSegment,
     DenseSegment,
     HeadsSegment,
     LatentSegment,
@@ -27,6 +28,7 @@ from kvjax.transforms import (
     adaptive,
     at_prefill_end,
     by_variance,
+    balance_channels,
     cast,
     chain,
     check_step,
@@ -44,8 +46,10 @@ from kvjax.transforms import (
     prune_channels,
     pyramid,
     quantize,
+    quantize_corrected,
     ring,
     split_heads,
+    split_slots,
     when_full,
     whole_layers,
 )

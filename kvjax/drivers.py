@@ -138,12 +138,13 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
     B, T = tokens.shape
     bounded = transform.frees_in_prefill is not None
     window = transform.needs.queries
-    if window == ALL and not bounded:
+    collect = None if bounded else transform.collect
+    if window == ALL and not bounded and collect is None:
         raise ValueError(
             "chunk must be None for a transform that wants every query of the prompt at its end: wrap it in "
             "every_step or every_chunk instead of at_prefill_end."
         )
-    needs = transform.needs if bounded else transform.needs._replace(queries=min(window, chunk))
+    needs = transform.needs if bounded or collect else transform.needs._replace(queries=min(window, chunk))
     count = -(-T // chunk)
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - T))).reshape(B, count, chunk)
 
@@ -161,6 +162,8 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
     else:
         state = ()
         cache = cache.reserve(T)
+        if collect:
+            cache = collect(cache, nothing_seen)
     keep = window if window not in (0, ALL) else 0
     queries = query_window.start(keep, nothing_seen)
     moments = tuple(seen.moments for seen in probe.layers)  # of the probe, which is padding: zero, or None
@@ -179,6 +182,8 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
         cache = out.cache
         if bounded:
             cache, state = transform.step(cache, state, seen)
+        elif collect:
+            cache = collect(cache, seen)
         if keep:
             queries = query_window.extend(queries, seen)
         moments = tuple(m and m.plus(layer.moments) for m, layer in zip(moments, out.layers))

@@ -39,22 +39,25 @@ class Needs(NamedTuple):
 
 
 class QueryMoments(NamedTuple):
-    """Sums over the un-rotated queries of a row; those of two calls add up."""
+    """Sums over the un-rotated queries of a row, and how large the rotated ones become; two calls can be joined."""
 
     count: jax.Array  # f32[B]
     first: jax.Array  # f32[B, N, H]
     second: jax.Array  # f32[B, N, H, H]
+    peak: jax.Array  # f32[B, N, H], the largest |q| of every rotated channel
 
     @classmethod
     def of(cls, queries: Queries, start: int) -> QueryMoments:
         """Of the queries at position `start` or later."""
         counted = (queries.pos >= start).astype(jnp.float32)  # [B, T]; padding is at -1
         raw = jnp.where(counted[..., None, None] > 0, queries.raw.astype(jnp.float32), 0.0)
-        return cls(jnp.sum(counted, axis=1), jnp.sum(raw, axis=1), jnp.einsum("btnh,btni->bnhi", raw, raw))
+        rotated = jnp.abs(queries._replace(raw=raw).rotated)
+        second = jnp.einsum("btnh,btni->bnhi", raw, raw)
+        return cls(jnp.sum(counted, axis=1), jnp.sum(raw, axis=1), second, jnp.max(rotated, axis=1, initial=0.0))
 
     def plus(self, other: QueryMoments) -> QueryMoments:
-        """The sums over both."""
-        return QueryMoments(*(a + b for a, b in zip(self, other)))
+        """Those of both together."""
+        return QueryMoments(*(a + b for a, b in zip(self[:-1], other[:-1])), jnp.maximum(self.peak, other.peak))
 
 
 @struct.dataclass
@@ -133,3 +136,13 @@ def take_last(x: jax.Array, pos: jax.Array, count: int, *, fill: int | None = No
     expand = (...,) + (None,) * (x.ndim - 2)
     taken = jnp.take_along_axis(x, jnp.maximum(index, 0)[expand], axis=1)
     return taken if fill is None else jnp.where((index >= 0)[expand], taken, fill)
+
+
+def newest(seen: LayerObservation, count: int) -> LayerObservation:
+    """The same with all but the last `count` queries of every row made padding.
+
+    For what wants a few queries in a composition where something else wants more.
+    """
+    pos = seen.queries.pos
+    last = jnp.max(pos, axis=1, keepdims=True, initial=-1)
+    return seen.replace(queries=seen.queries._replace(pos=jnp.where(pos > last - count, pos, -1)))

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.observation import ALL, LayerObservation, Needs
+from kvjax.observation import ALL, LayerObservation, Needs, newest
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order
 from kvjax.transforms.evict import Scorer
@@ -73,9 +73,9 @@ def window_attention(window: int, kernel: int = 5, pooling: Pooling = "avg") -> 
         raise ValueError(f"pooling must be 'avg' or 'max', got {pooling!r}.")
 
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-        mass = _group_mean(_mass(segment, seen), segment) / window
-        newest = jnp.max(segment.pos, axis=-1, keepdims=True)
-        mass = jnp.where(segment.pos <= newest - window, mass, 0.0)
+        mass = _group_mean(_mass(segment, newest(seen, window)), segment) / window
+        last = jnp.max(segment.pos, axis=-1, keepdims=True)
+        mass = jnp.where(segment.pos <= last - window, mass, 0.0)
         return _pool_in_token_order(mass, segment.pos, kernel, pooling)
 
     return Scorer(score=score, needs=Needs(queries=window))
@@ -116,7 +116,7 @@ def last_query_attention() -> Scorer:
     """Attention from the newest query alone, averaged over all heads: every head keeps the same tokens."""
 
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-        mean = jnp.mean(_mass(segment, seen), axis=1, keepdims=True)  # over N
+        mean = jnp.mean(_mass(segment, newest(seen, 1)), axis=1, keepdims=True)  # over N
         return jnp.broadcast_to(mean, segment.pos.shape)
 
     return Scorer(score=score, needs=Needs(queries=1), aligned=True)
@@ -145,14 +145,14 @@ def future_attention(
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
         if segment.key_rope != "stored":
             raise TypeError("future_attention scores rotated keys; put it before what re-indexes them.")
-        count, first, second = seen.moments
+        count, first, second = seen.moments[:3]
         B, N, H = first.shape
         K = segment.pos.shape[1]
         count = jnp.maximum(count, 1.0)[:, None, None]
         mean = first / count
         spread = second / count[..., None] - mean[..., None] * mean[:, :, None]  # covariance
-        newest = jnp.max(segment.pos, axis=(1, 2))
-        after = newest[:, None] + 1 + jnp.arange(future)  # [B, future]
+        last = jnp.max(segment.pos, axis=(1, 2))
+        after = last[:, None] + 1 + jnp.arange(future)  # [B, future]
         angle = after[..., None].astype(jnp.float32) * seen.queries.rope.inv_freq
         cos, sin = jnp.mean(jnp.cos(angle), axis=1), jnp.mean(jnp.sin(angle), axis=1)  # [B, H / 2]
 
@@ -201,7 +201,7 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
 
     def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
         now = jnp.max(seen.queries.pos, axis=1, initial=-1)[:, None, None]
-        mass = _mass(segment, seen)
+        mass = _mass(segment, newest(seen, 1))
         B, K, S = segment.pos.shape
         active = (jnp.max(mass.reshape(B, K, -1, S), axis=2) > alpha) & (now >= 0)
         rest = now - segment.pos - segment.stats[last]
@@ -212,8 +212,8 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
         return segment.replace(stats={**segment.stats, **stats})
 
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-        newest = jnp.max(segment.pos, axis=-1, keepdims=True)
-        idle = newest - segment.pos - segment.stats[last]
+        now = jnp.max(segment.pos, axis=-1, keepdims=True)
+        idle = now - segment.pos - segment.stats[last]
         gap = segment.stats[longest]
         overdue = 2 * jax.nn.sigmoid(-idle / jnp.maximum(gap, 1.0)) + 2 * jax.nn.sigmoid(-gap / window)
         once = jnp.where(idle <= 0, 1.0, 1e-3 / (1.0 + jnp.maximum(idle, 0.0)))

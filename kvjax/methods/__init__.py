@@ -7,6 +7,7 @@ from kvjax.methods.duoattention import duoattention
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
 from kvjax.methods.full import full
+from kvjax.methods.gear import gear
 from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
 from kvjax.methods.kivi import kivi
@@ -14,6 +15,7 @@ from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
+from kvjax.methods.mikv import mikv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.snapkv import snapkv
@@ -30,6 +32,7 @@ __all__ = [
     "expected_attention",
     "fp8",
     "full",
+    "gear",
     "h2o",
     "keydiff",
     "kivi",
@@ -37,6 +40,7 @@ __all__ = [
     "kvmerger",
     "lazyeviction",
     "matryoshka_pca",
+    "mikv",
     "pyramidkv",
     "random_eviction",
     "snapkv",

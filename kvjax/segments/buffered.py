@@ -59,21 +59,16 @@ class BufferedSegment:
         """See `Segment.attend`."""
         if how.pop("ranks", None) is not None:
             raise TypeError("BufferedSegment does not re-index positions.")
-        return combine([self.body.attend(queries, **how), self.tail.attend(queries, **how)])
+        return combine([part.attend(queries, **how) for part in self._parts()])
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`."""
-        return jnp.concatenate(
-            [self.body.mass(queries, lse, **how), self.tail.mass(queries, lse, **how)], axis=-1
-        )
+        return jnp.concatenate([part.mass(queries, lse, **how) for part in self._parts()], axis=-1)
 
     def dense(self) -> DenseSegment:
         """Body and tail as one dense segment, float32."""
-        return jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=2),
-            self.body.dense(),
-            self.tail,
-        )
+        join = lambda *x: jnp.concatenate([y.astype(x[0].dtype) for y in x], axis=2)
+        return jax.tree.map(join, *(part.dense() for part in self._parts()))
 
     def map_dense(self, body, tail) -> BufferedSegment:
         """See `Segment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
@@ -81,7 +76,7 @@ class BufferedSegment:
 
     def fold_dense(self, attend) -> Partial:
         """See `Segment.fold_dense`."""
-        return combine([self.body.fold_dense(attend), self.tail.fold_dense(attend)])
+        return combine([part.fold_dense(attend) for part in self._parts()])
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BufferedSegment:
         """See `Segment.append`."""
@@ -133,6 +128,10 @@ class BufferedSegment:
             body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1)))
             return self.replace(body=body)
         return self.replace(body=jax.tree.map(grow, self.body, self.body.slot_axes()))
+
+    def _parts(self) -> list[Segment]:
+        """Body and tail, or the tail alone where the body has no slots yet."""
+        return [part for part in (self.body, self.tail) if part.pos.shape[2]]
 
     def _encode(self, slots: DenseSegment, needed: jax.Array) -> Segment:
         """Encodes slots when any are needed. Only the small result crosses the branch, never the body."""

@@ -24,7 +24,10 @@ class Basis(Protocol):
         """[B, K, n, H] -> [B, K, n, R], without the mean."""
 
     def expand(self, c: jax.Array) -> jax.Array:
-        """[B, K or 1, n, R] -> [B, K, n, H], without the mean: the transpose of `coordinates`."""
+        """[B, K or 1, n, R] -> [B, K, n, H], without the mean."""
+
+    def coordinates_of_queries(self, q: jax.Array) -> jax.Array:
+        """[B, K, n, H] -> [B, K, n, R], the transpose of `expand`: `<q, expand(c)> = <result, c>`."""
 
 
 @struct.dataclass
@@ -41,6 +44,8 @@ class Matrix:
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
         return jnp.matmul(c, self.matrix.swapaxes(2, 3).astype(c.dtype))
+
+    coordinates_of_queries = coordinates
 
 
 @struct.dataclass
@@ -60,6 +65,26 @@ class Channels:
         B, K, n, _ = c.shape
         put = jax.vmap(jax.vmap(lambda row, index: jnp.zeros((n, self.channels), c.dtype).at[:, index].set(row)))
         return put(c, self.index)
+
+    coordinates_of_queries = coordinates
+
+
+@struct.dataclass
+class Scales:
+    """Coordinates are the channels, each multiplied by a positive number: queries are divided by it."""
+
+    factor: jax.Array  # f32[B, K, H]
+    mean: jax.Array | None = None
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `Basis.coordinates`."""
+        return (x * self.factor[:, :, None]).astype(x.dtype)
+
+    def expand(self, c: jax.Array) -> jax.Array:
+        """See `Basis.expand`."""
+        return (c / self.factor[:, :, None]).astype(c.dtype)
+
+    coordinates_of_queries = expand
 
 
 @struct.dataclass
@@ -197,7 +222,7 @@ class LatentSegment:
         if self.key_basis is None:
             return Queries(queries.rotated, queries.pos, None)
         q = _by_kv_head(queries.rotated, self.kv_heads)
-        return Queries(_by_token(self.key_basis.coordinates(q), queries.pos.shape[1]), queries.pos, None)
+        return Queries(_by_token(self.key_basis.coordinates_of_queries(q), queries.pos.shape[1]), queries.pos, None)
 
     def _mean_logit(self, queries: Queries, scale: float) -> jax.Array:
         """f32[B, T, N]: what the mean key adds to every logit of a query."""

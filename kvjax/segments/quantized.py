@@ -1,4 +1,4 @@
-"""Slots stored as packed affine codes: keys per channel, values per token (KIVI's layout)."""
+"""Slots stored as packed affine codes: keys per channel (KIVI's layout) or per token, values per token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from flax import struct
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from kvjax.segments.slots import slice_slots
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.partial import Partial, fold_tiles
-from pallas_kernels.quantize_pack import Packed, dequantize, quantize_pack
+from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, dequantize, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 
 _TILE = 512  # slots that are dequantized at a time
@@ -21,7 +22,8 @@ _TILE = 512  # slots that are dequantized at a time
 class QuantizedSegment:
     """The quantized body of a `BufferedSegment`: written block by block, never slot by slot.
 
-    Keys share a scale over `key_group` tokens of a channel, values over `value_group` channels of a token.
+    Keys share a scale over `key_group` tokens of a channel or, with `key_axis="token"`, over `key_group` channels
+    of a token; values over `value_group` channels of a token.
 
     Bytes, with b bits and scales of e bytes:
     `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4 + (4 if bias))`.
@@ -36,6 +38,7 @@ class QuantizedSegment:
     scale_dtype: str = struct.field(pytree_node=False, default="bfloat16")
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
     bias: jax.Array | None = None  # f32[B, K, S], as in `DenseSegment`
+    key_axis: Axis = struct.field(pytree_node=False, default="channel")
 
     @classmethod
     def encode(
@@ -46,8 +49,9 @@ class QuantizedSegment:
         key_group: int,
         value_group: int,
         scale_dtype: str = "bfloat16",
+        key_axis: Axis = "channel",
     ) -> QuantizedSegment:
-        """Quantizes dense slots; their number must be a multiple of `key_group`."""
+        """Quantizes dense slots: whole words of them and, for keys per channel, a multiple of `key_group`."""
         if slots.key_rope != "stored":
             raise TypeError(
                 f"QuantizedSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}."
@@ -57,7 +61,7 @@ class QuantizedSegment:
             x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype
         )
         return cls(
-            k=pack(slots.k, "channel", key_group),
+            k=pack(slots.k, key_axis, key_group),
             v=pack(slots.v, "token", value_group),
             pos=slots.pos,
             bits=bits,
@@ -65,6 +69,7 @@ class QuantizedSegment:
             value_group=value_group,
             scale_dtype=scale_dtype,
             bias=slots.bias,
+            key_axis=key_axis,
         )
 
     def encode_like(self, slots: DenseSegment) -> QuantizedSegment:
@@ -75,11 +80,14 @@ class QuantizedSegment:
             key_group=self.key_group,
             value_group=self.value_group,
             scale_dtype=self.scale_dtype,
+            key_axis=self.key_axis,
         )
 
     def slot_axes(self) -> QuantizedSegment:
         """For every leaf, the axis along which slots lie."""
-        return self.replace(k=Packed(2, 2, 2), v=Packed(2, 3, 3), pos=2, bias=None if self.bias is None else 2)
+        by = {"channel": Packed(2, 2, 2), "token": Packed(2, 3, 3)}
+        bias = None if self.bias is None else 2
+        return self.replace(k=by[self.key_axis], v=by["token"], pos=2, bias=bias)
 
     def attend(
         self,
@@ -98,6 +106,7 @@ class QuantizedSegment:
             self.pos,
             bits=self.bits,
             bias=self.bias,
+            key_axis=self.key_axis,
             window=window,
             scale=scale,
         )
@@ -112,7 +121,7 @@ class QuantizedSegment:
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """See `Segment.mass`."""
-        k = dequantize(self.k, bits=self.bits, axis="channel", dtype=queries.raw.dtype)
+        k = dequantize(self.k, bits=self.bits, axis=self.key_axis, dtype=queries.raw.dtype)
         return attention_mass(
             queries.rotated, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale
         )
@@ -120,7 +129,7 @@ class QuantizedSegment:
     def dense(self) -> DenseSegment:
         """The dequantized slots, float32."""
         return DenseSegment(
-            k=dequantize(self.k, bits=self.bits, axis="channel"),
+            k=dequantize(self.k, bits=self.bits, axis=self.key_axis),
             v=dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
             bias=self.bias,
@@ -133,16 +142,11 @@ class QuantizedSegment:
     def fold_dense(self, attend) -> Partial:
         """See `Segment.fold_dense`."""
 
-        def tile(start, size):
-            def part(x, axis):
-                per = self.pos.shape[2] // x.shape[axis]  # slots of an entry
-                at, count = (start // per, size // per) if x.shape[axis] < self.pos.shape[2] else (start, size)
-                return jax.lax.dynamic_slice_in_dim(x, at, count, axis=axis)
-
-            return jax.tree.map(part, self, self.slot_axes()).dense()
-
-        step = self.key_group * 32 // math.gcd(self.key_group, 32)  # whole groups and whole words
-        return fold_tiles(lambda *of: attend(tile(*of)), self.pos.shape[2], max(_TILE // step, 1) * step)
+        # Whole groups and whole words.
+        step = math.lcm(self.key_group if self.key_axis == "channel" else 1, WORD_BITS // self.bits)
+        S = self.pos.shape[2]
+        tile = lambda start, size: slice_slots(self, self.slot_axes(), S, start, size, step).dense()
+        return fold_tiles(lambda *of: attend(tile(*of)), S, max(_TILE // step, 1) * step)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:
         """Refused: a single token has no group to share its key scales with."""

@@ -39,6 +39,27 @@ def token_order(pos: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.where(pos < 0, LAST, pos), axis=-1, stable=True)
 
 
+def slice_slots(tree, axes, slots: int, start: jax.Array | int, size: int, block: int):
+    """`size` slots from `start` on, of every leaf: what a tile of a packed segment is made of.
+
+    Args:
+      tree: whose leaves hold something for S slots: an entry for each, or some entries for every `block`.
+      axes: the same tree of the axes they lie along; -1 where a leaf has nothing to do with slots.
+      slots: [S].
+      start: a multiple of `block`; may be traced.
+      size: another.
+      block: slots of the smallest piece that can be cut.
+    """
+
+    def part(x, axis):
+        if axis < 0:
+            return x
+        entries = x.shape[axis] * block // slots  # of a block
+        return jax.lax.dynamic_slice_in_dim(x, start // block * entries, size // block * entries, axis=axis)
+
+    return jax.tree.map(part, tree, axes)
+
+
 def write_windows(
     old: jax.Array, new: jax.Array, start: jax.Array, on: jax.Array, axis: int = 2
 ) -> jax.Array:

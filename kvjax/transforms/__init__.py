@@ -1,5 +1,6 @@
 """Transforms: pairs of pure functions that rewrite a cache, and when they act."""
 
+from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
 from kvjax.transforms.evict import Scorer, evict
@@ -9,8 +10,10 @@ from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_rules import into_nearest, into_runs
 from kvjax.transforms.project import project, project_jointly, prune_channels
 from kvjax.transforms.quantize import quantize
+from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.ring import ring
 from kvjax.transforms.split_heads import split_heads
+from kvjax.transforms.split_slots import split_slots
 from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, when_full
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "adaptive",
     "at_prefill_end",
     "by_variance",
+    "balance_channels",
     "cast",
     "chain",
     "check_step",
@@ -37,8 +41,10 @@ __all__ = [
     "prune_channels",
     "pyramid",
     "quantize",
+    "quantize_corrected",
     "ring",
     "split_heads",
+    "split_slots",
     "when_full",
     "whole_layers",
 ]

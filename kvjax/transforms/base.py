@@ -22,6 +22,7 @@ SLOTS = {
     "joint": "coordinates that all heads share",
     "pruned": "keys of fewer channels",
     "split": "heads of different kinds",
+    "tiered": "plain slots in two segments, by their worth",
 }
 """What the slots of a cache may be, as far as the order of transforms depends on it."""
 
@@ -44,6 +45,9 @@ class CacheTransform(NamedTuple):
       update: `(cache, state, observation) -> (cache, state)`, acts after a later call of the decoder. Keeps
         tree, shapes and dtypes, so that it lives in `lax.scan` and `lax.while_loop` with a donated cache.
       observe: as `update`, but only keeps statistics: runs after every call, also when `update` waits.
+      collect: `(cache, observation) -> cache`, keeps statistics of a prompt that arrives in chunks, on the full cache,
+        where `init` acts only at its end. None: `init` needs none, or cannot have them. Adds what it keeps to a
+        cache that lacks it.
       needs: what the decoder must collect for it.
       frees_in_prefill: it frees slots at least every so many tokens while the prompt arrives; None: never.
       frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a
@@ -58,6 +62,7 @@ class CacheTransform(NamedTuple):
     begin: Callable[[Cache, Observation], tuple[Cache, State]] | None = None
     update: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
     observe: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
+    collect: Callable[[Cache, Observation], Cache] | None = None
     needs: Needs = Needs()
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None
@@ -120,6 +125,16 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
 
         return run
 
+    collecting = [t.collect for t in transforms if t.collect is not None]
+    # A window of the last queries is not kept beside all of them.
+    if any(t.needs.queries and t.collect is None for t in transforms):
+        collecting = []
+
+    def collect(cache, observation):
+        for run in collecting:
+            cache = run(cache, observation)
+        return cache
+
     needs = Needs()
     for t in transforms:
         needs = needs.union(t.needs)
@@ -129,6 +144,7 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
         begin=start("begin"),
         update=each("update") if later_acting else keep,
         observe=each("observe") if later_acting else keep,
+        collect=collect if collecting else None,
         needs=needs,
         frees_in_prefill=soonest(t.frees_in_prefill for t in transforms),
         frees_in_decode=soonest(t.frees_in_decode for t in transforms),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Needs, Observation
+from kvjax.observation import LayerObservation, Needs, Observation, newest
 from kvjax.segments import BufferedSegment, DenseSegment, LatentSegment
 from kvjax.segments.dense import dense_tail, unrotated
 from kvjax.segments.latent import Basis, Channels
@@ -88,10 +88,10 @@ def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> Cach
     def compress(layer: LayerCache, seen: LayerObservation) -> LayerCache:
         slots = dense_tail(layer, "prune_channels")
         B, K, S, H = slots.k.shape
-        index = _strongest_channels(slots, seen, H - int(prune * H))
-        older, newest = slots.replace(stats={}).split_newest(recent)
+        index = _strongest_channels(slots, newest(seen, queries), H - int(prune * H))
+        older, whole = slots.replace(stats={}).split_newest(recent)
         pruned = LatentSegment.of(older, Channels(index, H), None)
-        return layer.replace(segments=(*layer.segments[:-1], pruned, newest))
+        return layer.replace(segments=(*layer.segments[:-1], pruned, whole))
 
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 
-from kvjax.segments import BufferedSegment, QuantizedSegment
+from kvjax.segments import BufferedSegment, DenseSegment, QuantizedSegment, Segment
 from kvjax.transforms.base import PLAIN, CacheTransform
+from pallas_kernels.quantize_pack import WORD_BITS, Axis
+
+
+Encode = Callable[[DenseSegment], Segment]
+"""From dense slots to what stores them packed."""
 
 
 def quantize(
     bits: int,
     *,
+    written_bits: int | None = None,
     key_group: int = 32,
     value_group: int = 32,
     residual: int = 32,
     scale_dtype: str = "bfloat16",
+    key_axis: Axis = "channel",
 ) -> CacheTransform:
     """Turns each layer's last, dense segment into a quantized body and a dense tail of `residual` slots.
 
@@ -26,45 +34,91 @@ def quantize(
 
     Args:
       bits: 2, 4 or 8 per stored number.
-      key_group: tokens of a channel that share a key scale; divides `residual`.
+      written_bits: the same for the segments before the last, as `split_slots` makes them; None: `bits`.
+      key_group: tokens of a channel that share a key scale, which divide `residual`; with `key_axis="token"`
+        channels of a token, which divide the head dimension.
       value_group: channels of a token that share a value scale; divides the head dimension.
       residual: tokens of a block, and the most that are kept exact.
       scale_dtype: dtype of scales and zeros.
+      key_axis: keys share scales along a "channel" (over tokens) or in a "token" (over channels).
 
     Raises:
       ValueError: bits or groups are impossible (at build), or do not fit the cache (at `init`).
     """
+    if written_bits not in (None, 2, 4, 8):
+        raise ValueError(f"written_bits must be 2, 4 or 8, got {written_bits}.")
+    pack = lambda bits: quantizer(
+        bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis
+    )
+    encode, written = pack(bits), pack(bits if written_bits is None else written_bits)
+    check_block(bits, residual, key_group if key_axis == "channel" else 1)
+    return store_in_blocks("quantize", encode, residual, written=written)
+
+
+def quantizer(
+    bits: int, *, key_group: int, value_group: int, scale_dtype: str, key_axis: Axis = "channel"
+) -> Encode:
+    """Packs slots, padded to whole groups and words; see `quantize`.
+
+    Raises:
+      ValueError: bits or groups are impossible.
+    """
     if bits not in (2, 4, 8):
         raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
-    for name, value in (("key_group", key_group), ("value_group", value_group), ("residual", residual)):
+    if key_axis not in ("channel", "token"):
+        raise ValueError(f"key_axis must be 'channel' or 'token', got {key_axis!r}.")
+    for name, value in (("key_group", key_group), ("value_group", value_group)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if residual % key_group:
-        raise ValueError(
-            f"key_group must divide residual, so that blocks hold whole groups: got {key_group} and {residual}."
-        )
-    if residual * bits % 32:
-        raise ValueError(
-            f"residual must be a multiple of {32 // bits} for {bits}-bit words, got {residual}."
-        )
+    whole = math.lcm(key_group if key_axis == "channel" else 1, WORD_BITS // bits)  # groups and words
 
-    def encode(slots):
-        whole = math.lcm(key_group, 32 // bits)  # groups and words
+    def encode(slots: DenseSegment) -> QuantizedSegment:
         return QuantizedSegment.encode(
             slots.resize(-(-slots.pos.shape[2] // whole) * whole),
             bits=bits,
             key_group=key_group,
             value_group=value_group,
             scale_dtype=scale_dtype,
+            key_axis=key_axis,
         )
 
+    return encode
+
+
+def check_block(bits: int, residual: int, key_group: int, name: str = "residual") -> None:
+    """Checks that a block holds whole words of codes and whole groups of tokens.
+
+    Raises:
+      ValueError: names `residual`, or what a method calls it, what came and what was expected.
+    """
+    if residual < 1:
+        raise ValueError(f"{name} must be at least 1, got {residual}.")
+    if residual % key_group:
+        raise ValueError(
+            f"key_group must divide {name}, so that blocks hold whole groups: got {key_group} and {residual}."
+        )
+    if residual * bits % WORD_BITS:
+        raise ValueError(f"{name} must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {residual}.")
+
+
+def store_in_blocks(name: str, encode: Encode, residual: int, *, written: Encode | None = None) -> CacheTransform:
+    """Encodes each layer's last segment block by block and the segments before it as a whole.
+
+    Args:
+      name: of the transform.
+      encode: packs whole blocks of the last segment.
+      residual: tokens of a block, and the most that are kept exact.
+      written: packs the segments before it; None: `encode`.
+    """
+    whole = written or encode
+
     buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)
-    of_layer = jax.jit(lambda layer: layer.map_dense(encode, buffer))
-    of_shared = jax.jit(lambda segment: segment.map_dense(encode, encode))
+    of_layer = jax.jit(lambda layer: layer.map_dense(whole, buffer))
+    of_shared = jax.jit(lambda segment: segment.map_dense(whole, whole))
 
     return CacheTransform(
         init=lambda cache, observation: (cache.map_layers(of_layer).map_shared(of_shared), ()),
-        name="quantize",
-        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split"),
+        name=name,
+        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split", "tiered"),
         leaves="packed",
     )

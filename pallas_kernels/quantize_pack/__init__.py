@@ -1,5 +1,6 @@
 """Min/max quantization and bit packing along the slot axis."""
 
-from pallas_kernels.quantize_pack.api import Packed, dequantize, quantize_pack
+from pallas_kernels.quantize_pack.api import Axis, Packed, dequantize, quantize_pack
+from pallas_kernels.quantize_pack.reference import WORD_BITS
 
-__all__ = ["Packed", "dequantize", "quantize_pack"]
+__all__ = ["WORD_BITS", "Axis", "Packed", "dequantize", "quantize_pack"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.reference import decode_attention
 from pallas_kernels.partial import Partial, fold_tiles
-from pallas_kernels.quantize_pack.reference import Packed, dequantize
+from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, dequantize
 
 _TILE = 512  # slots; a float32 tile of 8 heads of 128 channels is 2 MB
 
@@ -21,6 +23,7 @@ def quantized_decode_attention(
     *,
     bits: int,
     bias: jax.Array | None = None,
+    key_axis: str = "channel",
     window: int | None = None,
     scale: float | None = None,
 ) -> Partial:
@@ -29,7 +32,8 @@ def quantized_decode_attention(
     S = k_pos.shape[-1]
     if S == 0:
         return Partial(jnp.zeros((B, T, N, v.words.shape[-1]), jnp.float32), jnp.full((B, T, N), -jnp.inf))
-    group = S // k.scale.shape[2]
+    group = S // k.scale.shape[2] if key_axis == "channel" else 1
+    step = math.lcm(group, WORD_BITS // bits)  # whole groups and whole words
 
     def attend(start, size):
         def rows(x, first, count):
@@ -45,7 +49,7 @@ def quantized_decode_attention(
 
         return decode_attention(
             q,
-            dequantize(packed_tile(k, "channel"), bits=bits, axis="channel", dtype=q.dtype),
+            dequantize(packed_tile(k, key_axis), bits=bits, axis=key_axis, dtype=q.dtype),
             dequantize(packed_tile(v, "token"), bits=bits, axis="token", dtype=q.dtype),
             q_pos,
             rows(k_pos, start, size),
@@ -54,4 +58,4 @@ def quantized_decode_attention(
             scale=scale,
         )
 
-    return fold_tiles(attend, S, max(_TILE // group, 1) * group)
+    return fold_tiles(attend, S, max(_TILE // step, 1) * step)

@@ -63,6 +63,34 @@ def kivi(bits: int, group: int, residual: int, budget=None):
     return nbytes
 
 
+def gear(bits: int, group: int, block: int, rank: int, outliers: int, scale: int = 2):
+    """`kivi` with factors of every block and, of every channel and every token, `outliers` values and indices."""
+
+    def nbytes(sizes):
+        H, heads = sizes.head_dim, sizes.layers * sizes.batch * sizes.kv_heads
+        blocks = -(-sizes.prompt // block) + -(-sizes.room // block)
+        token = 2 * H * bits / 8 + 2 * 2 * scale * H / group + INDEX
+        factors = 2 * scale * rank * (block + H)
+        beside = (scale + 1) * outliers * (H + block)  # of a channel's block of keys, and of a token's value
+        whole = heads * blocks * (block * token + factors + beside)
+        assert whole == int(whole)
+        return int(whole) + _dense(block, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def mikv(important_bits: int, bits: int, group: int, residual: int, budget: int):
+    """`kivi` for the important tokens, words for the others, and the balancer of every key channel."""
+
+    def nbytes(sizes):
+        H, heads, word = sizes.head_dim, sizes.layers * sizes.batch * sizes.kv_heads, 32 // bits
+        others = -(-(sizes.prompt - budget) // word) * word
+        token = 2 * H * bits / 8 + 2 * 2 * 2 * H / group + INDEX
+        return int(heads * (others * token + FLOAT * H)) + kivi(important_bits, group, residual, budget)(sizes)
+
+    return nbytes
+
+
 _ALL = 64  # more than any test brings
 _window = lambda: scores.window_attention(4, kernel=3)
 
@@ -75,6 +103,11 @@ def _config(name: str, nbytes, *bindings: str, budget: int | float = 12, exact: 
 
     lossless = (lambda: build(_ALL)) if exact else None
     return Case(name, build, nbytes, lossless, **promises)
+
+
+def _full_rank_gear():
+    how = dict(key_group=16, value_group=16, block=16, loops=1, scale_dtype="float32")
+    return kvjax.at_prefill_end(kvjax.quantize_corrected(2, rank=16, outliers=0.0, **how))
 
 
 def _calibrated(recipe: str):
@@ -154,6 +187,20 @@ CASES = [
     _config("keydiff_int8", kivi(8, 8, 8, budget=0.5), "kivi.group = 8", "kivi.residual = 8", budget=0.5),
     _config("kivi4", kivi(4, 8, 16), "kivi.group = 8", "kivi.residual = 16"),
     _config("kivi2", kivi(2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
+    _config(
+        "gear",
+        gear(2, 8, 16, 2, 2),
+        "gear.group = 8",
+        "gear.block = 16",
+        "gear.outliers = 0.1",
+    ),
+    _config(
+        "mikv",
+        mikv(8, 2, 8, 8, 8),
+        "mikv.group = 8",
+        "mikv.residual = 8",
+        budget=8,
+    ),
     _config("fp8", fp8()),
     _config(
         "pyramidkv",
@@ -220,6 +267,12 @@ CASES = [
         lambda: kvjax.methods.cskv(_calibrated("cskv"), 1.0, 1.0, window=4),
     ),
     Case(
+        "gear_full_rank",
+        _full_rank_gear,
+        gear(2, 16, 16, 16, 0, scale=4),
+        _full_rank_gear,
+    ),
+    Case(
         "adakv_int4",
         lambda: kvjax.chain(
             kvjax.methods.adakv_snapkv(12, window=4, kernel=3, page=8),
@@ -275,6 +328,7 @@ METHODS = {
     "expected_attention": "expected_attention",
     "fp8": "fp8",
     "full": "full",
+    "gear": "gear",
     "h2o": "h2o",
     "keydiff": "keydiff",
     "kivi": "int8",
@@ -282,6 +336,7 @@ METHODS = {
     "kvmerger": "kvmerger",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
+    "mikv": "mikv",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
     "snapkv": "snapkv",

@@ -56,6 +56,28 @@ BUILD = {
     "no cosine": (lambda: methods.kvmerger(threshold=2.0), r"threshold must be a cosine in \[-1, 1\], got 2.0"),
     "kernel without width": (lambda: methods.kvmerger(width=0.0), "width must be above 0, got 0.0"),
     "heavy above the budget": (lambda: methods.kvmerger(heavy=1.2), r"heavy must be a fraction .* got 1.2"),
+    "three written bits": (lambda: quantize(4, written_bits=3), "written_bits must be 2, 4 or 8, got 3"),
+    "keys along nothing": (lambda: quantize(4, key_axis="head"), "key_axis must be 'channel' or 'token', got 'head'"),
+    "rank above the block": (
+        lambda: methods.gear(2, group=32, block=32, rank=33),
+        "rank must be from 0 to the 32 tokens of a block, got 33",
+    ),
+    "all outliers": (lambda: methods.gear(outliers=1.0), r"outliers must be a fraction in \[0, 1\), got 1.0"),
+    "no power iteration": (lambda: methods.gear(loops=0), "loops must be at least 1, got 0"),
+    "important tokens fewer than the newest": (
+        lambda: methods.mikv(8, recent=16),
+        r"budget must be at least 16 tokens \(0 sinks and 16 recent tokens\), got 8",
+    ),
+    "block not filling words": (
+        lambda: methods.gear(2, group=8, block=8),
+        "block must be a multiple of 16 for 2-bit words, got 8",
+    ),
+    "three important bits": (lambda: methods.mikv(8, important_bits=3), "bits must be 2, 4 or 8, got 3"),
+    "balance of nothing": (lambda: kvjax.balance_channels("head"), "where must be 'tail' or 'written', got 'head'"),
+    "balance of what was not split": (
+        lambda: chain(methods.snapkv(64), kvjax.balance_channels("written")),
+        "balance_channels cannot follow evict: it cannot work on plain slots, each head with tokens of its own",
+    ),
     "every no tokens": (lambda: every(0, methods.knorm(8)), "n must be at least 1 token, got 0"),
     "no slack": (lambda: when_full(0, methods.knorm(8)), "slack must be at least 1 slot, got 0"),
     "full without a budget": (lambda: when_full(4, methods.full()), "when_full needs a transform with a token budget"),

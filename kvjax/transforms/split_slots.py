@@ -1,0 +1,79 @@
+"""Moves the slots that are worth least into a segment of their own, so that the two may be stored differently."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.budget import budget_rows, budget_slots
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Observation
+from kvjax.segments.dense import DenseSegment, dense_tail
+from kvjax.segments.slots import keep_highest
+from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, protect
+
+
+def split_slots(
+    scorer: Scorer, budget: int | float, *, sinks: int = 0, recent: int | float = 0
+) -> CacheTransform:
+    """Leaves, per KV head, the `budget` slots with the highest scores in the last segment; moves the rest before it.
+
+    Nothing is lost, and nothing is gained before the segments are stored differently: what follows may treat them
+    apart, as `quantize(written_bits=...)` and `balance_channels(where="written")` do. Acts when the prompt is in;
+    tokens that come later stay with the highest. Ties go to the lower slot.
+
+    Args:
+      scorer: what a slot is worth. Its statistics are kept while a prompt arrives in chunks.
+      budget: tokens per KV head in the last segment, as a count or as a fraction of each row's prompt.
+      sinks: first tokens of the sequence that are always among them.
+      recent: newest tokens that are always among them: a count, or a fraction of the budget.
+
+    Raises:
+      ValueError: the budget cannot hold the sinks and the recent tokens.
+    """
+    recent_count = check_protected(budget, sinks, recent)
+
+    def observed(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
+        return scorer.observe(segment.replace(stats={**missing, **segment.stats}), seen)
+
+    @functools.partial(jax.jit, static_argnames="slots")
+    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
+        segment = observed(dense_tail(layer, "split_slots"), seen)
+        S = segment.pos.shape[2]
+        occupied = segment.pos >= 0
+        scores = scorer.score(segment, seen).astype(jnp.float32)
+        scores = protect(scores, segment.pos, is_protected(segment.pos, rows, sinks, recent))
+        segment = segment.replace(stats={})
+        if S <= slots:
+            return layer.with_tail(segment)
+        # Rounding of a fraction may ask a row for more than the other segment has room for.
+        held = jnp.max(jnp.sum(occupied, axis=-1), axis=-1)
+        index, valid = keep_highest(scores, occupied, slots, jnp.maximum(rows, held - (S - slots)))
+        heads = tuple(jnp.arange(n).reshape(-1, *(1,) * (2 - axis)) for axis, n in enumerate(index.shape[:2]))
+        stays = jnp.zeros(occupied.shape, bool).at[(*heads, index)].max(valid)
+        rest = jax.tree.map(lambda x: x[:, :, : S - slots], segment.drop(stays).in_token_order())
+        return layer.replace(segments=(*layer.segments[:-1], rest, segment.take(index, valid)))
+
+    @jax.jit
+    def see(layer: LayerCache, seen: LayerObservation):
+        return layer.with_tail(observed(dense_tail(layer, "split_slots"), seen))
+
+    def init(cache: Cache, observation: Observation):
+        slots = budget_slots(budget, observation.prompt_slots)
+        check_protected_fit(budget, slots, observation.prompt_slots, sinks, recent_count)
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
+        split = lambda layer, seen: compress(layer, seen, rows, slots=slots)
+        return cache.map_layers(split, observation.layers), ()
+
+    return CacheTransform(
+        init=init,
+        collect=(lambda cache, observation: cache.map_layers(see, observation.layers)) if scorer.stats else None,
+        needs=scorer.needs,
+        name="split_slots",
+        takes=PLAIN,
+        leaves="tiered",
+    )
