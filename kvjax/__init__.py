@@ -12,6 +12,7 @@ from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
 from kvjax.segments import (
     BufferedSegment,
+    CodebookSegment,
     DenseSegment,
     HeadsSegment,
     LatentSegment,
@@ -34,8 +35,10 @@ from kvjax.transforms import (
     evict,
     evict_by_head,
     identity,
+    product_quantize,
     project,
     project_jointly,
+    protect,
     prune_channels,
     pyramid,
     quantize,

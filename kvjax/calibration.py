@@ -1,4 +1,4 @@
-"""What offline methods measure on a model before they run: principal components, low-rank weights, head types.
+"""What offline methods measure on a model: principal components, low-rank weights, codebooks, head types.
 
 Pure functions over arrays; `experiments.calibrate` feeds them text and stores what they return.
 """
@@ -63,6 +63,53 @@ def activation_aware_svd(weight: jax.Array, mean_abs: jax.Array, power: float = 
     scaled = weight.astype(jnp.float32) * (mean_abs.astype(jnp.float32) ** power)[:, None]
     _, values, right = jnp.linalg.svd(scaled, full_matrices=False)
     return right.T, values
+
+
+def product_codebook(x: jax.Array, width: int, centroids: int, key: jax.Array, iterations: int = 12) -> jax.Array:
+    """Centroids of the sub-vectors of x, by Lloyd's algorithm from k-means++ seeds.
+
+    A seed is a vector drawn with probability proportional to its squared distance from the seeds before it. A
+    centroid without vectors stays where it is.
+
+    Args:
+      x: f32[n, H].
+      width: channels of a sub-vector; divides H.
+      centroids: [C], at most n.
+      key: PRNG key of the seeds.
+      iterations: of assignment and mean.
+
+    Returns:
+      f32[H / width, C, width].
+
+    Source: Arthur and Vassilvitskii, k-means++ (2007); Lloyd (1982).
+    """
+    n, H = x.shape
+    if H % width or not 1 <= centroids <= n:
+        raise ValueError(f"width must divide {H} and centroids be from 1 to {n}, got {width} and {centroids}.")
+    parts = x.astype(jnp.float32).reshape(n, H // width, width).swapaxes(0, 1)
+
+    def one(part_and_key):
+        part, key = part_and_key  # [n, width]
+        squared = lambda center: jnp.sum((part - center) ** 2, axis=-1)
+
+        def seed(c, found):
+            centers, nearest = found
+            drawn = jax.random.categorical(jax.random.fold_in(key, c), jnp.log(nearest))
+            return centers.at[c].set(part[drawn]), jnp.minimum(nearest, squared(part[drawn]))
+
+        start = jnp.zeros((centroids, width)), jnp.ones(n)
+        centers, _ = jax.lax.fori_loop(0, centroids, seed, start)
+
+        def step(_, centers):
+            distance = sum(centers[:, i] * (centers[:, i] - 2 * part[:, i, None]) for i in range(width))
+            owner = jnp.argmin(distance, axis=-1)
+            count = jax.ops.segment_sum(jnp.ones(n), owner, centroids)
+            total = jax.ops.segment_sum(part, owner, centroids)
+            return jnp.where(count[:, None] > 0, total / jnp.maximum(count, 1.0)[:, None], centers)
+
+        return jax.lax.fori_loop(0, iterations, step, centers)
+
+    return jax.lax.map(one, (parts, jax.random.split(key, H // width)))
 
 
 def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> tuple[jax.Array, jax.Array]:

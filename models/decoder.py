@@ -148,9 +148,10 @@ def _one_layer(
     """Attention and feed-forward, each normalised before and added to the residual stream x [B, T, D]."""
     normed = rms_norm(x, weights["attn_norm"], config.norm_eps)
     attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config)
+    observed = observe(queries, lse, needs, index, inputs=x)
     x = x + attended
     x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
-    return x, layer, observe(queries, lse, needs, index)
+    return x, layer, observed
 
 
 _layer = jax.jit(_one_layer, static_argnames=("config", "needs"))

@@ -12,8 +12,10 @@ from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
+from kvjax.methods.million import million
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
+from kvjax.methods.rotatekv import rotatekv
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
@@ -33,8 +35,10 @@ __all__ = [
     "knorm",
     "lazyeviction",
     "matryoshka_pca",
+    "million",
     "pyramidkv",
     "random_eviction",
+    "rotatekv",
     "snapkv",
     "streamingllm",
     "think",

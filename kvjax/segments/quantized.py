@@ -1,4 +1,4 @@
-"""Slots stored as packed affine codes: keys per channel, values per token (KIVI's layout)."""
+"""Slots stored as packed affine codes: keys per channel or per token, values per token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.quantize_pack import Packed, dequantize, quantize_pack
+from pallas_kernels.quantize_pack.api import Axis
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 
 _TILE = 512  # slots that are dequantized at a time
@@ -21,7 +22,8 @@ _TILE = 512  # slots that are dequantized at a time
 class QuantizedSegment:
     """The quantized body of a `BufferedSegment`: written block by block, never slot by slot.
 
-    Keys share a scale over `key_group` tokens of a channel, values over `value_group` channels of a token.
+    Keys share a scale over `key_group` tokens of a channel (KIVI's layout) or, with `key_axis="token"`, over
+    `key_group` channels of a token; values over `value_group` channels of a token.
 
     Bytes, with b bits and scales of e bytes:
     `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4)`.
@@ -34,6 +36,8 @@ class QuantizedSegment:
     key_group: int = struct.field(pytree_node=False)
     value_group: int = struct.field(pytree_node=False)
     scale_dtype: str = struct.field(pytree_node=False, default="bfloat16")
+    key_axis: Axis = struct.field(pytree_node=False, default="channel")
+    clip: float = struct.field(pytree_node=False, default=1.0)  # see `quantize_pack`
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
 
     @classmethod
@@ -45,24 +49,28 @@ class QuantizedSegment:
         key_group: int,
         value_group: int,
         scale_dtype: str = "bfloat16",
+        key_axis: Axis = "channel",
+        clip: float = 1.0,
     ) -> QuantizedSegment:
-        """Quantizes dense slots; their number must be a multiple of `key_group`."""
+        """Quantizes dense slots; their number must be a multiple of `key_group` where that counts tokens."""
         if slots.key_rope != "stored":
             raise TypeError(
                 f"QuantizedSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}."
             )
         occupied = slots.pos >= 0
         pack = lambda x, axis, group: quantize_pack(
-            x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype
+            x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip
         )
         return cls(
-            k=pack(slots.k, "channel", key_group),
+            k=pack(slots.k, key_axis, key_group),
             v=pack(slots.v, "token", value_group),
             pos=slots.pos,
             bits=bits,
             key_group=key_group,
             value_group=value_group,
             scale_dtype=scale_dtype,
+            key_axis=key_axis,
+            clip=clip,
         )
 
     def encode_like(self, slots: DenseSegment) -> QuantizedSegment:
@@ -73,11 +81,14 @@ class QuantizedSegment:
             key_group=self.key_group,
             value_group=self.value_group,
             scale_dtype=self.scale_dtype,
+            key_axis=self.key_axis,
+            clip=self.clip,
         )
 
     def slot_axes(self) -> QuantizedSegment:
         """For every leaf, the axis along which slots lie."""
-        return self.replace(k=Packed(2, 2, 2), v=Packed(2, 3, 3), pos=2)
+        of = {"channel": Packed(2, 2, 2), "token": Packed(2, 3, 3)}
+        return self.replace(k=of[self.key_axis], v=of["token"], pos=2)
 
     def attend(
         self,
@@ -95,6 +106,7 @@ class QuantizedSegment:
             queries.pos,
             self.pos,
             bits=self.bits,
+            key_axis=self.key_axis,
             window=window,
             scale=scale,
         )
@@ -109,7 +121,7 @@ class QuantizedSegment:
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """See `Segment.mass`."""
-        k = dequantize(self.k, bits=self.bits, axis="channel", dtype=queries.raw.dtype)
+        k = dequantize(self.k, bits=self.bits, axis=self.key_axis, dtype=queries.raw.dtype)
         return attention_mass(
             queries.rotated, k, queries.pos, self.pos, lse, window=window, scale=scale
         )
@@ -117,7 +129,7 @@ class QuantizedSegment:
     def dense(self) -> DenseSegment:
         """The dequantized slots, float32."""
         return DenseSegment(
-            k=dequantize(self.k, bits=self.bits, axis="channel"),
+            k=dequantize(self.k, bits=self.bits, axis=self.key_axis),
             v=dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
         )
@@ -137,7 +149,7 @@ class QuantizedSegment:
 
             return jax.tree.map(part, self, self.slot_axes()).dense()
 
-        step = self.key_group * 32 // math.gcd(self.key_group, 32)  # whole groups and whole words
+        step = math.lcm(self.key_group if self.key_axis == "channel" else 1, 32)  # whole groups and whole words
         return fold_tiles(lambda *of: attend(tile(*of)), self.pos.shape[2], max(_TILE // step, 1) * step)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:

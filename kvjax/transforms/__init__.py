@@ -4,7 +4,9 @@ from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
 from kvjax.transforms.evict import Scorer, evict, pyramid
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
+from kvjax.transforms.product_quantize import product_quantize
 from kvjax.transforms.project import project, project_jointly, prune_channels
+from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.ring import ring
 from kvjax.transforms.split_heads import split_heads
@@ -24,8 +26,10 @@ __all__ = [
     "evict",
     "evict_by_head",
     "identity",
+    "product_quantize",
     "project",
     "project_jointly",
+    "protect",
     "prune_channels",
     "pyramid",
     "quantize",

@@ -8,6 +8,7 @@ import jax
 
 from kvjax.segments import BufferedSegment, QuantizedSegment
 from kvjax.transforms.base import PLAIN, CacheTransform
+from pallas_kernels.quantize_pack.api import Axis
 
 
 def quantize(
@@ -17,6 +18,8 @@ def quantize(
     value_group: int = 32,
     residual: int = 32,
     scale_dtype: str = "bfloat16",
+    key_axis: Axis = "channel",
+    clip: float = 1.0,
 ) -> CacheTransform:
     """Turns each layer's last, dense segment into a quantized body and a dense tail of `residual` slots.
 
@@ -26,10 +29,13 @@ def quantize(
 
     Args:
       bits: 2, 4 or 8 per stored number.
-      key_group: tokens of a channel that share a key scale; divides `residual`.
+      key_group: tokens of a channel that share a key scale, dividing `residual`; with `key_axis="token"`, channels of a
+        token that do, dividing the head dimension.
       value_group: channels of a token that share a value scale; divides the head dimension.
       residual: tokens of a block, and the most that are kept exact.
       scale_dtype: dtype of scales and zeros.
+      key_axis: "channel" suits keys whose channels differ in size, "token" keys that were rotated or mixed.
+      clip: fraction of the range of a group that codes span.
 
     Raises:
       ValueError: bits or groups are impossible (at build), or do not fit the cache (at `init`).
@@ -39,7 +45,12 @@ def quantize(
     for name, value in (("key_group", key_group), ("value_group", value_group), ("residual", residual)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    if residual % key_group:
+    if key_axis not in ("channel", "token"):
+        raise ValueError(f"key_axis must be 'channel' or 'token', got {key_axis!r}.")
+    if not 0 < clip <= 1:
+        raise ValueError(f"clip must be in (0, 1], got {clip}.")
+    tokens = key_group if key_axis == "channel" else 1  # that only make sense together
+    if residual % tokens:
         raise ValueError(
             f"key_group must divide residual, so that blocks hold whole groups: got {key_group} and {residual}."
         )
@@ -49,13 +60,15 @@ def quantize(
         )
 
     def encode(slots):
-        whole = math.lcm(key_group, 32 // bits)  # groups and words
+        whole = math.lcm(tokens, 32 // bits)  # groups and words
         return QuantizedSegment.encode(
             slots.resize(-(-slots.pos.shape[2] // whole) * whole),
             bits=bits,
             key_group=key_group,
             value_group=value_group,
             scale_dtype=scale_dtype,
+            key_axis=key_axis,
+            clip=clip,
         )
 
     buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.reference import decode_attention
 from pallas_kernels.partial import Partial, fold_tiles
-from pallas_kernels.quantize_pack.reference import Packed, dequantize
+from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, dequantize
 
 _TILE = 512  # slots; a float32 tile of 8 heads of 128 channels is 2 MB
 
@@ -20,6 +20,7 @@ def quantized_decode_attention(
     k_pos: jax.Array,
     *,
     bits: int,
+    key_axis: str = "channel",
     window: int | None = None,
     scale: float | None = None,
 ) -> Partial:
@@ -28,7 +29,7 @@ def quantized_decode_attention(
     S = k_pos.shape[-1]
     if S == 0:
         return Partial(jnp.zeros((B, T, N, v.words.shape[-1]), jnp.float32), jnp.full((B, T, N), -jnp.inf))
-    group = S // k.scale.shape[2]
+    group = S // k.scale.shape[2] if key_axis == "channel" else WORD_BITS // bits  # slots that stay together
 
     def attend(start, size):
         def rows(x, first, count):
@@ -44,7 +45,7 @@ def quantized_decode_attention(
 
         return decode_attention(
             q,
-            dequantize(packed_tile(k, "channel"), bits=bits, axis="channel", dtype=q.dtype),
+            dequantize(packed_tile(k, key_axis), bits=bits, axis=key_axis, dtype=q.dtype),
             dequantize(packed_tile(v, "token"), bits=bits, axis="token", dtype=q.dtype),
             q_pos,
             rows(k_pos, start, size),
