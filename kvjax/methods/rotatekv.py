@@ -24,6 +24,7 @@ def rotatekv(
     heads: int | None = None,
     sinks: int = 20,
     residual: int = 16,
+    scale_dtype: str = "bfloat16",
 ) -> CacheTransform:
     """Quantizes, per token, keys from before RoPE and values in Hadamard coordinates; protects attention sinks.
 
@@ -45,6 +46,7 @@ def rotatekv(
       heads: KV heads that are rotated together; None: 4, or 2 or 1 where 4 does not divide K.
       sinks: largest entries whose tokens are exact, and slots for them.
       residual: tokens of a block; the newest `length mod residual` stay exact.
+      scale_dtype: dtype of scales and zeros.
 
     Raises:
       ValueError: heads does not divide K, group does not divide H, or H or heads is not a power of two.
@@ -58,6 +60,14 @@ def rotatekv(
     clip = (0.8 if bits == 2 else 1.0) if clip is None else clip
     bases = [(Hadamard.sorted_by(layer, heads), Hadamard()) for layer in mean]
     rotate = project(bases, key_rope="at_attend")
-    pack = quantize(bits, key_axis="token", key_group=group, value_group=group, residual=residual, clip=clip)
+    pack = quantize(
+        bits,
+        key_group=group,
+        value_group=group,
+        residual=residual,
+        scale_dtype=scale_dtype,
+        key_axis="token",
+        clip=clip,
+    )
     compress = chain(rotate, pack)
     return at_prefill_end(protect(compress, massive_activations(sinks), sinks) if sinks else compress)

@@ -14,10 +14,12 @@ from tests.quick_jit import quick_jit
 FLOAT32 = dict(rtol=3e-5, atol=3e-5)
 TILE = 512
 
-quantized_decode_attention = quick_jit(op.quantized_decode_attention, static_argnames=("bits", "window", "scale"))
+quantized_decode_attention = quick_jit(
+    op.quantized_decode_attention, static_argnames=("bits", "key_axis", "window", "scale")
+)
 
 
-def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16):
+def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16, key_axis="channel"):
     rng = np.random.default_rng(seed)
     q = jnp.float32(rng.normal(size=(B, T, K * G, H)))
     k, v = jnp.float32(rng.normal(size=(2, B, K, S, H)))
@@ -25,16 +27,16 @@ def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16):
     k_pos = jnp.int32(rng.permuted(np.where(rng.random(k_pos.shape) < 0.125, -1, k_pos), axis=2))
     q_pos = jnp.int32(np.sort(rng.integers(S // 2, S + 1, size=(B, T)), axis=1))
     how = dict(bits=bits, group=group, scale_dtype="bfloat16")
-    k = quantize_pack.quantize_pack(k, k_pos >= 0, axis="channel", **how)
+    k = quantize_pack.quantize_pack(k, k_pos >= 0, axis=key_axis, **how)
     v = quantize_pack.quantize_pack(v, k_pos >= 0, axis="token", **how)
     return q, k, v, q_pos, k_pos
 
 
-def _check(args, bits, tolerance=FLOAT32, **how):
+def _check(args, bits, tolerance=FLOAT32, key_axis="channel", **how):
     q, k, v, q_pos, k_pos = args
-    got = quantized_decode_attention(q, k, v, q_pos, k_pos, bits=bits, **how)
+    got = quantized_decode_attention(q, k, v, q_pos, k_pos, bits=bits, key_axis=key_axis, **how)
     dense = (
-        quantize_pack.dequantize(k, bits=bits, axis="channel"),
+        quantize_pack.dequantize(k, bits=bits, axis=key_axis),
         quantize_pack.dequantize(v, bits=bits, axis="token"),
     )
     want = attention(q, *dense, q_pos, k_pos, **how)
@@ -51,6 +53,11 @@ def test_tile_counts(S):
 @pytest.mark.parametrize("bits", [2, 8])
 def test_bits(bits):
     _check(_draw(bits, TILE + 32, bits), bits)
+
+
+@pytest.mark.parametrize("S", [16, 3 * TILE + 48])
+def test_keys_per_token(S):
+    _check(_draw(S, S, 2, group=8, key_axis="token"), 2, key_axis="token", window=400)
 
 
 def test_groups_that_do_not_divide_a_tile():
