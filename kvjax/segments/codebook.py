@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import struct
 
@@ -65,7 +63,6 @@ class CodebookSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> Partial:
         """See `Segment.attend`."""
@@ -88,7 +85,6 @@ class CodebookSegment:
         *,
         window: int | None = None,
         scale: float | None = None,
-        shared: Any = None,
         ranks: Ranks | None = None,
     ) -> jax.Array:
         """See `Segment.mass`."""

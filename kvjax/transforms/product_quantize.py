@@ -41,10 +41,7 @@ def product_quantize(codebooks: Sequence[LayerCodebooks], *, residual: int = 128
         def encode(slots):
             return CodebookSegment.encode(slots.resize(-(-slots.pos.shape[2] // word) * word), *codebooks)
 
-        *written, tail = layer.segments
-        buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)
-        body = tuple(segment.map_dense(encode, encode) for segment in written)
-        return layer.replace(segments=(*body, tail.map_dense(encode, buffer)))
+        return layer.map_dense(encode, lambda dense: BufferedSegment.from_dense(dense, encode, residual))
 
     def init(cache: Cache, observation: Observation):
         if len(codebooks) != len(cache.layers):
