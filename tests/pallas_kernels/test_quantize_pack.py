@@ -168,14 +168,14 @@ def test_physical_bytes(axis, bits):
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_clipping_cuts_both_ends_of_the_range(axis):
-    # 0, 1, 2, 3 plus 10 with half of the range: 10.75 to 12.25 in three steps.
+    # 10, 11, 12, 13 with 0.8 of the range: 10.3 to 12.7 in three steps.
     ramp = np.tile(np.arange(4.0) + 10, 4)
     x = ramp[:, None] + np.zeros(4) if axis == "channel" else np.arange(4.0) + 10 + np.zeros((16, 1))
     how = dict(bits=2, group=4, axis=axis, scale_dtype="float32")
-    packed = quantize_pack(jnp.float32(x).reshape(1, 1, 16, 4), jnp.ones((1, 1, 16), bool), clip=0.5, **how)
-    np.testing.assert_allclose(packed.zero, 10.75, rtol=1e-6)
-    np.testing.assert_allclose(packed.scale, 0.5, rtol=1e-5)
-    want = np.where(x == 10, 10.75, np.where(x == 13, 12.25, np.where(x == 11, 10.75, 12.25)))
+    packed = quantize_pack(jnp.float32(x).reshape(1, 1, 16, 4), jnp.ones((1, 1, 16), bool), clip=0.8, **how)
+    np.testing.assert_allclose(packed.zero, 10.3, rtol=1e-6)
+    np.testing.assert_allclose(packed.scale, 0.8, rtol=1e-5)
+    want = 10.3 + 0.8 * (x - 10)
     np.testing.assert_allclose(dequantize(packed, bits=2, axis=axis)[0, 0], want, rtol=1e-6)
 
 
