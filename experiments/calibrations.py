@@ -19,7 +19,9 @@ import tqdm
 
 import kvjax
 from experiments import synthetic
-from kvjax.calibration import Moments, activation_aware_svd, attention_variance, copying_scores
+from kvjax import Rope
+from kvjax.calibration import Moments, activation_aware_svd, attention_variance, copying_scores, product_codebook
+from kvjax.segments.dense import unrotated
 from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, layer_inputs, prompt_cache
@@ -100,11 +102,49 @@ def layer_variance(model: Model, settings: Settings) -> Calibration:
     return {"variance": jnp.mean(jnp.asarray(found), axis=0)}
 
 
+def key_means(model: Model, settings: Settings) -> Calibration:
+    """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
+    rope = Rope.from_base(model.config.rope_base, model.config.head_dim)
+    total = 0.0
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        keys = jnp.stack([unrotated(segment, rope).k for segment in segments])
+        total = total + jnp.mean(keys.astype(jnp.float32), axis=(1, 3))
+    return {"key_mean": total / settings.texts}
+
+
+def codebooks(
+    model: Model, settings: Settings, width: int = 2, centroids: int = 256, samples: int = 8192
+) -> Calibration:
+    """Centroids of rotated keys and of values, f32[L, H / width, centroids, width], from a sample of all heads."""
+    read = {"key": [], "value": []}  # of each text: [L, vectors, H]
+    rng = np.random.default_rng(settings.seed)
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        count = segments[0].k.shape[1] * segments[0].k.shape[2]
+        chosen = rng.permutation(count)[: -(-samples // settings.texts)]
+        for name, part in (("key", "k"), ("value", "v")):
+            vectors = (getattr(segment, part).astype(jnp.float32).reshape(count, -1)[chosen] for segment in segments)
+            read[name].append(jnp.stack(list(vectors)))
+    vectors = {name: jnp.concatenate(parts, axis=1) for name, parts in read.items()}
+    if vectors["key"].shape[1] < centroids:
+        raise ValueError(f"--texts, --tokens: {vectors['key'].shape[1]} vectors are too few for {centroids} centroids.")
+    fit = jax.jit(product_codebook, static_argnums=(1, 2))
+    found = {"key_codebook": [], "value_codebook": []}
+    for layer in _progress(range(model.config.num_layers), unit="layer"):
+        for name in ("key", "value"):
+            key = jax.random.key(settings.seed)
+            found[f"{name}_codebook"].append(fit(vectors[name][layer], width, centroids, key).block_until_ready())
+    return {name: jnp.stack(parts) for name, parts in found.items()}
+
+
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
     "d2o": layer_variance,
     "duoattention": head_types,
     "matryoshka_pca": principal_components,
+    "million": codebooks,
+    "rotatekv": key_means,
 }
 
 
@@ -227,5 +267,5 @@ def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -
     return step(tokens, positions, prompt_cache(model.config, 1), needs=needs, last_only=True)
 
 
-def _progress(items: Sequence) -> Iterator:
-    return tqdm.tqdm(items, unit="text", leave=False)
+def _progress(items: Sequence, unit: str = "text") -> Iterator:
+    return tqdm.tqdm(items, unit=unit, leave=False)

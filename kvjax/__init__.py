@@ -13,6 +13,7 @@ from kvjax.sampling import Greedy, Sample
 from kvjax.segments import (
     BufferedSegment,
     CorrectedSegment,
+    CodebookSegment,
     DenseSegment,
     HeadsSegment,
     LatentSegment,
@@ -41,8 +42,10 @@ from kvjax.transforms import (
     into_nearest,
     into_runs,
     merge,
+    product_quantize,
     project,
     project_jointly,
+    protect,
     prune_channels,
     pyramid,
     quantize,

@@ -1,4 +1,4 @@
-"""What offline methods measure on a model before they run: components, low-rank weights, kinds of heads and layers.
+"""What offline methods measure on a model before they run: components, codebooks, head and layer types.
 
 Pure functions over arrays; `experiments.calibrate` feeds them text and stores what they return.
 """
@@ -63,6 +63,57 @@ def activation_aware_svd(weight: jax.Array, mean_abs: jax.Array, power: float = 
     scaled = weight.astype(jnp.float32) * (mean_abs.astype(jnp.float32) ** power)[:, None]
     _, values, right = jnp.linalg.svd(scaled, full_matrices=False)
     return right.T, values
+
+
+def product_codebook(x: jax.Array, width: int, centroids: int, key: jax.Array, iterations: int = 12) -> jax.Array:
+    """Centroids of the sub-vectors of x, by Lloyd's algorithm from k-means++ seeds.
+
+    A seed is one of 4 C vectors at even distances in x, drawn with probability proportional to its squared distance
+    from the seeds before it. A centroid without vectors stays where it is.
+
+    Args:
+      x: f32[n, H].
+      width: channels of a sub-vector; divides H.
+      centroids: [C], at most n.
+      key: PRNG key of the seeds.
+      iterations: of assignment and mean.
+
+    Returns:
+      f32[H / width, C, width].
+
+    Source: Arthur and Vassilvitskii, k-means++ (2007); Lloyd (1982).
+    """
+    n, H = x.shape
+    if H % width or not 1 <= centroids <= n:
+        raise ValueError(f"width must divide {H} and centroids be from 1 to {n}, got {width} and {centroids}.")
+    parts = x.astype(jnp.float32).reshape(n, H // width, width).swapaxes(0, 1)
+
+    def one(part_and_key):
+        part, key = part_and_key  # [n, width]
+        few = part[:: max(n // (4 * centroids), 1)]
+        squared = lambda center: jnp.sum((few - center) ** 2, axis=-1)
+
+        def seed(c, found):
+            centers, nearest = found
+            below = jnp.cumsum(nearest)
+            drawn = few[jnp.minimum(jnp.searchsorted(below, below[-1] * chance[c], side="right"), len(few) - 1)]
+            return centers.at[c].set(drawn), jnp.minimum(nearest, squared(drawn))
+
+        chance = jax.random.uniform(key, (centroids,))
+        first = few[(chance[0] * len(few)).astype(jnp.int32)]
+        start = jnp.zeros((centroids, width)).at[0].set(first), squared(first)
+        centers, _ = jax.lax.fori_loop(1, centroids, seed, start)
+
+        def step(_, centers):
+            distance = sum(centers[:, i] * (centers[:, i] - 2 * part[:, i, None]) for i in range(width))
+            owner = jnp.argmin(distance, axis=-1)
+            count = jax.ops.segment_sum(jnp.ones(n), owner, centroids)
+            total = jax.ops.segment_sum(part, owner, centroids)
+            return jnp.where(count[:, None] > 0, total / jnp.maximum(count, 1.0)[:, None], centers)
+
+        return jax.lax.fori_loop(0, iterations, step, centers)
+
+    return jax.lax.map(one, (parts, jax.random.split(key, H // width)))
 
 
 def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> tuple[jax.Array, jax.Array]:

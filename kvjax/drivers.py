@@ -166,10 +166,11 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache = collect(cache, nothing_seen)
     keep = window if window not in (0, ALL) else 0
     queries = query_window.start(keep, nothing_seen)
-    moments = tuple(seen.moments for seen in probe.layers)  # of the probe, which is padding: zero, or None
+    sums_of = lambda layer: (layer.moments, layer.largest)  # of the probe, which is padding: zero, or None
+    sums = tuple(map(sums_of, probe.layers))
 
     def body(carry, t):
-        cache, state, queries, moments, logits = carry
+        cache, state, queries, sums, logits = carry
         new = jnp.clip(lengths - t * chunk, 0, chunk)
         out = step(
             jax.lax.dynamic_index_in_dim(tokens, t, axis=1, keepdims=False),
@@ -186,14 +187,16 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache = collect(cache, seen)
         if keep:
             queries = query_window.extend(queries, seen)
-        moments = tuple(m and m.plus(layer.moments) for m, layer in zip(moments, out.layers))
+        add = lambda old, new: tuple(a and a.plus(b) for a, b in zip(old, new))
+        sums = tuple(add(old, sums_of(layer)) for old, layer in zip(sums, out.layers))
         logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
-        return (cache, state, queries, moments, logits), None
+        return (cache, state, queries, sums, logits), None
 
-    carry = (cache, state, queries, moments, jnp.zeros_like(probe.logits))
-    (cache, _, queries, moments, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
+    carry = (cache, state, queries, sums, jnp.zeros_like(probe.logits))
+    (cache, _, queries, sums, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
     seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
-    seen = seen.replace(layers=tuple(layer.replace(moments=m) for layer, m in zip(seen.layers, moments)))
+    whole = lambda layer, moments, largest: layer.replace(moments=moments, largest=largest)
+    seen = seen.replace(layers=tuple(whole(layer, *of) for layer, of in zip(seen.layers, sums)))
     cache, state = transform.init(cache, seen)
     return logits, cache, state
 

@@ -21,6 +21,7 @@ class Needs(NamedTuple):
 
     queries: int = 0  # the last W queries of each row and their lse; ALL for every query
     moments_from: int | None = None  # the moments of all queries from this position on
+    largest_inputs: int = 0  # which tokens own the n largest entries of what a layer reads
 
     def union(self, other: Needs) -> Needs:
         """What serves both.
@@ -35,6 +36,7 @@ class Needs(NamedTuple):
         return Needs(
             queries=ALL if ALL in (self.queries, other.queries) else widest,
             moments_from=next(iter(starts), None),
+            largest_inputs=max(self.largest_inputs, other.largest_inputs),
         )
 
 
@@ -60,6 +62,38 @@ class QueryMoments(NamedTuple):
         return QueryMoments(*(a + b for a, b in zip(self[:-1], other[:-1])), jnp.maximum(self.peak, other.peak))
 
 
+class LargestInputs(NamedTuple):
+    """The n largest |entries| of a layer's input (the residual stream), largest first, and whose they are.
+
+    A token may own several; where there are fewer entries the rest are 0 and -1.
+    """
+
+    size: jax.Array  # f32[B, n]
+    pos: jax.Array  # i32[B, n], token positions
+
+    @classmethod
+    def of(cls, inputs: jax.Array, pos: jax.Array, count: int) -> LargestInputs:
+        """Of inputs [B, T, D] at positions i32[B, T]."""
+        # Only the tokens with the `count` highest peaks can own any of the `count` largest entries.
+        x = jnp.where((pos >= 0)[..., None], jnp.abs(inputs.astype(jnp.float32)), -1.0)
+        _, token = jax.lax.top_k(jnp.max(x, axis=-1), min(count, x.shape[1]))
+        entries = jnp.take_along_axis(x, token[..., None], axis=1)  # [B, tokens, D]
+        owner = jnp.broadcast_to(jnp.take_along_axis(pos, token, axis=1)[..., None], entries.shape)
+        flat = lambda y, fill: jnp.pad(y.reshape(y.shape[0], -1), ((0, 0), (0, count)), constant_values=fill)
+        return cls._top(flat(entries, -1.0), flat(owner, -1), count)
+
+    def plus(self, other: LargestInputs) -> LargestInputs:
+        """Those of both together."""
+        size, pos = (jnp.concatenate(pair, axis=1) for pair in zip(self, other))
+        return self._top(size, pos, self.size.shape[1])
+
+    @classmethod
+    def _top(cls, size: jax.Array, pos: jax.Array, count: int) -> LargestInputs:
+        size, index = jax.lax.top_k(size, count)
+        pos = jnp.take_along_axis(pos, index, axis=1)
+        return cls(jnp.maximum(size, 0.0), jnp.where(size < 0, -1, pos).astype(jnp.int32))
+
+
 @struct.dataclass
 class LayerObservation:
     """What one layer saw in the last call of the decoder."""
@@ -68,6 +102,7 @@ class LayerObservation:
     lse: jax.Array  # f32[B, W, N], over everything each query attended to
     layer: jax.Array  # i32[], its index
     moments: QueryMoments | None = None  # of all queries of the call, or of the prompt at its end
+    largest: LargestInputs | None = None  # of the call, or of the prompt at its end
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: float | None = struct.field(pytree_node=False, default=None)
 
@@ -87,7 +122,9 @@ class Observation:
     phase: Phase = struct.field(pytree_node=False, default="prefill")
 
 
-def observe(queries: Queries, lse: jax.Array, needs: Needs, layer: jax.Array, **how) -> LayerObservation:
+def observe(
+    queries: Queries, lse: jax.Array, needs: Needs, layer: jax.Array, *, inputs: jax.Array | None = None, **how
+) -> LayerObservation:
     """What a decoder reports of one layer.
 
     Args:
@@ -95,10 +132,17 @@ def observe(queries: Queries, lse: jax.Array, needs: Needs, layer: jax.Array, **
       lse: f32[B, T, N], over everything they attended to.
       needs: what was asked for.
       layer: i32[], index of the layer.
+      inputs: [B, T, D], what the layer reads.
       **how: the layer's `window` and `scale`, where it has its own.
     """
     moments = None if needs.moments_from is None else QueryMoments.of(queries, needs.moments_from)
-    return LayerObservation(*last_queries(queries, lse, needs.queries), layer=layer, moments=moments, **how)
+    largest = None
+    if needs.largest_inputs:
+        if inputs is None:
+            raise ValueError("inputs are wanted by a transform, but the decoder does not report what its layers read.")
+        largest = LargestInputs.of(inputs, queries.pos, needs.largest_inputs)
+    picked = last_queries(queries, lse, needs.queries)
+    return LayerObservation(*picked, layer=layer, moments=moments, largest=largest, **how)
 
 
 def last_queries(queries: Queries, lse: jax.Array, count: int) -> tuple[Queries, jax.Array]:

@@ -222,6 +222,27 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
     return Scorer(score=score, needs=Needs(queries=1), stats=(last, longest), observe=observe)
 
 
+def massive_activations(entries: int = 20) -> Scorer:
+    """The largest |entry| of a token in the layer's input, if it is one of the `entries` largest of all; else -inf.
+
+    Few tokens own them all, among them those that attention uses as sinks. For `protect`.
+
+    Args:
+      entries: how many entries count, at least 1.
+
+    Source: Su et al., RotateKV (2025), arXiv:2501.16383.
+    """
+    if entries < 1:
+        raise ValueError(f"entries must be at least 1, got {entries}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        size, pos = (x[:, None, None, :entries] for x in seen.largest)
+        owns = (segment.pos[..., None] == pos) & (pos >= 0)
+        return jnp.max(jnp.where(owns, size, -jnp.inf), axis=-1)
+
+    return Scorer(score=score, needs=Needs(largest_inputs=entries), aligned=True)
+
+
 def _mass(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
     return segment.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale)
 

@@ -156,9 +156,10 @@ def _one_layer(
     """
     normed = rms_norm(x, weights["attn_norm"], config.norm_eps)
     attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config, last)
+    observed = observe(queries, lse, needs, index, inputs=x)
     x = (x if last is None else take_last(x, positions, last)) + attended
     x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
-    return x, layer, observe(queries, lse, needs, index)
+    return x, layer, observed
 
 
 _STATIC = ("config", "needs", "last")
@@ -173,7 +174,7 @@ def _tokens_read(layer: LayerCache, needs: Needs, tokens: int) -> int | None:
     """
     count = max(needs.queries, 1)
     held = sum(segment.pos.shape[-1] for segment in layer.segments)
-    if held or needs.queries == ALL or needs.moments_from is not None or 4 * count > tokens:
+    if held or needs.queries == ALL or needs.moments_from is not None or needs.largest_inputs or 4 * count > tokens:
         return None
     return count
 

@@ -31,6 +31,10 @@ def calibrate(config: DecoderConfig):
             return {"key_axes": joint(), "value_axes": joint()}
         if recipe == "d2o":
             return {"variance": jnp.float32(rng.uniform(size=L))}
+        if recipe == "rotatekv":
+            return {"key_mean": normal(L, K, H)}
+        if recipe == "million":
+            return {name: normal(L, H // 2, 256, 2) for name in ("key_codebook", "value_codebook")}
         return {"echo": normal(L, K), "induction": normal(L, K)}
 
     return lambda recipe, path: make(recipe)

@@ -16,8 +16,10 @@ from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.mikv import mikv
+from kvjax.methods.million import million
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
+from kvjax.methods.rotatekv import rotatekv
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
@@ -41,8 +43,10 @@ __all__ = [
     "lazyeviction",
     "matryoshka_pca",
     "mikv",
+    "million",
     "pyramidkv",
     "random_eviction",
+    "rotatekv",
     "snapkv",
     "streamingllm",
     "think",

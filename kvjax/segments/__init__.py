@@ -2,6 +2,7 @@
 
 from kvjax.segments.buffered import BufferedSegment
 from kvjax.segments.corrected import CorrectedSegment
+from kvjax.segments.codebook import CodebookSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
@@ -12,6 +13,7 @@ from kvjax.segments.ragged import RaggedSegment
 __all__ = [
     "BufferedSegment",
     "CorrectedSegment",
+    "CodebookSegment",
     "DenseSegment",
     "HeadsSegment",
     "LatentSegment",

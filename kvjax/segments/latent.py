@@ -19,6 +19,7 @@ class Basis(Protocol):
     """A linear map between the H channels of a KV head and R coordinates."""
 
     mean: jax.Array | None  # [K, H], subtracted before and added after
+    mixes_heads: bool  # coordinates of a head depend on other heads: only expanded vectors can be read
 
     def coordinates(self, x: jax.Array) -> jax.Array:
         """[B, K, n, H] -> [B, K, n, R], without the mean."""
@@ -36,6 +37,7 @@ class Matrix:
 
     matrix: jax.Array  # [1 or B, K, H, R]
     mean: jax.Array | None = None
+    mixes_heads = False
 
     def coordinates(self, x: jax.Array) -> jax.Array:
         """See `Basis.coordinates`."""
@@ -55,6 +57,7 @@ class Channels:
     index: jax.Array  # i32[B, K, R]
     channels: int = struct.field(pytree_node=False)  # [H]
     mean: jax.Array | None = None
+    mixes_heads = False
 
     def coordinates(self, x: jax.Array) -> jax.Array:
         """See `Basis.coordinates`."""
@@ -75,6 +78,7 @@ class Scales:
 
     factor: jax.Array  # f32[B, K, H]
     mean: jax.Array | None = None
+    mixes_heads = False
 
     def coordinates(self, x: jax.Array) -> jax.Array:
         """See `Basis.coordinates`."""

@@ -36,9 +36,10 @@ class QuantizedSegment:
     key_group: int = struct.field(pytree_node=False)
     value_group: int = struct.field(pytree_node=False)
     scale_dtype: str = struct.field(pytree_node=False, default="bfloat16")
+    key_axis: Axis = struct.field(pytree_node=False, default="channel")
+    clip: float = struct.field(pytree_node=False, default=1.0)  # see `quantize_pack`
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
     bias: jax.Array | None = None  # f32[B, K, S], as in `DenseSegment`
-    key_axis: Axis = struct.field(pytree_node=False, default="channel")
 
     @classmethod
     def encode(
@@ -50,6 +51,7 @@ class QuantizedSegment:
         value_group: int,
         scale_dtype: str = "bfloat16",
         key_axis: Axis = "channel",
+        clip: float = 1.0,
     ) -> QuantizedSegment:
         """Quantizes dense slots: whole words of them and, for keys per channel, a multiple of `key_group`."""
         if slots.key_rope != "stored":
@@ -58,7 +60,7 @@ class QuantizedSegment:
             )
         occupied = slots.pos >= 0
         pack = lambda x, axis, group: quantize_pack(
-            x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype
+            x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip
         )
         return cls(
             k=pack(slots.k, key_axis, key_group),
@@ -70,6 +72,7 @@ class QuantizedSegment:
             scale_dtype=scale_dtype,
             bias=slots.bias,
             key_axis=key_axis,
+            clip=clip,
         )
 
     def encode_like(self, slots: DenseSegment) -> QuantizedSegment:
@@ -81,6 +84,7 @@ class QuantizedSegment:
             value_group=self.value_group,
             scale_dtype=self.scale_dtype,
             key_axis=self.key_axis,
+            clip=self.clip,
         )
 
     def slot_axes(self) -> QuantizedSegment:

@@ -8,7 +8,9 @@ from kvjax.transforms.evict_by_head import adaptive, evict_by_head
 from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_rules import into_nearest, into_runs
+from kvjax.transforms.product_quantize import product_quantize
 from kvjax.transforms.project import project, project_jointly, prune_channels
+from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.ring import ring
@@ -36,8 +38,10 @@ __all__ = [
     "into_nearest",
     "into_runs",
     "merge",
+    "product_quantize",
     "project",
     "project_jointly",
+    "protect",
     "prune_channels",
     "pyramid",
     "quantize",

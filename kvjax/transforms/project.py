@@ -12,29 +12,44 @@ from kvjax.observation import LayerObservation, Needs, Observation, newest
 from kvjax.segments import BufferedSegment, DenseSegment, LatentSegment
 from kvjax.segments.dense import dense_tail, unrotated
 from kvjax.segments.latent import Basis, Channels
+from kvjax.segments.protocol import KeyRope
 from kvjax.transforms.base import PLAIN, CacheTransform
 
 LayerBases = tuple[Basis | None, Basis | None]
 """Bases of the keys and of the values of a layer; None leaves them as they are."""
 
 
-def project(bases: Sequence[LayerBases]) -> CacheTransform:
-    """Stores rotated keys, and values, as coordinates in fixed bases; tokens that follow are projected at once.
+def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> CacheTransform:
+    """Stores keys and values as coordinates in fixed bases; tokens that follow are projected at once.
 
-    Attention runs in the reduced space: queries are projected, values expanded after the weighted sum.
+    Attention runs in the reduced space: queries are projected, values expanded after the weighted sum. Un-rotated
+    keys are expanded and rotated tile by tile instead.
 
     Args:
       bases: of each layer, for each KV head its own.
+      key_rope: "stored" projects rotated keys, "at_attend" un-rotated ones.
 
     Raises:
-      ValueError: the cache has another number of layers.
+      ValueError: bases mix heads where they are read one by one (at build); the cache has another number of layers.
     """
-    compress = jax.jit(lambda layer, bases: layer.with_tail(LatentSegment.of(dense_tail(layer, "project"), *bases)))
+    if key_rope not in ("stored", "at_attend"):
+        raise ValueError(f"key_rope must be 'stored' or 'at_attend', got {key_rope!r}.")
+    mixing = [{name for name, b in zip(("keys", "values"), pair) if b is not None and b.mixes_heads} for pair in bases]
+    mixed = set().union(*mixing)
+    if "values" in mixed or (mixed and key_rope == "stored"):
+        raise ValueError("bases that mix heads suit only keys with key_rope='at_attend': others are read head by head.")
+
+    @jax.jit
+    def compress(layer: LayerCache, seen: LayerObservation, bases: LayerBases) -> LayerCache:
+        slots = dense_tail(layer, "project")
+        if key_rope == "at_attend":
+            slots = unrotated(slots, seen.queries.rope)
+        return layer.with_tail(LatentSegment.of(slots, *bases))
 
     def init(cache: Cache, observation: Observation):
-        return cache.map_layers(compress, _of_all_layers(bases, cache)), ()
+        return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    return CacheTransform(init=init, name="project", takes=PLAIN, leaves="projected")
+    return CacheTransform(init=init, name="project", takes=("plain",) if mixed else PLAIN, leaves="projected")
 
 
 def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTransform:

@@ -25,6 +25,7 @@ def quantize(
     residual: int = 32,
     scale_dtype: str = "bfloat16",
     key_axis: Axis = "channel",
+    clip: float = 1.0,
 ) -> CacheTransform:
     """Turns each layer's last, dense segment into a quantized body and a dense tail of `residual` slots.
 
@@ -40,7 +41,9 @@ def quantize(
       value_group: channels of a token that share a value scale; divides the head dimension.
       residual: tokens of a block, and the most that are kept exact.
       scale_dtype: dtype of scales and zeros.
-      key_axis: keys share scales along a "channel" (over tokens) or in a "token" (over channels).
+      key_axis: keys share scales along a "channel" (over tokens), which suits channels that differ in size, or in a
+        "token" (over channels), which suits keys that were rotated or mixed.
+      clip: fraction of the range of a group that codes span.
 
     Raises:
       ValueError: bits or groups are impossible (at build), or do not fit the cache (at `init`).
@@ -48,7 +51,7 @@ def quantize(
     if written_bits not in (None, 2, 4, 8):
         raise ValueError(f"written_bits must be 2, 4 or 8, got {written_bits}.")
     pack = lambda bits: quantizer(
-        bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis
+        bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis, clip=clip
     )
     encode, written = pack(bits), pack(bits if written_bits is None else written_bits)
     check_block(bits, residual, key_group if key_axis == "channel" else 1)
@@ -56,7 +59,7 @@ def quantize(
 
 
 def quantizer(
-    bits: int, *, key_group: int, value_group: int, scale_dtype: str, key_axis: Axis = "channel"
+    bits: int, *, key_group: int, value_group: int, scale_dtype: str, key_axis: Axis = "channel", clip: float = 1.0
 ) -> Encode:
     """Packs slots, padded to whole groups and words; see `quantize`.
 
@@ -70,6 +73,8 @@ def quantizer(
     for name, value in (("key_group", key_group), ("value_group", value_group)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not 0 < clip <= 1:
+        raise ValueError(f"clip must be in (0, 1], got {clip}.")
     whole = math.lcm(key_group if key_axis == "channel" else 1, WORD_BITS // bits)  # groups and words
 
     def encode(slots: DenseSegment) -> QuantizedSegment:
@@ -80,6 +85,7 @@ def quantizer(
             value_group=value_group,
             scale_dtype=scale_dtype,
             key_axis=key_axis,
+            clip=clip,
         )
 
     return encode

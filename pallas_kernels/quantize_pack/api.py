@@ -14,13 +14,21 @@ Axis = Literal["channel", "token"]
 
 
 def quantize_pack(
-    x: jax.Array, valid: jax.Array, *, bits: int, group: int, axis: Axis, scale_dtype
+    x: jax.Array,
+    valid: jax.Array,
+    *,
+    bits: int,
+    group: int,
+    axis: Axis,
+    scale_dtype,
+    clip: float = 1.0,
 ) -> Packed:
     """Quantizes and packs keys or values group by group, in one pass.
 
-    With `lo`, `hi` the extremes of a group's occupied entries: `scale = (hi - lo) / (2**bits - 1)`,
-    `code = round((x - zero) / scale)`. `zero` is rounded down and `scale` up to `scale_dtype`, and codes
-    are computed against the rounded values, so `|x - dequantized| <= scale / 2` whatever `scale_dtype`.
+    With `lo`, `hi` the extremes of a group's occupied entries, moved towards their middle until `clip` of the range is
+    left: `scale = (hi - lo) / (2**bits - 1)`, `code = round((x - zero) / scale)` within 0 and `2**bits - 1`. `zero` is
+    rounded down and `scale` up to `scale_dtype`, and codes are computed against the rounded values, so from `lo` to
+    `hi` `|x - dequantized| <= scale / 2` whatever `scale_dtype`.
 
     Args:
       x: [B, K, S, H].
@@ -30,16 +38,19 @@ def quantize_pack(
       axis: "channel" has one scale per channel and group of `group` tokens (KIVI's keys); "token" one per
         token and group of `group` channels (KIVI's values).
       scale_dtype: floating dtype of `scale` and `zero`.
+      clip: fraction of the range that codes span; below 1 outermost entries become less exact and all others more so.
 
     Returns:
       `Packed`.
 
     Raises:
-      ValueError: bits are unsupported, or S or H is not a multiple of what the layout needs.
+      ValueError: bits are unsupported, S or H is not a multiple of what the layout needs, or clip is outside (0, 1].
 
     Source: Liu et al., KIVI (2024), section 3.
     """
     S, H = x.shape[2:]
+    if not 0 < clip <= 1:
+        raise ValueError(f"clip must be in (0, 1], got {clip}.")
     if bits not in (2, 4, 8):
         raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
     if S % (WORD_BITS // bits):
@@ -47,7 +58,9 @@ def quantize_pack(
     length = S if axis == "channel" else H
     if length % group:
         raise ValueError(f"group must divide the {axis} group axis of length {length}, got {group}.")
-    return reference.quantize_pack(x, valid, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype)
+    return reference.quantize_pack(
+        x, valid, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip
+    )
 
 
 def dequantize(packed: Packed, *, bits: int, axis: Axis, dtype=jnp.float32) -> jax.Array:

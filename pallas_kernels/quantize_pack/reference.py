@@ -23,7 +23,7 @@ class Packed(NamedTuple):
     zero: jax.Array  # as scale
 
 
-def quantize_pack(x, valid, *, bits, group, axis, scale_dtype):
+def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0):
     """See `pallas_kernels.quantize_pack.api.quantize_pack`."""
     B, K, S, H = x.shape
     x = x.astype(jnp.float32)
@@ -34,6 +34,9 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype):
     hi = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=reduce_axis)
     empty = lo > hi
     lo, hi = jnp.where(empty, 0.0, lo), jnp.where(empty, 0.0, hi)
+    if clip < 1:
+        cut = (1 - clip) / 2 * (hi - lo)
+        lo, hi = lo + cut, hi - cut
     # Half a unit in the last place of scale_dtype, and a little more: rounding to nearest after this
     # step can only land on the far side.
     margin = 0.51 * float(jnp.finfo(scale_dtype).eps)

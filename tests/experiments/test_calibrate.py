@@ -11,6 +11,7 @@ from experiments import calibrate as program
 from experiments import calibrations
 from experiments.methods import load_method
 from models import load_model
+from models.decoder import layer_inputs
 from tests.experiments import in_process, tiny_checkpoint
 
 SMALL = calibrations.Settings(texts=2, tokens=64)
@@ -63,6 +64,17 @@ def test_principal_components_are_those_of_the_cached_keys(model):
         np.testing.assert_allclose(data["key_mean"][1, head], x.mean(axis=0), rtol=1e-4, atol=1e-5)
         spread = np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1]
         np.testing.assert_allclose(variance[1, head], spread, rtol=1e-3, atol=1e-5 * spread[0])
+
+
+def test_key_means_are_those_of_the_key_projection(model):
+    data = calibrations.key_means(model, SMALL)
+    config = model.config
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    read = [layer_inputs(model.params, config, tokens)[1] for tokens in calibrations._texts(model, SMALL)]
+    wk = np.asarray(model.params["layers"][1]["wqkv"], np.float64)[:, N * H : (N + K) * H]
+    want = np.mean(np.concatenate(read, axis=1), axis=(0, 1), dtype=np.float64) @ wk
+    # Keys are read from the cache and rotated back: two rotations in float32.
+    np.testing.assert_allclose(data["key_mean"][1], want.reshape(K, H), rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
 def test_weight_directions_of_all_ranks_span_the_projection(model):

@@ -161,6 +161,33 @@ def cskv(rank: int, window: int):
     return nbytes
 
 
+def rotatekv(bits: int, residual: int, sinks: int):
+    """Sinks, codes and their scales in blocks, an exact tail; an order of the keys' coordinates and its inverse."""
+
+    def nbytes(sizes):
+        H, K = sizes.head_dim, sizes.kv_heads
+        blocks = -(-sizes.prompt // residual) + -(-sizes.room // residual)
+        token = 2 * H * bits // 8 + 2 * 2 * 2 + INDEX  # one bfloat16 scale and zero for all channels of a head
+        packed = sizes.layers * sizes.batch * K * blocks * residual * token
+        orders = sizes.layers * 2 * INDEX * K * H
+        return packed + _dense(residual + sinks, sizes) + orders + INDEX * sizes.batch
+
+    return nbytes
+
+
+def million(residual: int):
+    """A byte for every two channels, in blocks; bfloat16 codebooks that rows and heads share; an exact tail."""
+
+    def nbytes(sizes):
+        H = sizes.head_dim
+        blocks = -(-sizes.prompt // residual) + -(-sizes.room // residual)
+        codes = sizes.layers * sizes.batch * sizes.kv_heads * blocks * residual * (2 * H // 2 + INDEX)
+        codebooks = sizes.layers * 2 * 256 * H * 2
+        return codes + codebooks + _dense(residual, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
 CASES = [
     _config("full", grows(), exact=True),
     _config("int8", kivi(8, 8, 8), "kivi.group = 8", "kivi.residual = 8"),
@@ -247,6 +274,20 @@ CASES = [
         lambda s: (_dense(s.prompt + s.room, s) + _dense(6, s)) // 2 + INDEX * s.batch,
         "duoattention.sinks = 2",
         "duoattention.recent = 4",
+    ),
+    _config("million", million(8), "million.residual = 8"),
+    _config("rotatekv", rotatekv(2, 16, 3), "rotatekv.sinks = 3"),
+    Case(
+        "million_exact_tail",
+        lambda: kvjax.methods.million(_calibrated("million"), residual=_ALL),
+        million(_ALL),
+        lambda: kvjax.methods.million(_calibrated("million"), residual=_ALL),
+    ),
+    Case(
+        "rotatekv_exact_tail",
+        lambda: kvjax.methods.rotatekv(_calibrated("rotatekv"), sinks=5, residual=_ALL),
+        rotatekv(2, _ALL, 5),
+        lambda: kvjax.methods.rotatekv(_calibrated("rotatekv"), sinks=5, residual=_ALL),
     ),
     Case(
         "think_all_channels",
@@ -337,8 +378,10 @@ METHODS = {
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
     "mikv": "mikv",
+    "million": "million",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
+    "rotatekv": "rotatekv",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
     "think": "think",

@@ -59,7 +59,8 @@ def decoder(tables: Tables):
             own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
             attended = layer.attend(queries, new=own)
             layers.append(layer.append(k, v, positions, rope, after=attended))
-            seen.append(observe(queries, attended.lse, needs, jnp.int32(index)))
+            inputs = q.reshape(*tokens.shape, -1)  # as if queries were what a layer reads
+            seen.append(observe(queries, attended.lse, needs, jnp.int32(index), inputs=inputs))
             outs.append(attended.out.reshape(*tokens.shape, -1))
         new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
         logits = jnp.concatenate(outs, axis=-1)

@@ -26,12 +26,15 @@ FLAGSHIPS = {
     "correct": lambda: methods.gear(2, group=8, block=16, rank=1),
     "tiers": lambda: kvjax.at_prefill_end(kvjax.split_slots(kvjax.scores.accumulated_attention(), 8, recent=2)),
     "balance": lambda: kvjax.balance_channels(),
+    "codebook": lambda: methods.million(_data("million"), 8),
+    "rotate": lambda: methods.rotatekv(_data("rotatekv"), sinks=3),
     "cast": lambda: methods.fp8(),
     "project": lambda: methods.matryoshka_pca(_data("matryoshka_pca")),
     "joint": lambda: methods.cskv(_data("cskv"), window=8),
     "prune": lambda: methods.think(window=4),
     "split": lambda: methods.duoattention(_data("duoattention"), sinks=2, recent=6),
 }
+PACKED = {"quantize", "correct", "codebook", "rotate"}
 # What each may follow, the first of a chain aside.
 ALLOWED = {
     "evict": {"same_tokens", "merge", "cast"},
@@ -39,11 +42,13 @@ ALLOWED = {
     "merge": {"evict", "same_tokens", "cast"},
     "ring": {"evict", "same_tokens", "merge", "cast"},
     "paged": {"evict", "same_tokens", "merge", "cast"},
-    "quantize": {*FLAGSHIPS} - {"quantize", "correct", "ring"},
-    "correct": {*FLAGSHIPS} - {"quantize", "correct", "ring"},
+    "quantize": {*FLAGSHIPS} - {*PACKED, "ring"},
+    "correct": {*FLAGSHIPS} - {*PACKED, "ring"},
+    "codebook": {"evict", "same_tokens", "paged", "split", "cast"},
+    "rotate": {"same_tokens", "cast"},
     "tiers": {"evict", "same_tokens", "cast"},
     "balance": {"evict", "same_tokens", "cast"},
-    "cast": {*FLAGSHIPS} - {"cast", "quantize", "correct", "joint"},
+    "cast": {*FLAGSHIPS} - {*PACKED, "cast", "joint"},
     "project": {"evict", "same_tokens", "merge", "cast"},
     "joint": {"same_tokens", "cast"},
     "prune": {"evict", "same_tokens", "merge", "cast"},

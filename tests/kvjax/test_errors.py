@@ -7,9 +7,23 @@ import pytest
 import kvjax
 from kvjax import chain, every, every_chunk, every_step, evict, methods, quantize, ring, scores, when_full
 from kvjax.segments.buffered import BufferedSegment
+from kvjax.segments.hadamard import Hadamard
 from tests.kvjax import table_decoder
 
 STEP = table_decoder.decoder(table_decoder.tables())
+
+
+def _rotatekv(**how):
+    return methods.rotatekv({"key_mean": jnp.zeros((1, 2, 8))}, **how)
+
+
+def _protected(slots):
+    return kvjax.protect(methods.kivi(4), scores.negative_key_norm(), slots)
+
+
+def _million(centroids, residual=16):
+    return methods.million(dict.fromkeys(("key_codebook", "value_codebook"), jnp.zeros((1, 4, centroids, 2))), residual)
+
 
 BUILD = {
     "zero budget": (lambda: methods.knorm(0), "budget must be at least 1 tokens .* got 0"),
@@ -78,6 +92,37 @@ BUILD = {
         lambda: chain(methods.snapkv(64), kvjax.balance_channels("written")),
         "balance_channels cannot follow evict: it cannot work on plain slots, each head with tokens of its own",
     ),
+    "keys along another axis": (lambda: quantize(4, key_axis="head"), "key_axis must be 'channel' or 'token', got"),
+    "no range": (lambda: quantize(4, clip=0.0), r"clip must be in \(0, 1\], got 0.0"),
+    "rotated heads that do not divide": (lambda: _rotatekv(heads=4), "heads must divide the 2 KV heads, got 4"),
+    "rotation of six channels": (
+        lambda: methods.rotatekv({"key_mean": jnp.zeros((1, 2, 6))}, heads=1),
+        "a Walsh-Hadamard rotation needs a power of two, got 6",
+    ),
+    "channels without a group": (lambda: _rotatekv(group=3), "group must divide the 8 channels of a head, got 3"),
+    "words of rotated codes": (lambda: _rotatekv(residual=8), "residual must be a multiple of 16 for 2-bit words"),
+    "no massive entries": (lambda: scores.massive_activations(0), "entries must be at least 1, got 0"),
+    "negative protection": (lambda: _protected(-1), "slots must be at least 0, got -1"),
+    "protection from what acts later": (
+        lambda: kvjax.protect(methods.h2o(8), scores.negative_key_norm(), 4),
+        "protect needs a transform that acts once, at the prompt's end; evict acts later",
+    ),
+    "protection with statistics": (
+        lambda: kvjax.protect(methods.kivi(4), scores.accumulated_attention(), 4),
+        "protect needs a scorer without statistics",
+    ),
+    "protection by head of what heads share": (
+        lambda: kvjax.protect(kvjax.project_jointly([]), scores.negative_key_norm(), 4),
+        "project_jointly needs the same tokens in every head; this scorer protects others in each",
+    ),
+    "mixed heads read one by one": (
+        lambda: kvjax.project([(Hadamard(heads=2), None)]),
+        "bases that mix heads suit only keys with key_rope='at_attend'",
+    ),
+    "rope of coordinates": (lambda: kvjax.project([], key_rope="rank"), "key_rope must be 'stored' or 'at_attend'"),
+    "no codebooks": (lambda: kvjax.product_quantize([]), "codebooks must be of at least one layer, got none"),
+    "centroids that do not pack": (lambda: _million(8), "codebook must have 4, 16, 64, ... or 16384 centroids, got 8"),
+    "words of codes": (lambda: _million(16, 12), "residual must be a positive multiple of 8 .*, got 12"),
     "every no tokens": (lambda: every(0, methods.knorm(8)), "n must be at least 1 token, got 0"),
     "no slack": (lambda: when_full(0, methods.knorm(8)), "slack must be at least 1 slot, got 0"),
     "full without a budget": (lambda: when_full(4, methods.full()), "when_full needs a transform with a token budget"),
@@ -185,6 +230,10 @@ def _encode(slots):
     return kvjax.QuantizedSegment.encode(slots, bits=8, key_group=4, value_group=4)
 
 
+def _code(slots):
+    return kvjax.CodebookSegment.encode(slots, *jnp.zeros((2, 4, 16, 2)))
+
+
 _QUERIES = kvjax.Queries(jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 1), jnp.int32), kvjax.Rope.from_base(100.0, 8))
 _KV = jnp.zeros((2, 2, 1, 8))
 
@@ -209,6 +258,16 @@ SEGMENT = {
         lambda: _encode(_segment()).append(_KV, _KV, jnp.zeros((2, 1), jnp.int32), _QUERIES.rope),
         TypeError,
         "QuantizedSegment takes whole blocks; append through a BufferedSegment",
+    ),
+    "appending to codes": (
+        lambda: _code(_segment()).append(_KV, _KV, jnp.zeros((2, 1), jnp.int32), _QUERIES.rope),
+        TypeError,
+        "CodebookSegment takes whole blocks; append through a BufferedSegment",
+    ),
+    "codes of un-rotated keys": (
+        lambda: _code(_segment(key_rope="rank")),
+        TypeError,
+        "CodebookSegment keeps rotated keys; got a segment with key_rope='rank'",
     ),
     "reserving packed slots": (
         lambda: _encode(_segment()).reserve(4),

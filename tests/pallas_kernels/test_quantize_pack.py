@@ -13,7 +13,7 @@ from pallas_kernels.quantize_pack.reference import pack, unpack
 from tests.pallas_kernels.kivi_numpy import kivi_quantizer
 from tests.quick_jit import quick_jit
 
-_STATIC = ("bits", "group", "axis", "scale_dtype")
+_STATIC = ("bits", "group", "axis", "scale_dtype", "clip")
 # One program a shape compiles faster than its operations one by one.
 quantize_pack = quick_jit(api.quantize_pack, static_argnames=_STATIC)
 dequantize = quick_jit(api.dequantize, static_argnames=("bits", "axis", "dtype"))
@@ -166,12 +166,26 @@ def test_physical_bytes(axis, bits):
     assert packed.scale.nbytes == packed.zero.nbytes == 2 * 3 * S * H // GROUP * 2
 
 
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_clipping_cuts_both_ends_of_the_range(axis):
+    # 10, 11, 12, 13 with 0.8 of the range: 10.3 to 12.7 in three steps.
+    ramp = np.tile(np.arange(4.0) + 10, 4)
+    x = ramp[:, None] + np.zeros(4) if axis == "channel" else np.arange(4.0) + 10 + np.zeros((16, 1))
+    how = dict(bits=2, group=4, axis=axis, scale_dtype="float32")
+    packed = quantize_pack(jnp.float32(x).reshape(1, 1, 16, 4), jnp.ones((1, 1, 16), bool), clip=0.8, **how)
+    np.testing.assert_allclose(packed.zero, 10.3, rtol=1e-6)
+    np.testing.assert_allclose(packed.scale, 0.8, rtol=1e-5)
+    want = 10.3 + 0.8 * (x - 10)
+    np.testing.assert_allclose(dequantize(packed, bits=2, axis=axis)[0, 0], want, rtol=1e-6)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "bits": (dict(bits=3), "bits must be 2, 4 or 8, got 3"),
     "words": (dict(bits=2, slots=24), "slots must be a multiple of 16 for 2-bit words, got 24"),
     "tokens": (dict(group=12), "group must divide the channel group axis of length 32, got 12"),
+    "clip": (dict(clip=0.0), r"clip must be in \(0, 1\], got 0.0"),
     "channels": (dict(group=3, axis="token"), "group must divide the token group axis of length 8, got 3"),
 }
 

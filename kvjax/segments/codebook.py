@@ -1,0 +1,125 @@
+"""Slots stored as codes of centroids: product quantization."""
+
+from __future__ import annotations
+
+import jax
+from flax import struct
+
+from kvjax.rope import Rope
+from kvjax.segments.dense import DenseSegment
+from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.codebook_decode_attention import codebook_decode_attention
+from pallas_kernels.partial import Partial, fold_tiles
+from pallas_kernels.product_quantize import product_quantize, reconstruct
+from pallas_kernels.product_quantize.reference import Codes
+
+_TILE = 512  # slots that are looked up at a time
+
+
+@struct.dataclass
+class CodebookSegment:
+    """The product-quantized body of a `BufferedSegment`: written block by block, never slot by slot.
+
+    All rows and KV heads share the codebooks.
+
+    Bytes, with M sub-vectors and C = 2 ** b centroids of e-byte numbers: `B * K * S * (2 * M * b / 8 + 4)` and
+    `2 * C * H * e` of codebooks.
+    """
+
+    k: Codes
+    v: Codes
+    pos: jax.Array  # i32[B, K, S]
+    key_codebook: jax.Array  # [M, C, H / M]
+    value_codebook: jax.Array  # [M, C, H / M]
+    key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
+
+    @classmethod
+    def encode(cls, slots: DenseSegment, key_codebook: jax.Array, value_codebook: jax.Array) -> CodebookSegment:
+        """Encodes dense slots; their number must fill whole words."""
+        if slots.key_rope != "stored":
+            raise TypeError(f"CodebookSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}.")
+        occupied = slots.pos >= 0
+        return cls(
+            k=product_quantize(slots.k, occupied, key_codebook),
+            v=product_quantize(slots.v, occupied, value_codebook),
+            pos=slots.pos,
+            key_codebook=key_codebook,
+            value_codebook=value_codebook,
+        )
+
+    def encode_like(self, slots: DenseSegment) -> CodebookSegment:
+        """Encodes dense slots with this segment's codebooks."""
+        return CodebookSegment.encode(slots, self.key_codebook, self.value_codebook)
+
+    def slot_axes(self) -> CodebookSegment:
+        """For every leaf, the axis along which slots lie; -1 for the codebooks."""
+        axes = jax.tree.map(lambda _: 2, self)
+        return axes.replace(key_codebook=-1, value_codebook=-1)
+
+    def attend(
+        self,
+        queries: Queries,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        ranks: Ranks | None = None,
+    ) -> Partial:
+        """See `Segment.attend`."""
+        return codebook_decode_attention(
+            queries.rotated,
+            self.k,
+            self.v,
+            self.key_codebook,
+            self.value_codebook,
+            queries.pos,
+            self.pos,
+            window=window,
+            scale=scale,
+        )
+
+    def mass(
+        self,
+        queries: Queries,
+        lse: jax.Array,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        ranks: Ranks | None = None,
+    ) -> jax.Array:
+        """See `Segment.mass`."""
+        k = reconstruct(self.k, self.key_codebook, queries.raw.dtype)
+        return attention_mass(queries.rotated, k, queries.pos, self.pos, lse, window=window, scale=scale)
+
+    def dense(self) -> DenseSegment:
+        """The centroids, float32."""
+        return DenseSegment(
+            k=reconstruct(self.k, self.key_codebook), v=reconstruct(self.v, self.value_codebook), pos=self.pos
+        )
+
+    def map_dense(self, body, tail) -> Segment:
+        """Refused: its slots are compressed already."""
+        raise ValueError("CodebookSegment is compressed already; put this transform before the one that made it.")
+
+    def fold_dense(self, attend) -> Partial:
+        """See `Segment.fold_dense`."""
+        S = self.pos.shape[2]
+
+        def tile(start, size):
+            def part(x, axis):
+                if axis < 0:
+                    return x
+                per = S // x.shape[axis]  # slots of an entry
+                return jax.lax.dynamic_slice_in_dim(x, start // per, size // per, axis=axis)
+
+            return jax.tree.map(part, self, self.slot_axes()).dense()
+
+        return fold_tiles(lambda *of: attend(tile(*of)), S, _TILE)
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CodebookSegment:
+        """Refused: words hold several slots."""
+        raise TypeError("CodebookSegment takes whole blocks; append through a BufferedSegment.")
+
+    def reserve(self, tokens: int) -> CodebookSegment:
+        """Refused: see `append`."""
+        raise TypeError("CodebookSegment takes whole blocks; reserve through a BufferedSegment.")

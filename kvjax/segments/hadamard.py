@@ -1,0 +1,89 @@
+"""A basis of Walsh-Hadamard vectors: spreads what is large in one channel over all of them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+@functools.cache
+def hadamard(n: int) -> np.ndarray:
+    """f32[n, n]: the symmetric orthogonal matrix `(-1) ** popcount(i & j) / sqrt(n)`, its own inverse.
+
+    Raises:
+      ValueError: n is not a power of two.
+    """
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"a Walsh-Hadamard rotation needs a power of two, got {n}.")
+    signs = np.ones((1, 1))
+    while len(signs) < n:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    return (signs / np.sqrt(n)).astype(np.float32)
+
+
+@struct.dataclass
+class Hadamard:
+    """Coordinates of groups of `heads` KV heads in Hadamard vectors of their `heads * H` channels, then reordered.
+
+    With `heads > 1` or an order, coordinates of a head depend on others, so all must hold the same tokens, and only
+    expanded vectors can be read (`key_rope="at_attend"`).
+
+    Bytes: `8 * K * H` with an order, else none: the matrix is a constant of the program.
+    """
+
+    order: jax.Array | None = None  # i32[K * H]: which rotated channel each coordinate is
+    back: jax.Array | None = None  # i32[K * H], its inverse
+    heads: int = struct.field(pytree_node=False, default=1)
+    mean = None
+
+    @classmethod
+    def sorted_by(cls, mean: jax.Array, heads: int) -> Hadamard:
+        """Orders the coordinates by their mean, lowest first.
+
+        Args:
+          mean: f32[K, H], of the vectors to store.
+          heads: KV heads that are mixed; divides K.
+        """
+        K, H = mean.shape
+        if heads < 1 or K % heads:
+            raise ValueError(f"heads must divide the {K} KV heads, got {heads}.")
+        rotated = cls(heads=heads).coordinates(jnp.asarray(mean, jnp.float32)[None, :, None])
+        order = np.argsort(np.asarray(rotated).ravel(), kind="stable")
+        return cls(jnp.int32(order), jnp.int32(np.argsort(order)), heads)
+
+    @property
+    def mixes_heads(self) -> bool:
+        """See `Basis.mixes_heads`."""
+        return self.heads > 1 or self.order is not None
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `Basis.coordinates`."""
+        return _reorder(self._rotate(x), self.order)
+
+    coordinates_of_queries = coordinates  # the matrix is orthogonal
+
+    def expand(self, c: jax.Array) -> jax.Array:
+        """See `Basis.expand`."""
+        return self._rotate(_reorder(c, self.back))
+
+    def _rotate(self, x: jax.Array) -> jax.Array:
+        B, K, n, H = x.shape
+        x = jnp.matmul(x, jnp.asarray(hadamard(H), x.dtype))
+        if self.heads == 1:
+            return x
+        groups = x.reshape(B, K // self.heads, self.heads, n, H)
+        mixed = jnp.einsum("bagnh,gi->bainh", groups, jnp.asarray(hadamard(self.heads), x.dtype))
+        return mixed.reshape(B, K, n, H)
+
+
+def _reorder(x: jax.Array, order: jax.Array | None) -> jax.Array:
+    """[B, K, n, H] with the K * H channels of a token in another order."""
+    if order is None:
+        return x
+    B, K, n, H = x.shape
+    flat = jnp.take(x.swapaxes(1, 2).reshape(B, n, K * H), order, axis=-1)
+    return flat.reshape(B, n, K, H).swapaxes(1, 2)

@@ -1,0 +1,51 @@
+"""Stores slots as codes of calibrated centroids, with an exact tail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import Observation
+from kvjax.segments import BufferedSegment, CodebookSegment
+from kvjax.transforms.base import PLAIN, CacheTransform
+from pallas_kernels.product_quantize.api import code_bits, slots_of_a_word
+
+LayerCodebooks = tuple[jax.Array, jax.Array]
+"""[M, C, H / M] centroids of a layer's rotated keys, and of its values."""
+
+
+def product_quantize(codebooks: Sequence[LayerCodebooks], *, residual: int = 128) -> CacheTransform:
+    """Turns each layer's last, dense segment into codes of centroids and a dense tail of `residual` slots.
+
+    Segments before it, which nothing is written to any more, are encoded as a whole. The tail flushes into the codes
+    by itself whenever it fills up.
+
+    Args:
+      codebooks: of each layer; rows and KV heads share them.
+      residual: tokens of a block, and the most that are kept exact.
+
+    Raises:
+      ValueError: codebooks that do not pack, or a residual that does not fill words (at build); another number of
+        layers or channels (at `init`).
+    """
+    if not codebooks:
+        raise ValueError("codebooks must be of at least one layer, got none.")
+    word = max(slots_of_a_word(code_bits(codebook)) for codebook in codebooks[0])
+    if residual < 1 or residual % word:
+        raise ValueError(f"residual must be a positive multiple of {word} for codes of this size, got {residual}.")
+
+    @jax.jit
+    def compress(layer: LayerCache, codebooks: LayerCodebooks) -> LayerCache:
+        def encode(slots):
+            return CodebookSegment.encode(slots.resize(-(-slots.pos.shape[2] // word) * word), *codebooks)
+
+        return layer.map_dense(encode, lambda dense: BufferedSegment.from_dense(dense, encode, residual))
+
+    def init(cache: Cache, observation: Observation):
+        if len(codebooks) != len(cache.layers):
+            raise ValueError(f"codebooks are of {len(codebooks)} layers, but the cache has {len(cache.layers)}.")
+        return cache.map_layers(compress, codebooks), ()
+
+    return CacheTransform(init=init, name="product_quantize", takes=(*PLAIN, "paged", "split"), leaves="packed")

@@ -1,0 +1,61 @@
+"""Exempts a few slots from what a transform does to the others."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Observation
+from kvjax.segments.dense import dense_tail
+from kvjax.segments.slots import keep_highest
+from kvjax.transforms.base import PLAIN, CacheTransform, keep
+from kvjax.transforms.evict import Scorer
+
+
+def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTransform:
+    """Moves the highest-scored slots of the prompt into a dense segment of their own and transforms the rest.
+
+    Args:
+      transform: acts on the rest, once: wrap it in `at_prefill_end` where it acts later, too.
+      scorer: what a slot is worth; where it says -inf a slot is not protected, however few there are.
+      slots: of a KV head that are protected, at most.
+
+    Raises:
+      ValueError: slots is negative; the transform acts later, or it needs what the scorer does not give: the same
+        tokens in every head.
+    """
+    if slots < 0:
+        raise ValueError(f"slots must be at least 0, got {slots}.")
+    if transform.update is not keep or transform.observe is not keep:
+        raise ValueError(f"protect needs a transform that acts once, at the prompt's end; {transform.name} acts later.")
+    if scorer.stats:
+        raise ValueError("protect needs a scorer without statistics: it acts once, at the prompt's end.")
+    if not scorer.aligned and "by_head" not in transform.takes:
+        raise ValueError(f"{transform.name} needs the same tokens in every head; this scorer protects others in each.")
+
+    @jax.jit
+    def split(layer: LayerCache, seen: LayerObservation):
+        segment = dense_tail(layer, "protect")
+        scores = scorer.score(segment, seen)
+        worthy = (segment.pos >= 0) & (scores > -jnp.inf)
+        index, valid = keep_highest(scores, worthy, min(slots, segment.pos.shape[2]))
+        protected = segment.take(index, valid).resize(slots)
+        inside = jnp.any(segment.pos[..., None] == protected.pos[..., None, :], axis=-1)
+        return layer.with_tail(segment.drop(inside)), protected
+
+    def init(cache: Cache, observation: Observation):
+        if slots == 0:
+            return transform.init(cache, observation)
+        parts = [split(*of) for of in zip(cache.layers, observation.layers, strict=True)]
+        rest, state = transform.init(cache.replace(layers=tuple(layer for layer, _ in parts)), observation)
+        add = lambda layer, part: layer.replace(segments=(part[1], *layer.segments))
+        return rest.map_layers(add, parts), state
+
+    return transform._replace(
+        init=init,
+        begin=None,
+        needs=transform.needs.union(scorer.needs),
+        name="protect",
+        takes=tuple(kind for kind in transform.takes if kind in PLAIN),
+    )
