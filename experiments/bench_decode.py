@@ -4,7 +4,9 @@
 
 Both read the same tokens in float32 with the same number of threads, in turn within one run; figures are medians.
 The ceilings of the machine are measured in the same run, so that every figure stands beside what limits it. The peer
-needs the extra `peer` (torch, transformers); without it its columns say so. About 15 minutes on 2 cores.
+needs the extra `peer` (torch, transformers); without it its columns say so. The methods are compared at the longest
+length, where the prompt is read once for all of them: their prefill is that reading and the compression of each. About
+15 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 from absl import flags
 
 import kvjax
-from experiments import cli
+from experiments import cli, reading
 from experiments.calibrations import Calibrations
 from experiments.methods import Method, check_method_names, load_method
 from experiments.report import human_bytes
@@ -107,10 +109,16 @@ def weight_bytes(model: Model) -> int:
 
 
 class Ours:
-    """Our decoder with one method, compiled as two programs: a prefill, and a loop of which the cache is donated."""
+    """Our decoder with one method, compiled as two programs: a prefill, and a loop of which the cache is donated.
 
-    def __init__(self, model: Model, method: Method, ids: Sequence[int], new_tokens: int):
+    With `prompt`, what `reading.read` returned, the first program only compresses it; reading counts as it took.
+    """
+
+    def __init__(self, model: Model, method: Method, ids: Sequence[int], new_tokens: int, prompt=None):
         config, T = model.config, len(ids)
+
+        def compress(params, out):
+            return reading.compress(dataclasses.replace(model, params=params), method, out, ids, room=new_tokens)
 
         def read(params, tokens):
             return kvjax.prefill(
@@ -134,16 +142,18 @@ class Ours:
                 prompt_slots=T,
             )
 
-        self._params, self._prompt = model.params, jnp.asarray([ids])
-        self._read, self._write = jax.jit(read), jax.jit(write, donate_argnums=1)
-        run = jax.eval_shape(read, self._params, self._prompt)
+        shared = prompt is not None and method.prefill_chunk is None
+        self._params, self._prompt = model.params, prompt[0] if shared else jnp.asarray([ids])
+        self._read, self._write = jax.jit(compress if shared else read), jax.jit(write, donate_argnums=1)
+        self._seconds_before = prompt[1] if shared else 0.0
+        run = jax.eval_shape(self._read, self._params, self._prompt)
         self.cache_bytes = kvjax.nbytes((run.cache, run.state))
 
     def __call__(self) -> tuple[float, float, tuple[int, ...]]:
         """Seconds of a prefill, seconds of the decoding, the tokens."""
         prefill, run = seconds(lambda: jax.block_until_ready(self._read(self._params, self._prompt)))
         decode, done = seconds(lambda: jax.block_until_ready(self._write(self._params, run)))
-        return prefill, decode, tuple(done.tokens[0].tolist())
+        return self._seconds_before + prefill, decode, tuple(done.tokens[0].tolist())
 
 
 def read_prompt(model: Model, lengths: Sequence[int], new_tokens: int) -> tuple[list[int], list[int]]:
@@ -171,12 +181,15 @@ def bench(
     repeats: int,
 ) -> Iterator[list[Speed]]:
     """Yields, per length, the full cache and the peer; then all methods, the full cache first, at the longest."""
-    prepare = lambda length, chosen: {m.name: Ours(model, m, ids[:length], new_tokens) for m in chosen}
-    full = {length: prepare(length, methods[:1]) for length in lengths}
-    groups = list(full.items())
+    groups = [(n, {methods[0].name: Ours(model, methods[0], ids[:n], new_tokens)}) for n in lengths]
     if len(methods) > 1:
-        groups.append((lengths[-1], full[lengths[-1]] | prepare(lengths[-1], methods[1:])))
+        groups.append((lengths[-1], None))
     for index, (length, candidates) in enumerate(groups):
+        if candidates is None:  # read once for all of them
+            needs = reading.shared_needs(methods)
+            reading.read(model, ids[:length], needs)  # compiles
+            prompt = reading.read(model, ids[:length], needs)
+            candidates = {m.name: Ours(model, m, ids[:length], new_tokens, prompt) for m in methods}
         full_bytes = candidates[methods[0].name].cache_bytes
         if peer is not None and index < len(lengths):
             candidates = candidates | {_PEER: functools.partial(peer, ids[:length], new_tokens)}

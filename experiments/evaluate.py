@@ -23,11 +23,10 @@ import tqdm
 from absl import flags
 
 import kvjax
-from experiments import cli, pictures, report, results, synthetic, tasks
+from experiments import cli, pictures, reading, report, results, synthetic, tasks
 from experiments.calibrations import Calibrations
 from experiments.methods import Method, check_method_names, load_method, method_names
 from kvjax.budget import budget_slots
-from kvjax.observation import Observation, last_queries
 from models import Model, load_model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind, prompt_cache
@@ -187,40 +186,23 @@ class Evaluator:
 
     def __init__(self, model: Model, methods: Sequence[Method], room: int, call_tokens: int):
         self._model = model
-        self._step = bind(model.params, model.config)
         self._step_in_place = bind(model.params, model.config, donate=True)
-        self._needs = kvjax.Needs()
-        for method in methods:
-            if method.prefill_chunk is None:
-                self._needs = self._needs.union(method.transform.needs)
+        self._needs = reading.shared_needs(methods)
         self._room, self._call_tokens = room, call_tokens
         self._chunked = {}
 
     def prefill(self, ids: Sequence[int]) -> tuple[kvjax.StepOutput, float]:
         """Reads a prompt with the full cache: what came out, and the seconds it took."""
-        tokens, positions = jnp.asarray([ids]), jnp.arange(len(ids))[None]
-        start = time.perf_counter()
-        cache = prompt_cache(self._model.config, 1, self._dtype())
-        out = self._step(tokens, positions, cache, needs=self._needs, last_only=True)
-        jax.block_until_ready(out)
-        return out, time.perf_counter() - start
+        return reading.read(self._model, ids, self._needs)
 
     def compress(self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int]) -> tuple[kvjax.Run, float]:
         """Compresses what `prefill` read, or reads the prompt in chunks: the run, and the seconds it took."""
-        lengths = jnp.asarray([len(ids)])
         start = time.perf_counter()
         if method.prefill_chunk is not None:
-            run = self._prefill_chunks(method)(self._model.params, jnp.asarray([ids]), lengths)
+            run = self._prefill_chunks(method)(self._model.params, jnp.asarray([ids]), jnp.asarray([len(ids)]))
         else:
-            seen = Observation(
-                tuple(_narrow(layer, method.transform.needs) for layer in dense.layers),
-                new=lengths,
-                prompt=lengths,
-                prompt_slots=len(ids),
-            )
-            run = kvjax.start(
-                method.transform, dense, seen, room=self._room, call_tokens=self._call_tokens
-            )
+            room = dict(room=self._room, call_tokens=self._call_tokens)
+            run = reading.compress(self._model, method, dense, ids, **room)
         jax.block_until_ready(run)
         return run, time.perf_counter() - start
 
@@ -320,12 +302,6 @@ class Evaluator:
 
     def _dtype(self):
         return self._model.params["embed"].dtype
-
-
-def _narrow(layer: kvjax.LayerObservation, needs: kvjax.Needs) -> kvjax.LayerObservation:
-    """What one method asked for, from an observation that serves several."""
-    queries, lse = last_queries(layer.queries, layer.lse, needs.queries)
-    return layer.replace(queries=queries, lse=lse)
 
 
 def evaluate(

@@ -13,7 +13,14 @@ from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_highest
 from kvjax.transforms.base import PLAIN, CacheTransform
-from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, protect
+from kvjax.transforms.evict import (
+    Scorer,
+    check_protected,
+    check_protected_fit,
+    is_protected,
+    protect,
+    with_stats,
+)
 
 
 def split_slots(
@@ -37,8 +44,7 @@ def split_slots(
     recent_count = check_protected(budget, sinks, recent)
 
     def observed(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
-        missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
-        return scorer.observe(segment.replace(stats={**missing, **segment.stats}), seen)
+        return scorer.observe(with_stats(segment, scorer), seen)
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
@@ -64,7 +70,7 @@ def split_slots(
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
-        check_protected_fit(budget, slots, observation.prompt_slots, sinks, recent_count)
+        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
         split = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(split, observation.layers), ()

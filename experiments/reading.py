@@ -1,0 +1,54 @@
+"""A prompt that is read once, with the full cache, and compressed by several methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+import kvjax
+from experiments.methods import Method
+from kvjax.observation import Observation, last_queries
+from models import Model
+from models.decoder import bind, prompt_cache
+
+
+def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
+    """What the decoder must collect for all methods that compress a prompt which was read in one shot."""
+    needs = kvjax.Needs()
+    for method in methods:
+        if method.prefill_chunk is None:
+            needs = needs.union(method.transform.needs)
+    return needs
+
+
+def read(model: Model, ids: Sequence[int], needs: kvjax.Needs) -> tuple[kvjax.StepOutput, float]:
+    """Reads a prompt, one compiled layer after another: what came out, and the seconds it took."""
+    tokens, positions = jnp.asarray([ids]), jnp.arange(len(ids))[None]
+    start = time.perf_counter()
+    cache = prompt_cache(model.config, 1, model.params["embed"].dtype)
+    out = bind(model.params, model.config)(tokens, positions, cache, needs=needs, last_only=True)
+    jax.block_until_ready(out)
+    return out, time.perf_counter() - start
+
+
+def compress(
+    model: Model, method: Method, out: kvjax.StepOutput, ids: Sequence[int], *, room: int, call_tokens: int = 1
+) -> kvjax.Run:
+    """The run of one method after a prompt that `read` read."""
+    lengths = jnp.asarray([len(ids)])
+    seen = Observation(
+        tuple(_narrow(layer, method.transform.needs) for layer in out.layers),
+        new=lengths,
+        prompt=lengths,
+        prompt_slots=len(ids),
+    )
+    return kvjax.start(method.transform, out, seen, room=room, call_tokens=call_tokens)
+
+
+def _narrow(layer: kvjax.LayerObservation, needs: kvjax.Needs) -> kvjax.LayerObservation:
+    """What one method asked for, from an observation that serves several."""
+    queries, lse = last_queries(layer.queries, layer.lse, needs.queries)
+    return layer.replace(queries=queries, lse=lse)

@@ -1,0 +1,53 @@
+"""A prefill that compresses never holds the whole uncompressed cache: the compiler's own count of temporaries."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kvjax
+from kvjax import methods
+from models.weights import abstract_params
+from tests.fake_calibrations import calibrate
+from tests.kvjax import tiny_model
+from tests.quick_jit import quick_jit
+
+T = 1024
+DENSE_LAYER = 2 * T * tiny_model.CONFIG.num_kv_heads * tiny_model.CONFIG.head_dim * 4  # keys and values, bytes
+LAYERS = 6
+
+
+def _peak(build, layers: int) -> int:
+    """Bytes of temporaries of a prefill with compression, beside its result."""
+    config = dataclasses.replace(tiny_model.CONFIG, num_layers=layers)
+    method = build(calibrate(config))
+
+    def program(params, tokens, lengths, cache):
+        return kvjax.prefill(tiny_model.bind(params, config), method, tokens, lengths, cache, room=8)
+
+    int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    cache = jax.eval_shape(lambda: tiny_model.empty(1, config))
+    args = abstract_params(config, jnp.float32), int32(1, T), int32(1), cache
+    return quick_jit(program).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda data: methods.snapkv(0.25, window=16),
+        lambda data: methods.kivi(4),
+        lambda data: methods.adakv_snapkv(0.25, window=16),
+        lambda data: methods.kvmerger(0.25),
+        lambda data: methods.matryoshka_pca(data("matryoshka_pca", None)),
+        lambda data: methods.duoattention(data("duoattention", None), sinks=4, recent=64),
+    ],
+    ids=["snapkv", "kivi", "adakv", "kvmerger", "matryoshka", "duoattention"],
+)
+def test_temporaries_are_those_of_one_layer_and_two_layers_of_keys_and_values(build):
+    assert _peak(build, LAYERS) - _peak(build, 1) < 2 * DENSE_LAYER
+
+
+def test_without_compression_the_cache_is_the_result_and_no_second_copy():
+    full = lambda data: methods.full()
+    assert _peak(full, LAYERS) - _peak(full, 1) < DENSE_LAYER
