@@ -117,7 +117,12 @@ def read_settings() -> Settings:
 def load_methods(settings: Settings, model: Model) -> list[Method]:
     """`full`, then the other methods in the order given."""
     budget = settings.keep if settings.budget is None else settings.budget
-    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value, calibrate=Calibrations(model))
+    configs = dict(
+        gin_files=cli.GIN_FILE.value,
+        bindings=cli.GIN_BINDINGS.value,
+        calibrate=Calibrations(model),
+        tokenizer=model.tokenizer,
+    )
     return [load_method(name, budget=budget, **configs) for name in dict.fromkeys(["full", *settings.methods])]
 
 
@@ -192,7 +197,7 @@ class Evaluator:
         self._needs = kvjax.Needs()
         for method in methods:
             if method.prefill_chunk is None:
-                self._needs = self._needs.union(method.transform.needs)
+                self._needs = self._needs.union(method.transform.needs._replace(reread=None))  # each by itself
         self._room, self._call_tokens = room, call_tokens
         self._chunked = {}
 
@@ -219,7 +224,13 @@ class Evaluator:
                 prompt_slots=len(ids),
             )
             run = kvjax.start(
-                method.transform, dense, seen, room=self._room, call_tokens=self._call_tokens
+                method.transform,
+                dense,
+                seen,
+                room=self._room,
+                call_tokens=self._call_tokens,
+                step=self._step,
+                tokens=jnp.asarray([ids]),
             )
         jax.block_until_ready(run)
         return run, time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Methods: published compression schemes, one paper a file, each a short composition of transforms."""
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
+from kvjax.methods.cake import cake
 from kvjax.methods.cskv import cskv
 from kvjax.methods.duoattention import duoattention
 from kvjax.methods.expected_attention import expected_attention
@@ -10,6 +11,7 @@ from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
+from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.pyramidkv import pyramidkv
@@ -22,6 +24,7 @@ from kvjax.methods.tova import tova
 __all__ = [
     "adakv_expected",
     "adakv_snapkv",
+    "cake",
     "cskv",
     "duoattention",
     "expected_attention",
@@ -31,6 +34,7 @@ __all__ = [
     "keydiff",
     "kivi",
     "knorm",
+    "kvzip",
     "lazyeviction",
     "matryoshka_pca",
     "pyramidkv",

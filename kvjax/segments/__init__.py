@@ -4,6 +4,7 @@ from kvjax.segments.buffered import BufferedSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
+from kvjax.segments.pooled import PooledSegment, PoolView
 from kvjax.segments.protocol import LayerView, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.ragged import RaggedSegment
@@ -14,6 +15,8 @@ __all__ = [
     "HeadsSegment",
     "LatentSegment",
     "LayerView",
+    "PoolView",
+    "PooledSegment",
     "QuantizedSegment",
     "Queries",
     "RaggedSegment",

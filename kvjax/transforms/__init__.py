@@ -3,6 +3,7 @@
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
 from kvjax.transforms.evict import Scorer, evict, pyramid
+from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
 from kvjax.transforms.project import project, project_jointly, prune_channels
 from kvjax.transforms.quantize import quantize
@@ -22,6 +23,7 @@ __all__ = [
     "every_chunk",
     "every_step",
     "evict",
+    "evict_across_layers",
     "evict_by_head",
     "identity",
     "project",

@@ -6,7 +6,7 @@ import kvjax
 from experiments.methods import load_method
 from kvjax import every, every_chunk, every_step, evict, scores, when_full
 from kvjax.budget import budget_slots
-from tests.fake_calibrations import calibrate
+from tests.fake_calibrations import Words, calibrate
 from tests.kvjax import tiny_model
 from tests.kvjax.conformance import Case, Sizes
 
@@ -47,6 +47,19 @@ def pages(budget, page: int):
     return nbytes
 
 
+def pool(budget, page: int):
+    """Pages for L * K * budget slots of the cache, what rounding may add, where they lie, and room in each layer."""
+
+    def nbytes(sizes):
+        heads = sizes.layers * sizes.kv_heads
+        count = -(-(heads * budget_slots(budget, sizes.prompt) + heads // 2) // page) + heads - 1
+        count = min(count, heads * -(-sizes.prompt // page))
+        shared = sizes.batch * count * (page * (2 * sizes.head_dim * FLOAT + INDEX) + INDEX)
+        return shared + 2 * INDEX * sizes.layers * sizes.batch + _dense(sizes.room, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
 def kivi(bits: int, group: int, residual: int, budget=None):
     """Packed blocks for the prompt (or the budget) and the room, with bfloat16 scales, and an exact tail."""
 
@@ -71,7 +84,8 @@ def _config(name: str, nbytes, *bindings: str, budget: int | float = 12, exact: 
     """The method of `configs/methods/NAME.gin`, with bindings that make it small; `exact`: given enough budget."""
 
     def build(budget=budget):
-        return load_method(name, budget=budget, bindings=bindings, calibrate=calibrate(tiny_model.CONFIG)).transform
+        model = dict(calibrate=calibrate(tiny_model.CONFIG), tokenizer=Words())
+        return load_method(name, budget=budget, bindings=bindings, **model).transform
 
     lossless = (lambda: build(_ALL)) if exact else None
     return Case(name, build, nbytes, lossless, **promises)
@@ -175,6 +189,10 @@ CASES = [
         shared_by="layer",
     ),
     _config("adakv_expected", pages(0.5, 4), "adakv_expected.page = 4", budget=0.5, exact=True, shared_by="layer"),
+    _config(
+        "cake", pool(12, 4), "cake.window = 4", "cake.kernel = 3", "cake.page = 4", exact=True, shared_by="cache"
+    ),
+    _config("kvzip", pool(0.5, 4), "kvzip.chunk = 10", "kvzip.page = 4", budget=0.5, exact=True, shared_by="cache"),
     _config("expected_attention", grows(12), "expected_attention.future = 16", exact=True),
     _config("lazyeviction", bounded(12, 4, stats=2), "lazyeviction.window = 4", exact=True, slack=3),
     _config("think", think(0.4, 4), "think.window = 4"),
@@ -246,6 +264,7 @@ CASES = [
 METHODS = {
     "adakv_expected": "adakv_expected",
     "adakv_snapkv": "adakv_snapkv",
+    "cake": "cake",
     "cskv": "cskv",
     "duoattention": "duoattention",
     "expected_attention": "expected_attention",
@@ -255,6 +274,7 @@ METHODS = {
     "keydiff": "keydiff",
     "kivi": "int8",
     "knorm": "knorm",
+    "kvzip": "kvzip",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
     "pyramidkv": "pyramidkv",
