@@ -247,7 +247,12 @@ def run() -> None:
     if cli.OUTPUT_DIR.value is not None:
         pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
     model = load_model(cli.MODEL.value or "smollm2")
-    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value, calibrate=Calibrations(model))
+    configs = dict(
+        gin_files=cli.GIN_FILE.value,
+        bindings=cli.GIN_BINDINGS.value,
+        calibrate=Calibrations(model),
+        tokenizer=model.tokenizer,
+    )
     methods = [load_method(name, budget=keep, **configs) for name in dict.fromkeys(["full", *names])]
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
     threads = _threads()

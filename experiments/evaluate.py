@@ -116,7 +116,12 @@ def read_settings() -> Settings:
 def load_methods(settings: Settings, model: Model) -> list[Method]:
     """`full`, then the other methods in the order given."""
     budget = settings.keep if settings.budget is None else settings.budget
-    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value, calibrate=Calibrations(model))
+    configs = dict(
+        gin_files=cli.GIN_FILE.value,
+        bindings=cli.GIN_BINDINGS.value,
+        calibrate=Calibrations(model),
+        tokenizer=model.tokenizer,
+    )
     return [load_method(name, budget=budget, **configs) for name in dict.fromkeys(["full", *settings.methods])]
 
 

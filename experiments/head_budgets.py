@@ -81,7 +81,12 @@ def run() -> None:
     if _TOKENS.value < 2:
         raise ValueError(f"--context must be at least 2 tokens, got {_TOKENS.value}.")
     model = load_model(cli.MODEL.value or "smollm2")
-    configs = dict(gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value, calibrate=Calibrations(model))
+    configs = dict(
+        gin_files=cli.GIN_FILE.value,
+        bindings=cli.GIN_BINDINGS.value,
+        calibrate=Calibrations(model),
+        tokenizer=model.tokenizer,
+    )
     methods = [load_method(name, budget=cli.KEEP.value or _KEEP, **configs) for name in names]
     ids, _ = read_prompt(model, [_TOKENS.value], 1)
     full = model.config.num_layers * model.config.num_kv_heads * (len(ids) - 1)

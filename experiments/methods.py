@@ -14,6 +14,7 @@ import gin
 import jax
 
 import kvjax
+from models.tokenizer import Tokenizer
 
 Calibrate = Callable[[str, str | None], Mapping[str, jax.Array]]
 """`(recipe, path) -> arrays`."""
@@ -22,12 +23,14 @@ METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
     "accumulated_attention",
+    "dispersion",
     "future_attention",
     "key_difference",
     "last_query_attention",
     "massive_activations",
     "negative_key_norm",
     "random",
+    "reconstruction",
     "recurrence",
     "window_attention",
 )
@@ -41,6 +44,7 @@ _TRANSFORMS = (
     "every_chunk",
     "every_step",
     "evict",
+    "evict_across_layers",
     "evict_by_head",
     "identity",
     "into_nearest",
@@ -105,7 +109,28 @@ def calibration(recipe: str = gin.REQUIRED, path: str | None = None) -> Mapping[
     return _calibrations(recipe, path)
 
 
+@gin.configurable(module="experiments")
+def instruction_tokens(
+    first: str = "\n\nRepeat the previous context exactly.",
+    later: str = "\n\nRepeat the part of the previous context exactly, starting with",
+) -> kvjax.Instruction:
+    """Token ids that ask the model to repeat its context: as the end of the user's turn, before the model's reply.
+
+    Args:
+      first: asks for the beginning.
+      later: asks for what follows the tokens that come after it.
+    """
+    if _tokenizer is None:
+        raise ValueError("instruction_tokens needs a model's tokenizer, and there is none here.")
+    mark = "[[context]]"
+    answer = "\n"
+    if _tokenizer.chat_template is not None:
+        answer = _tokenizer.chat([{"role": "user", "content": mark}]).partition(mark)[2]
+    return kvjax.Instruction(*(tuple(_tokenizer.encode(text)) for text in (first, later, answer)))
+
+
 _calibrations: Calibrate | None = None  # of the `load_method` in progress
+_tokenizer: Tokenizer | None = None  # the same
 
 
 def method_names() -> list[str]:
@@ -127,6 +152,7 @@ def load_method(
     gin_files: Sequence[str] = (),
     bindings: Sequence[str] = (),
     calibrate: Calibrate | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Method:
     """Builds the method that `configs/methods/NAME.gin` describes.
 
@@ -136,6 +162,7 @@ def load_method(
       gin_files: read before the method's file.
       bindings: read after it, so they win.
       calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
+      tokenizer: of the model, for `instruction_tokens()` in a config.
 
     Raises:
       ValueError: an unknown name, a binding that reaches nothing, or settings that the method refuses.
@@ -148,14 +175,14 @@ def load_method(
         gin.parse_config(f"budget = {budget!r}")
         gin.parse_config_file(str(METHODS_DIR / f"{name}.gin"))
         gin.parse_config(bindings)
-    global _calibrations
-    _calibrations = calibrate
+    global _calibrations, _tokenizer
+    _calibrations, _tokenizer = calibrate, tokenizer
     try:
         transform, chunk = method()
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {name}: {_first_lines(error)}") from error
     finally:
-        _calibrations = None
+        _calibrations = _tokenizer = None
     return Method(name, transform, chunk, gin.operative_config_str())
 
 

@@ -20,7 +20,7 @@ def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
     needs = kvjax.Needs()
     for method in methods:
         if method.prefill_chunk is None:
-            needs = needs.union(method.transform.needs)
+            needs = needs.union(method.transform.needs._replace(reread=None))  # each by itself
     return needs
 
 
@@ -45,7 +45,8 @@ def compress(
         prompt=lengths,
         prompt_slots=len(ids),
     )
-    return kvjax.start(method.transform, out, seen, room=room, call_tokens=call_tokens)
+    step, tokens = bind(model.params, model.config), jnp.asarray([ids])
+    return kvjax.start(method.transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
 
 
 def _narrow(layer: kvjax.LayerObservation, needs: kvjax.Needs) -> kvjax.LayerObservation:

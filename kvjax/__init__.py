@@ -7,7 +7,7 @@ papers as short compositions, `prefill`, `extend` and `generate` run a decoder w
 from kvjax import inspection, methods, scores
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
-from kvjax.observation import ALL, LayerObservation, Needs, Observation
+from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
 from kvjax.segments import (
@@ -37,6 +37,7 @@ from kvjax.transforms import (
     every_chunk,
     every_step,
     evict,
+    evict_across_layers,
     evict_by_head,
     identity,
     into_nearest,

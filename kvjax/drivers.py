@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kvjax import query_window
 from kvjax.cache import Cache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
+from kvjax.reread import reread
 from kvjax.sampling import Sampler
 from kvjax.transforms.base import CacheTransform
 
@@ -90,7 +91,7 @@ def prefill(
 
     Raises:
       ValueError: room or chunk is impossible, or the transform wants every query of the prompt, which chunks
-        do not keep.
+        do not keep, or wants to read the prompt again after having dropped parts of it.
     """
     if room < 0:
         raise ValueError(f"room must be at least 0 tokens, got {room}.")
@@ -102,7 +103,7 @@ def prefill(
             tokens, _positions(cache, lengths, T), cache, needs=transform.needs, last_only=True
         )
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
-        return start(transform, out, seen, room=room, call_tokens=call_tokens)
+        return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
     logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
     return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens), state, lengths)
 
@@ -114,6 +115,8 @@ def start(
     *,
     room: int,
     call_tokens: int = 1,
+    step: Step | None = None,
+    tokens: jax.Array | None = None,
 ) -> Run:
     """Compresses a prompt that a decoder has read, and makes room for what follows: the end of `prefill`.
 
@@ -123,7 +126,17 @@ def start(
       observation: what the decoder saw, as `transform.needs` asks.
       room: tokens that will follow, over all later calls.
       call_tokens: the most tokens a later call brings at once.
+      step: the decoder, for a transform that reads the prompt again.
+      tokens: i32[B, T], the prompt, for the same.
+
+    Raises:
+      ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so.
     """
+    how = transform.needs.reread
+    if how is not None:
+        if step is None or tokens is None:
+            raise ValueError(f"step and tokens are needed by {transform.name}, which reads the prompt again.")
+        observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation)
     cache = _reserve(transform, cache, room, call_tokens)
     return Run(prompt.logits[:, -1], cache, state, observation.prompt)
@@ -145,7 +158,13 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             "every_step or every_chunk instead of at_prefill_end."
         )
     needs = transform.needs if bounded or collect else transform.needs._replace(queries=min(window, chunk))
+    if transform.needs.reread is not None and bounded:
+        raise ValueError(
+            f"chunk must be None for {transform.name}, which reads the whole prompt again but drops parts of it at "
+            "every chunk: wrap it in at_prefill_end."
+        )
     count = -(-T // chunk)
+    prompt = tokens
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - T))).reshape(B, count, chunk)
 
     def observed(layers, new):
@@ -197,6 +216,8 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
     seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
     whole = lambda layer, moments, largest: layer.replace(moments=moments, largest=largest)
     seen = seen.replace(layers=tuple(whole(layer, *of) for layer, of in zip(seen.layers, sums)))
+    if transform.needs.reread is not None:
+        seen = reread(step, transform.needs.reread, prompt, cache, seen)
     cache, state = transform.init(cache, seen)
     return logits, cache, state
 

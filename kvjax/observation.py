@@ -16,27 +16,49 @@ ALL = -1
 Phase = Literal["prefill", "decode"]
 
 
+class Instruction(NamedTuple):
+    """Token ids that ask a decoder to repeat what it has read; without any, the text is simply read again."""
+
+    first: tuple[int, ...] = ()  # asks for the beginning
+    later: tuple[int, ...] = ()  # asks for what follows some tokens, which come next
+    answer: tuple[int, ...] = ()  # lets the answer begin
+
+
+class Reread(NamedTuple):
+    """A prompt read once more behind itself, chunk by chunk; see `kvjax.reread`."""
+
+    chunk: int = 2048  # tokens
+    sinks: int = 4  # first tokens of the prompt, which every chunk is weighed against
+    overlap: int = 8  # tokens before a chunk that are quoted after `Instruction.later`
+    instruction: Instruction = Instruction()
+
+
 class Needs(NamedTuple):
     """What a transform asks the decoder to collect; nothing else is."""
 
     queries: int = 0  # the last W queries of each row and their lse; ALL for every query
     moments_from: int | None = None  # the moments of all queries from this position on
     largest_inputs: int = 0  # which tokens own the n largest entries of what a layer reads
+    reread: Reread | None = None  # what every token of the prompt receives when the prompt is read again
 
     def union(self, other: Needs) -> Needs:
         """What serves both.
 
         Raises:
-          ValueError: both want moments, but from different positions.
+          ValueError: both want moments, but from different positions, or different rereads.
         """
         widest = max(self.queries, other.queries)
         starts = {n.moments_from for n in (self, other)} - {None}
         if len(starts) > 1:
             raise ValueError(f"sinks of methods that use query moments must agree, got {sorted(starts)}.")
+        rereads = {n.reread for n in (self, other)} - {None}
+        if len(rereads) > 1:
+            raise ValueError(f"methods that read a prompt again must do so in the same way, got {sorted(rereads)}.")
         return Needs(
             queries=ALL if ALL in (self.queries, other.queries) else widest,
             moments_from=next(iter(starts), None),
             largest_inputs=max(self.largest_inputs, other.largest_inputs),
+            reread=next(iter(rereads), None),
         )
 
 
@@ -103,6 +125,7 @@ class LayerObservation:
     layer: jax.Array  # i32[], its index
     moments: QueryMoments | None = None  # of all queries of the call, or of the prompt at its end
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
+    reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: float | None = struct.field(pytree_node=False, default=None)
 

@@ -10,10 +10,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax.observation import ALL, LayerObservation, Needs, newest
+from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order
 from kvjax.transforms.evict import Scorer
+from kvjax.transforms.evict_across_layers import LayerWeights
+from pallas_kernels.attention_mass import Reduce
 
 Pooling = Literal["avg", "max"]
 
@@ -54,16 +56,19 @@ def key_difference() -> Scorer:
     return Scorer(score=score)
 
 
-def window_attention(window: int, kernel: int = 5, pooling: Pooling = "avg") -> Scorer:
+def window_attention(
+    window: int, kernel: int = 5, pooling: Pooling = "avg", spread: float = 0.0
+) -> Scorer:
     """Mean attention from the last `window` queries, group-averaged, then pooled over neighbouring tokens.
 
-    `s[k, j] = pool_kernel(mean_{g, q in window} p[k, g, q, j])`. Pooling runs over the slots older than the
-    window in token order; the window itself should be protected by `recent=window`.
+    `s[k, j] = pool_kernel(mean_g (mean_q p[k, g, q, j] + spread * var_q p[k, g, q, j]))`. Pooling runs over the
+    slots older than the window in token order; the window itself should be protected by `recent=window`.
 
     Args:
       window: [W] queries.
       kernel: pooled tokens, odd; zeros beyond the ends count, as in torch's pooling.
       pooling: "avg" or "max".
+      spread: weight of the unbiased variance over the queries (CAKE's gamma).
     """
     if window < 1:
         raise ValueError(f"window must be at least 1 query, got {window}.")
@@ -73,12 +78,59 @@ def window_attention(window: int, kernel: int = 5, pooling: Pooling = "avg") -> 
         raise ValueError(f"pooling must be 'avg' or 'max', got {pooling!r}.")
 
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-        mass = _group_mean(_mass(segment, newest(seen, window)), segment) / window
+        seen = newest(seen, window)
+        mass = _group_mean(_mass(segment, seen), segment) / window
+        if spread:
+            mass = mass + spread * _group_mean(_variance(segment, seen), segment)
         last = jnp.max(segment.pos, axis=-1, keepdims=True)
         mass = jnp.where(segment.pos <= last - window, mass, 0.0)
         return _pool_in_token_order(mass, segment.pos, kernel, pooling)
 
     return Scorer(score=score, needs=Needs(queries=window))
+
+
+def reconstruction(how: Reread = Reread()) -> Scorer:
+    """The largest probability a slot receives while the decoder repeats the prompt, over its query group.
+
+    Args:
+      how: chunks and instruction of the second reading; see `kvjax.reread`.
+
+    Source: Kim et al., KVzip (2025), arXiv:2505.23416.
+    """
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        if seen.reread is None:
+            raise TypeError("reconstruction scores a prompt when it is in: wrap what uses it in at_prefill_end.")
+        return jnp.take_along_axis(seen.reread, jnp.maximum(segment.pos, 0), axis=-1)
+
+    return Scorer(score=score, needs=Needs(reread=how))
+
+
+def dispersion(entropy: float = 1.0, variance: float = 1.0) -> LayerWeights:
+    """How much of the context a layer uses, and how much that changes from token to token.
+
+    With p of the last W queries over the slots older than the window:
+    `w = (-sum_{n, q, j} p log p) ** entropy * (sum_{n, j} var_q p) ** variance`, the variance unbiased.
+
+    Args:
+      entropy: exponent, `1 / tau_1` of the paper.
+      variance: exponent, `1 / tau_2`.
+
+    Source: Qin et al., CAKE (2025), section 3.
+    """
+    if entropy < 0 or variance < 0:
+        raise ValueError(f"entropy and variance must be at least 0, got {entropy} and {variance}.")
+
+    def weight(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        window = seen.queries.pos.shape[1]
+        newest = jnp.max(segment.pos, axis=-1, keepdims=True)
+        older = (segment.pos >= 0) & (segment.pos <= newest - window)
+        counted = jnp.repeat(older, seen.queries.raw.shape[2] // older.shape[1], axis=1)  # [B, N, S]
+        total = lambda x: jnp.sum(jnp.where(counted, x, 0.0), axis=(1, 2))
+        spatial, temporal = total(_mass(segment, seen, "entropy")), total(_variance(segment, seen))
+        return jnp.maximum(spatial, 0.0) ** entropy * temporal**variance
+
+    return weight
 
 
 def accumulated_attention(normalise: bool = False) -> Scorer:
@@ -243,8 +295,15 @@ def massive_activations(entries: int = 20) -> Scorer:
     return Scorer(score=score, needs=Needs(largest_inputs=entries), aligned=True)
 
 
-def _mass(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-    return segment.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale)
+def _mass(segment: DenseSegment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:
+    return segment.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale, reduce=reduce)
+
+
+def _variance(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    """f32[B, N, S]: the unbiased variance of a slot's probabilities over the observed queries."""
+    count = jnp.sum(seen.queries.pos >= 0, axis=1)[:, None, None]
+    around = _mass(segment, seen, "squares") - _mass(segment, seen) ** 2 / jnp.maximum(count, 1)
+    return jnp.maximum(around, 0.0) / jnp.maximum(count - 1, 1)
 
 
 def _group_mean(per_query_head: jax.Array, segment: DenseSegment) -> jax.Array:

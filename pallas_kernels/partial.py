@@ -79,6 +79,13 @@ def combine_by_owner(partial: Partial, owner: jax.Array, owners: int) -> Partial
     return Partial(out=merged(summed), lse=merged(m + jnp.log(total)))
 
 
+def fold(attend: Callable[[jax.Array | int], Partial], count: jax.Array | int) -> Partial:
+    """Merges `attend(0) .. attend(count - 1)`, one after the other; `count` may be data."""
+    like = jax.eval_shape(lambda: attend(0))
+    nothing = Partial(jnp.zeros(like.out.shape, jnp.float32), jnp.full(like.lse.shape, -jnp.inf))
+    return jax.lax.fori_loop(0, count, lambda i, merged: combine([merged, attend(i)]), nothing)
+
+
 def fold_tiles(attend: Callable[[jax.Array | int, int], Partial], slots: int, tile: int) -> Partial:
     """Merges attention over S slots, a tile at a time: what is expanded to be read exists for one tile only.
 
@@ -93,7 +100,5 @@ def fold_tiles(attend: Callable[[jax.Array | int, int], Partial], slots: int, ti
     if count == 1:
         partial = attend(0, tile)
     else:
-        like = jax.eval_shape(lambda: attend(0, tile))
-        nothing = Partial(jnp.zeros(like.out.shape, jnp.float32), jnp.full(like.lse.shape, -jnp.inf))
-        partial = jax.lax.fori_loop(0, count, lambda i, merged: combine([merged, attend(i * tile, tile)]), nothing)
+        partial = fold(lambda i: attend(i * tile, tile), count)
     return combine([partial, attend(count * tile, rest)]) if rest else partial

@@ -1,4 +1,4 @@
-"""Calibrations of the right shape with random contents, for tests that ask how a method runs, not how well."""
+"""What methods need of a model, of the right shape with random contents: for tests of how they run, not how well."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import DecoderConfig
+
+
+class Words:
+    """A tokenizer that gives every word an id below 800, and knows no chat."""
+
+    chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        """One id a word; a line break is a word."""
+        return [700 + len(word) for word in text.replace("\n", " ; ").split()]
 
 
 def calibrate(config: DecoderConfig):

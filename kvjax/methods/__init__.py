@@ -1,6 +1,7 @@
 """Methods: published compression schemes, one paper a file, each a short composition of transforms."""
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
+from kvjax.methods.cake import cake
 from kvjax.methods.cskv import cskv
 from kvjax.methods.d2o import d2o
 from kvjax.methods.duoattention import duoattention
@@ -13,6 +14,7 @@ from kvjax.methods.keydiff import keydiff
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
+from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.mikv import mikv
@@ -28,6 +30,7 @@ from kvjax.methods.tova import tova
 __all__ = [
     "adakv_expected",
     "adakv_snapkv",
+    "cake",
     "cskv",
     "d2o",
     "duoattention",
@@ -40,6 +43,7 @@ __all__ = [
     "kivi",
     "knorm",
     "kvmerger",
+    "kvzip",
     "lazyeviction",
     "matryoshka_pca",
     "mikv",

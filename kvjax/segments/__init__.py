@@ -6,6 +6,7 @@ from kvjax.segments.codebook import CodebookSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
+from kvjax.segments.pooled import PooledSegment, PoolView
 from kvjax.segments.protocol import LayerView, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.ragged import RaggedSegment
@@ -18,6 +19,8 @@ __all__ = [
     "HeadsSegment",
     "LatentSegment",
     "LayerView",
+    "PoolView",
+    "PooledSegment",
     "QuantizedSegment",
     "Queries",
     "RaggedSegment",

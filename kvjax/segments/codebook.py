@@ -8,7 +8,7 @@ from flax import struct
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.codebook_decode_attention import codebook_decode_attention
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.product_quantize import product_quantize, reconstruct
@@ -86,10 +86,11 @@ class CodebookSegment:
         window: int | None = None,
         scale: float | None = None,
         ranks: Ranks | None = None,
+        reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `Segment.mass`."""
         k = reconstruct(self.k, self.key_codebook, queries.raw.dtype)
-        return attention_mass(queries.rotated, k, queries.pos, self.pos, lse, window=window, scale=scale)
+        return attention_mass(queries.rotated, k, queries.pos, self.pos, lse, window=window, scale=scale, reduce=reduce)
 
     def dense(self) -> DenseSegment:
         """The centroids, float32."""

@@ -9,7 +9,7 @@ from flax import struct
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import LAST, keep_highest, token_order, write_windows
-from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.partial import Partial, fold_tiles
 
@@ -76,13 +76,14 @@ class DenseSegment:
         window: int | None = None,
         scale: float | None = None,
         ranks: Ranks | None = None,
+        reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `Segment.mass`."""
         q, k = self._rotated(queries, ranks)
         if self.k.shape[0] != q.shape[0]:
             raise TypeError("A prefix shared by the batch has no per-row attention mass.")
         return attention_mass(
-            q, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale
+            q, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale, reduce=reduce
         )
 
     def dense(self) -> DenseSegment:
@@ -104,6 +105,11 @@ class DenseSegment:
     def slot_axes(self) -> DenseSegment:
         """For every leaf, the axis along which slots lie."""
         return jax.tree.map(lambda _: 2, self)
+
+    def no_slots(self) -> DenseSegment:
+        """One like this without slots: where tokens that follow may go."""
+        B, K, _, H = self.k.shape
+        return DenseSegment.empty(B, K, 0, H, self.k.dtype, key_rope=self.key_rope)
 
     def astype(self, dtype) -> DenseSegment:
         """The same with keys and values stored in another floating dtype."""

@@ -11,6 +11,7 @@ from flax import struct
 from kvjax.rope import Rope, rotate
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from pallas_kernels.attention_mass import Reduce
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.partial import Partial
 
@@ -175,13 +176,14 @@ class LatentSegment:
         window: int | None = None,
         scale: float | None = None,
         ranks: Ranks | None = None,
+        reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `Segment.mass`."""
         scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
         if self.key_rope == "stored":
             lse = lse - self._mean_logit(queries, scale)
-            return self.latent.mass(self._projected(queries), lse, window=window, scale=scale)
-        return self.dense().mass(queries, lse, window=window, scale=scale)
+            return self.latent.mass(self._projected(queries), lse, window=window, scale=scale, reduce=reduce)
+        return self.dense().mass(queries, lse, window=window, scale=scale, reduce=reduce)
 
     def dense(self) -> DenseSegment:
         """Keys and values expanded again, float32."""

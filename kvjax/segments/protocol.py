@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 import jax
 
 from kvjax.rope import Rope, rotate
+from pallas_kernels.attention_mass import Reduce
 from pallas_kernels.partial import Partial
 
 KeyRope = Literal["stored", "at_attend", "rank"]
@@ -79,8 +80,12 @@ class Segment(Protocol):
         window: int | None,
         scale: float | None,
         ranks: Ranks | None = None,
+        reduce: Reduce = "sum",
     ) -> jax.Array:
-        """f32[B, N, S]: probability each slot received, given the queries' lse over the whole layer."""
+        """f32[B, N, S]: probability each slot received, given the queries' lse over the whole layer.
+
+        Summed over the queries, or what else `reduce` asks for.
+        """
 
     def dense(self) -> Segment:
         """The same slots with keys and values as stored numbers: what transforms that need values read."""

@@ -10,7 +10,7 @@ from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import slice_slots
-from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, dequantize, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
@@ -123,11 +123,20 @@ class QuantizedSegment:
         window: int | None = None,
         scale: float | None = None,
         ranks: Ranks | None = None,
+        reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `Segment.mass`."""
         k = dequantize(self.k, bits=self.bits, axis=self.key_axis, dtype=queries.raw.dtype)
         return attention_mass(
-            queries.rotated, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale
+            queries.rotated,
+            k,
+            queries.pos,
+            self.pos,
+            lse,
+            bias=self.bias,
+            window=window,
+            scale=scale,
+            reduce=reduce,
         )
 
     def dense(self) -> DenseSegment:

@@ -4,6 +4,7 @@ from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
 from kvjax.transforms.evict import Scorer, evict
+from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
 from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
 from kvjax.transforms.merge import MergeRule, merge
@@ -33,6 +34,7 @@ __all__ = [
     "every_chunk",
     "every_step",
     "evict",
+    "evict_across_layers",
     "evict_by_head",
     "identity",
     "into_nearest",

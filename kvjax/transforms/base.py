@@ -22,6 +22,7 @@ SLOTS = {
     "joint": "coordinates that all heads share",
     "pruned": "keys of fewer channels",
     "split": "heads of different kinds",
+    "shared": "slots that layers share",
     "tiered": "plain slots in two segments, by their worth",
 }
 """What the slots of a cache may be, as far as the order of transforms depends on it."""

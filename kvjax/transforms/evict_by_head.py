@@ -86,30 +86,9 @@ def evict_by_head(
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
         segment = dense_tail(layer, "evict_by_head")
-        B, K, S = segment.pos.shape
-        stats = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
-        segment = scorer.observe(segment.replace(stats=stats), seen)
-        occupied = segment.pos >= 0
-        scores = jnp.where(occupied, scorer.score(segment, seen).astype(jnp.float32), -jnp.inf)
-        protected = is_protected(segment.pos, rows, sinks, recent)
-        worth = protect(scores, segment.pos, protected)
-        always = jnp.minimum(jnp.sum(protected, axis=-1), rows[:, None])  # [B, K]
-        free = jnp.where(protected, -jnp.inf, scores)
-        count = always + heads(free, rows - always[:, 0])
-        rank = jnp.argsort(jnp.argsort(-worth, axis=-1, stable=True), axis=-1)
-        keep = occupied & (rank < count[..., None])
-        flat = lambda x: x.reshape(B, 1, K * S, *x.shape[3:])
-        pages = min(-(-(K * slots + K // 2) // page) + K - 1, K * -(-S // page))
-        ragged = RaggedSegment.of_flat(
-            jax.tree.map(flat, segment.replace(stats={})),
-            jnp.broadcast_to(jnp.arange(K)[:, None], (B, K, S)).reshape(B, -1),
-            keep.reshape(B, -1),
-            kv_heads=K,
-            page=page,
-            pages=pages,
-        )
-        tail = DenseSegment.empty(B, K, 0, segment.k.shape[-1], segment.k.dtype, key_rope=segment.key_rope)
-        return layer.replace(segments=(*layer.segments[:-1], ragged, tail))
+        scores = slot_scores(scorer, segment, seen)
+        keep = choose(scores, segment.pos, rows, heads, sinks, recent)
+        return layer.replace(segments=(*layer.segments[:-1], in_pages(segment, keep, slots, page), segment.no_slots()))
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
@@ -120,4 +99,38 @@ def evict_by_head(
 
     return CacheTransform(
         init=init, needs=scorer.needs, budget=budget, name="evict_by_head", takes=PLAIN, leaves="paged"
+    )
+
+
+def slot_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    """f32[B, K, S]: what a scorer that has seen nothing before makes of a whole prompt; `-inf` for empty slots."""
+    stats = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
+    segment = scorer.observe(segment.replace(stats=stats), seen)
+    return jnp.where(segment.pos >= 0, scorer.score(segment, seen).astype(jnp.float32), -jnp.inf)
+
+
+def choose(
+    scores: jax.Array, pos: jax.Array, rows: jax.Array, heads: HeadBudgets, sinks: int, recent: int | float
+) -> jax.Array:
+    """bool[B, K, S]: the slots that stay, when K heads share K times the budgets i32[B] `rows`."""
+    protected = is_protected(pos, rows, sinks, recent)
+    worth = protect(scores, pos, protected)
+    always = jnp.minimum(jnp.sum(protected, axis=-1), rows[:, None])  # [B, K]
+    free = jnp.where(protected, -jnp.inf, scores)
+    count = always + heads(free, rows - always[:, 0])
+    rank = jnp.argsort(jnp.argsort(-worth, axis=-1, stable=True), axis=-1)
+    return (pos >= 0) & (rank < count[..., None])
+
+
+def in_pages(segment: DenseSegment, keep: jax.Array, slots: int, page: int) -> RaggedSegment:
+    """The slots where bool[B, K, S] is true, in pages for K * slots of them and what rounding may add."""
+    B, K, S = segment.pos.shape
+    flat = lambda x: x.reshape(B, 1, K * S, *x.shape[3:])
+    return RaggedSegment.of_flat(
+        jax.tree.map(flat, segment.replace(stats={})),
+        jnp.broadcast_to(jnp.arange(K)[:, None], (B, K, S)).reshape(B, -1),
+        keep.reshape(B, -1),
+        kv_heads=K,
+        page=page,
+        pages=min(-(-(K * slots + K // 2) // page) + K - 1, K * -(-S // page)),
     )

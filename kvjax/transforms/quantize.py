@@ -125,6 +125,6 @@ def store_in_blocks(name: str, encode: Encode, residual: int, *, written: Encode
     return CacheTransform(
         init=lambda cache, observation: (cache.map_layers(of_layer).map_shared(of_shared), ()),
         name=name,
-        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split", "tiered"),
+        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split", "shared", "tiered"),
         leaves="packed",
     )

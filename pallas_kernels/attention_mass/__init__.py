@@ -1,5 +1,5 @@
 """How much attention every slot received."""
 
-from pallas_kernels.attention_mass.api import attention_mass
+from pallas_kernels.attention_mass.api import Reduce, attention_mass
 
-__all__ = ["attention_mass"]
+__all__ = ["Reduce", "attention_mass"]

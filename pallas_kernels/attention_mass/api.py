@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import jax
 
 from pallas_kernels.attention_mass import reference
+
+Reduce = Literal["sum", "max", "squares", "entropy"]
+"""What is made of a slot's probabilities: their sum, the largest, the sum of their squares, or `-sum p log p`."""
 
 
 def attention_mass(
@@ -17,11 +22,12 @@ def attention_mass(
     bias: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
+    reduce: Reduce = "sum",
 ) -> jax.Array:
     """The attention probability that every slot received from the given queries, summed over them.
 
-    `mass[b, n, s] = sum_t exp(logit[b, t, n, s] - lse[b, t, n])` over the queries that see the slot. No
-    [T, S] matrix is kept: queries are taken in blocks.
+    `mass[b, n, s] = sum_t p[b, t, n, s]` with `p = exp(logit[b, t, n, s] - lse[b, t, n])`, over the queries that see
+    the slot; `reduce` may ask for another summary of them. No [T, S] matrix is kept: queries are taken in blocks.
 
     Args:
       q: [B, T, N, H] queries, already rotated.
@@ -32,8 +38,16 @@ def attention_mass(
       bias: f32[B, K, S] added to the logits. Optional.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
+      reduce: "sum", "max", "squares" (`sum_t p^2`) or "entropy" (`-sum_t p log p`).
 
     Returns:
-      f32[B, N, S].
+      f32[B, N, S]; 0 where no query sees the slot.
+
+    Raises:
+      ValueError: another `reduce`.
     """
-    return reference.attention_mass(q, k, q_pos, k_pos, lse, bias=bias, window=window, scale=scale)
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}.")
+    return reference.attention_mass(
+        q, k, q_pos, k_pos, lse, bias=bias, window=window, scale=scale, reduce=reduce
+    )

@@ -20,6 +20,7 @@ def attention_mass(
     bias: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
+    reduce: str = "sum",
 ) -> jax.Array:
     """See `pallas_kernels.attention_mass.api.attention_mass`."""
     B, T, N, H = q.shape
@@ -40,7 +41,14 @@ def attention_mass(
         total = jnp.where(total == -jnp.inf, 0.0, total)
         mask = visible(q_pos[:, None], k_pos, window)[:, :, None]  # [B, K, 1, t, S]
         # Masked before exp: a hidden slot's logit may exceed the lse by enough to overflow.
-        p = jnp.exp(jnp.where(mask, logits - total, -jnp.inf))
+        log_p = jnp.where(mask, logits - total, -jnp.inf)
+        p = jnp.exp(log_p)
+        if reduce == "max":
+            return jnp.max(p, axis=3).reshape(B, N, S)
+        if reduce == "squares":
+            p = p * p
+        elif reduce == "entropy":
+            p = jnp.where(mask, -p * log_p, 0.0)
         return jnp.sum(p, axis=3).reshape(B, N, S)
 
     if T <= _BLOCK:
@@ -50,8 +58,10 @@ def attention_mass(
     q_pos = jnp.pad(q_pos, ((0, 0), (0, pad)), constant_values=-1)
     lse = jnp.pad(lse, ((0, 0), (0, pad), (0, 0)))
 
+    merge = jnp.maximum if reduce == "max" else jnp.add
+
     def body(i, mass):
         part = [jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, axis=1) for x in (q, q_pos, lse)]
-        return mass + block(*part)
+        return merge(mass, block(*part))
 
     return jax.lax.fori_loop(0, (T + pad) // _BLOCK, body, jnp.zeros((B, N, S), jnp.float32))

@@ -6,7 +6,7 @@ import kvjax
 from experiments.methods import load_method
 from kvjax import every, every_chunk, every_step, evict, scores, when_full
 from kvjax.budget import budget_slots
-from tests.fake_calibrations import calibrate
+from tests.fake_calibrations import Words, calibrate
 from tests.kvjax import tiny_model
 from tests.kvjax.conformance import Case, Sizes
 
@@ -43,6 +43,19 @@ def pages(budget, page: int):
         count = min(count, K * -(-sizes.prompt // page))
         pool = sizes.layers * sizes.batch * count * (page * (2 * sizes.head_dim * FLOAT + INDEX) + INDEX)
         return pool + _dense(sizes.room, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def pool(budget, page: int):
+    """Pages for L * K * budget slots of the cache, what rounding may add, where they lie, and room in each layer."""
+
+    def nbytes(sizes):
+        heads = sizes.layers * sizes.kv_heads
+        count = -(-(heads * budget_slots(budget, sizes.prompt) + heads // 2) // page) + heads - 1
+        count = min(count, heads * -(-sizes.prompt // page))
+        shared = sizes.batch * count * (page * (2 * sizes.head_dim * FLOAT + INDEX) + INDEX)
+        return shared + 2 * INDEX * sizes.layers * sizes.batch + _dense(sizes.room, sizes) + INDEX * sizes.batch
 
     return nbytes
 
@@ -99,7 +112,8 @@ def _config(name: str, nbytes, *bindings: str, budget: int | float = 12, exact: 
     """The method of `configs/methods/NAME.gin`, with bindings that make it small; `exact`: given enough budget."""
 
     def build(budget=budget):
-        return load_method(name, budget=budget, bindings=bindings, calibrate=calibrate(tiny_model.CONFIG)).transform
+        model = dict(calibrate=calibrate(tiny_model.CONFIG), tokenizer=Words())
+        return load_method(name, budget=budget, bindings=bindings, **model).transform
 
     lossless = (lambda: build(_ALL)) if exact else None
     return Case(name, build, nbytes, lossless, **promises)
@@ -249,6 +263,10 @@ CASES = [
         shared_by="layer",
     ),
     _config("adakv_expected", pages(0.5, 4), "adakv_expected.page = 4", budget=0.5, exact=True, shared_by="layer"),
+    _config(
+        "cake", pool(12, 4), "cake.window = 4", "cake.kernel = 3", "cake.page = 4", exact=True, shared_by="cache"
+    ),
+    _config("kvzip", pool(0.5, 4), "kvzip.chunk = 10", "kvzip.page = 4", budget=0.5, exact=True, shared_by="cache"),
     _config("expected_attention", grows(12), "expected_attention.future = 16", exact=True),
     _config(
         "kvmerger",
@@ -363,6 +381,7 @@ CASES = [
 METHODS = {
     "adakv_expected": "adakv_expected",
     "adakv_snapkv": "adakv_snapkv",
+    "cake": "cake",
     "cskv": "cskv",
     "d2o": "d2o",
     "duoattention": "duoattention",
@@ -375,6 +394,7 @@ METHODS = {
     "kivi": "int8",
     "knorm": "knorm",
     "kvmerger": "kvmerger",
+    "kvzip": "kvzip",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
     "mikv": "mikv",

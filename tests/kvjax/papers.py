@@ -326,3 +326,102 @@ class KVMerger:
         dropped = sorted(droppable, key=lambda i: mass[i])[: len(kept) - self.budget]
         kept = np.array(sorted(set(kept) - set(dropped)))
         return Slots(head.pos[kept], k[kept], v[kept])
+
+
+@dataclasses.dataclass
+class Fixed:
+    """Keeps, when the prompt is in, what was decided elsewhere."""
+
+    kept: list[np.ndarray]  # per KV head
+    acted: bool = False
+
+    def __call__(self, probability, slots, keys, done):
+        if self.acted or not done:
+            return slots
+        self.acted = True
+        return self.kept
+
+
+def cake_budgets(preference: np.ndarray, total: int, most: int) -> np.ndarray:
+    """CAKE: tokens of each layer by preference, at most `most`; what is left over goes evenly to layers with room."""
+    budgets = np.minimum((preference / preference.sum() * total).astype(int), most)
+    while budgets.sum() < min(total, most * len(budgets)):
+        room = np.flatnonzero(budgets < most)
+        each, rest = divmod(total - budgets.sum(), len(room))
+        budgets[room] += each
+        budgets[room[:rest]] += 1
+        budgets = np.minimum(budgets, most)
+    return budgets
+
+
+def cake_cascade(preference: np.ndarray, indicator: np.ndarray, budget: int) -> list[list[np.ndarray]]:
+    """CAKE's prefill: after each layer the same total is split over the layers read so far, and they shrink again.
+
+    Args:
+      preference: [L].
+      indicator: [L, K, T - W], kept beside the tokens once they are chosen.
+      budget: tokens of a layer on average, beside the window.
+
+    Returns:
+      Per layer and head, the indices of the tokens that are left in the end.
+    """
+    L, K, tokens = indicator.shape
+    held = []
+    for layer in range(L):
+        held.append([np.arange(tokens)] * K)
+        budgets = cake_budgets(preference[: layer + 1], budget * L, tokens)
+        for earlier, count in enumerate(budgets):
+            scores = [indicator[earlier, head, held[earlier][head]] for head in range(K)]
+            held[earlier] = [at[_top(score, count)] for at, score in zip(held[earlier], scores)]
+    return held
+
+
+def cake(probability: list[list[np.ndarray]], window: int, kernel: int, gamma: float, taus: tuple[float, float]):
+    """CAKE's preference [L] and indicator [L, K, T - W] from the prompt's attention, per layer and head [G, T, T]."""
+    preferences, indicators = [], []
+    for layer in probability:
+        last = np.stack([head[:, -window:, :-window] for head in layer])  # [K, G, W, T - W]
+        entropy = -(last * np.log(last + 1e-10)).sum()
+        variance = last.var(axis=2, ddof=1)  # [K, G, T - W]
+        preferences.append(entropy ** (1 / taus[0]) * variance.sum() ** (1 / taus[1]))
+        padded = np.pad(last.mean(axis=2) + gamma * variance, ((0, 0), (0, 0), (kernel // 2, kernel // 2)))
+        pooled = np.lib.stride_tricks.sliding_window_view(padded, kernel, axis=-1).mean(axis=-1)
+        indicators.append(pooled.mean(axis=1))
+    return np.array(preferences), np.array(indicators)
+
+
+def kvzip_input(tokens: np.ndarray, start: int, chunk: int, overlap: int, instruction) -> np.ndarray:
+    """KVzip, `self_task`: what is read behind the context to score one of its chunks."""
+    first, later, answer = (np.array(ids, int) for ids in instruction)
+    told = first if start == 0 else np.concatenate([later, tokens[max(start - overlap, 0) : start]])
+    return np.concatenate([told, answer, tokens[start : start + chunk]])
+
+
+def kvzip_scores(q: np.ndarray, k: np.ndarray, k_again: np.ndarray, start: int, chunk: int, sinks: int) -> np.ndarray:
+    """KVzip, `_get_score`: the largest probability of each of a chunk's slots, for one KV head.
+
+    Args:
+      q: [G, n, H], rotated queries of the second reading.
+      k: [T, H], rotated keys of the context.
+      k_again: [n, H], those of the second reading.
+      start: first token of the chunk.
+      chunk: tokens of it.
+      sinks: first tokens of the context that every chunk is weighed against.
+    """
+    sinks = min(sinks, start)
+    keys = np.concatenate([k[:sinks], k[start : start + chunk], k_again])
+    logits = q @ keys.T / np.sqrt(q.shape[-1])
+    n = len(k_again)
+    logits[..., -n:] = np.where(np.tri(n, dtype=bool), logits[..., -n:], -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights[..., sinks : len(keys) - n].max(axis=(0, 1))
+
+
+def kvzip_kept(scores: np.ndarray, budget: int, sinks: int) -> list[list[np.ndarray]]:
+    """KVzip: the highest scores [L, K, T] of the whole cache stay, the first tokens in every head."""
+    scores = scores.copy()
+    scores[..., :sinks] = 2.0
+    flat = np.zeros(scores.size, bool)
+    flat[_top(scores.ravel(), budget * scores.shape[0] * scores.shape[1])] = True
+    return [[np.flatnonzero(head) for head in layer] for layer in flat.reshape(scores.shape)]

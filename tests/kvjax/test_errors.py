@@ -25,6 +25,10 @@ def _million(centroids, residual=16):
     return methods.million(dict.fromkeys(("key_codebook", "value_codebook"), jnp.zeros((1, 4, centroids, 2))), residual)
 
 
+def _reread(chunk):
+    return evict(scores.reconstruction(kvjax.Reread(chunk=chunk)), 8)
+
+
 BUILD = {
     "zero budget": (lambda: methods.knorm(0), "budget must be at least 1 tokens .* got 0"),
     "negative budget": (lambda: methods.h2o(-5), "budget must be at least 1 tokens .* got -5"),
@@ -49,6 +53,20 @@ BUILD = {
     "window of no queries": (lambda: scores.window_attention(0), "window must be at least 1 query, got 0"),
     "even kernel": (lambda: methods.snapkv(64, kernel=4), "kernel must be odd and at least 1, got 4"),
     "negative kernel": (lambda: methods.snapkv(64, kernel=-1), "kernel must be odd and at least 1, got -1"),
+    "no weight of entropy": (lambda: methods.cake(64, tau_entropy=0), "tau_entropy and tau_variance .* got 0 and 1.0"),
+    "cake below its window": (lambda: methods.cake(16), r"budget must be at least 32 tokens .* got 16"),
+    "chunks of nothing to reread": (lambda: methods.kvzip(chunk=0), "chunk must be at least 1 token, got 0"),
+    "negative overlap": (lambda: methods.kvzip(overlap=-1), "overlap must be at least 0 tokens, got -1"),
+    "kvzip below its sinks": (lambda: methods.kvzip(2), r"budget must be at least 4 tokens \(4 sinks .* got 2"),
+    "pages of nothing": (lambda: methods.kvzip(page=0), "page must be at least 1 slot, got 0"),
+    "no way to split over layers": (
+        lambda: kvjax.evict_across_layers(scores.random(0), 8),
+        "heads or layers must be given, and not both",
+    ),
+    "two ways to read again": (
+        lambda: chain(_reread(64), _reread(32)),
+        "methods that read a prompt again must do so in the same way",
+    ),
     "bad pooling": (lambda: methods.snapkv(64, pooling="sum"), "pooling must be 'avg' or 'max', got 'sum'"),
     "three bits": (lambda: methods.kivi(3), "bits must be 2, 4 or 8, got 3"),
     "no group": (lambda: methods.kivi(4, group=0), "key_group must be at least 1, got 0"),
@@ -193,6 +211,10 @@ PREFILL = {
     "chunks for a score of all queries": (
         lambda: _prefill(kvjax.at_prefill_end(_heavy(8)), chunk=4),
         "chunk must be None for a transform that wants every query of the prompt",
+    ),
+    "reading again what is not there any more": (
+        lambda: _prefill(every_chunk(_reread(64)), chunk=4),
+        "chunk must be None for evict, which reads the whole prompt again",
     ),
     "chunks of nothing": (lambda: _prefill(methods.full(), chunk=0), "chunk must be at least 1 token or None, got 0"),
     "negative room": (lambda: _prefill(methods.full(), room=-1), "room must be at least 0 tokens, got -1"),

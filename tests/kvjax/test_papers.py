@@ -243,3 +243,58 @@ def test_expected_attention(covariance):
                 want = papers.expected_attention(q[:, mine], rotated, v[:, head], table_decoder.turn, 20, 4, covariance)
                 expected = sorted([0, 1, 2, 3, *(4 + np.argsort(-want)[: BUDGET - 4])])
                 assert held == expected
+
+
+def _kept(transform, kept, **how) -> kvjax.Run:
+    """Follows a method that keeps, of row, layer and head, what was decided elsewhere."""
+    policies = [iter([papers.Fixed(layer) for layer in row]) for row in kept]
+    return _follow(transform, lambda row: next(policies[row]), decoded=2, **how)
+
+
+@pytest.mark.parametrize("chunk, taus", [(None, (1.0, 1.0)), (9, (1.6, 0.4))])
+def test_cake(chunk, taus):
+    kept = []
+    for row, length in enumerate(LENGTHS):
+        seen = []
+
+        def look(probability, slots, keys, done):
+            seen.append(probability)
+            return slots
+
+        table_decoder.simulate(TABLES, _tokens(row, length), [length], 1, lambda: look)
+        preference, indicator = papers.cake(seen, 6, 5, 200.0, taus)
+        held = papers.cake_cascade(preference, indicator, BUDGET - 6)
+        newest = np.arange(length - 6, length)
+        kept.append([[np.concatenate([head, newest]) for head in layer] for layer in held])
+    method = methods.cake(BUDGET, window=6, tau_entropy=taus[0], tau_variance=taus[1], page=4)
+    run = _kept(method, kept, chunk=chunk)
+    assert len({len(head) for layer in positions(run.cache, 0) for head in layer}) == 2  # layers keep different numbers
+
+
+@pytest.mark.parametrize("size, chunk", [(64, None), (16, None), (16, 9)])
+def test_kvzip(size, chunk):
+    instruction = kvjax.Instruction(first=(300, 301, 302), later=(310, 311), answer=(320,))
+    sinks, overlap = 4, 3
+    q, k, _ = (np.asarray(x, np.float64) for x in TABLES)
+    kept = []
+    for row, length in enumerate(LENGTHS):
+        tokens = _tokens(row, length)
+        scores = np.zeros((table_decoder.LAYERS, table_decoder.KV_HEADS, length))
+        for start in range(0, length, size):
+            again = papers.kvzip_input(tokens, start, size, overlap, instruction)
+            at = length + np.arange(len(again))
+            for layer, head in np.ndindex(scores.shape[:2]):
+                mine = np.s_[head * table_decoder.GROUP : (head + 1) * table_decoder.GROUP]
+                scores[layer, head, start : start + size] = papers.kvzip_scores(
+                    table_decoder.turn(q[layer, again, mine].swapaxes(0, 1), at),
+                    table_decoder.turn(k[layer, tokens, head], np.arange(length)),
+                    table_decoder.turn(k[layer, again, head], at),
+                    start,
+                    size,
+                    sinks,
+                )
+        kept.append(papers.kvzip_kept(scores, BUDGET, sinks))
+    method = methods.kvzip(BUDGET, instruction, chunk=size, sinks=sinks, overlap=overlap, page=4)
+    run = _kept(method, kept, chunk=chunk)
+    held = [[len(head) for head in layer] for layer in positions(run.cache, 0)]
+    assert len({n for layer in held for n in layer}) > 2 and sum(map(sum, held)) == 4 * (BUDGET + 2)

@@ -9,7 +9,7 @@ from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
 
 # One program a shape compiles faster than its operations one by one.
-attention_mass = quick_jit(op.attention_mass, static_argnames=("window", "scale"))
+attention_mass = quick_jit(op.attention_mass, static_argnames=("window", "scale", "reduce"))
 
 # float32: sums of up to 600 probabilities below one.
 FLOAT32 = dict(rtol=3e-5, atol=3e-5)
@@ -102,3 +102,24 @@ def test_queries_that_saw_nothing_add_nothing():
 def test_bfloat16():
     # Queries are scaled in bfloat16 (8 bits) while the lse comes from exact logits.
     _check(*_draw(8, H=64, dtype=jnp.bfloat16), tolerance=dict(rtol=4e-2, atol=2e-2))
+
+
+@pytest.mark.parametrize("reduce", ["max", "squares", "entropy"])
+@pytest.mark.parametrize("T", [5, 520])
+def test_other_summaries_than_the_sum(reduce, T):
+    q, k, v, q_pos, k_pos = _draw(9, T=T, K=1 if T > 5 else 2)
+    whole = attention(q, k, v, q_pos, k_pos, window=8)
+    p = whole.probability
+    summary = {
+        "max": lambda: p.max(axis=1),
+        "squares": lambda: (p**2).sum(axis=1),
+        "entropy": lambda: -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=1),
+    }
+    got = attention_mass(q, k, q_pos, k_pos, jnp.float32(whole.lse), window=8, reduce=reduce)
+    np.testing.assert_allclose(got, summary[reduce](), **FLOAT32)
+
+
+def test_another_summary_is_refused():
+    q, k, v, q_pos, k_pos = _draw(0)
+    with pytest.raises(ValueError, match="reduce must be one of sum, max, squares, entropy, got 'mean'"):
+        op.attention_mass(q, k, q_pos, k_pos, jnp.zeros(q.shape[:3]), reduce="mean")

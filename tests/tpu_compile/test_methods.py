@@ -15,7 +15,7 @@ from experiments.methods import load_method, method_names
 from models.config import DecoderConfig
 from models.decoder import bind, prompt_cache
 from models.weights import abstract_params
-from tests.fake_calibrations import calibrate
+from tests.fake_calibrations import Words, calibrate
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -82,7 +82,7 @@ def compile_for(device, config, method, prompt, dtype=jnp.bfloat16, batch=1, dec
 
 @pytest.mark.parametrize("name", method_names())
 def test_prefill_and_decode_compile_for_v5e(devices, name):
-    method = load_method(name, budget=0.5, calibrate=calibrate(SMOLLM2))
+    method = load_method(name, budget=0.5, calibrate=calibrate(SMOLLM2), tokenizer=Words())
     programs = compile_for(devices("v5e:2x2"), SMOLLM2, method, PROMPT)
     for program in (programs.prefill, programs.decode):
         assert program.memory_analysis().argument_size_in_bytes > 0

@@ -1,0 +1,133 @@
+"""One pool of pages for all layers: how many slots a head of a layer has is data, the total is not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvjax.rope import Rope
+from kvjax.segments.protocol import KeyRope, Queries, Segment
+from kvjax.segments.ragged import RaggedSegment
+from pallas_kernels.partial import Partial, fold
+
+_TILE = 32  # pages that are read at a time
+
+
+@struct.dataclass
+class PooledSegment:
+    """The pages of a pool that belong to one layer, a run of them in every row.
+
+    Attention reads them tile by tile, as many tiles as the row with the most pages needs: the work follows the
+    layer's pages, not the pool.
+    """
+
+    pool: RaggedSegment  # P pages of all layers; owners are KV heads of their layers
+    first: jax.Array  # i32[B], the layer's first page
+    count: jax.Array  # i32[B], how many it has
+
+    @property
+    def key_rope(self) -> KeyRope:
+        """That of the pages."""
+        return self.pool.key_rope
+
+    @property
+    def owner(self) -> jax.Array:
+        """i32[B, P], KV head of every page."""
+        return self.pool.owner
+
+    @property
+    def pos(self) -> jax.Array:
+        """i32[B, P, page]; the pages of other layers are empty."""
+        index = jnp.arange(self.pool.pos.shape[1])
+        return jnp.where(self._mine(jnp.zeros_like(self.first), index), self.pool.pos, -1)
+
+    def attend(self, queries: Queries, **how) -> Partial:
+        """See `Segment.attend`."""
+        tile = min(_TILE, self.pool.pos.shape[1])
+        tiles = -(-jnp.max(self.count) // tile)
+        return fold(lambda i: self._pages(i * tile, tile).attend(queries, **how), tiles)
+
+    def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
+        """See `Segment.mass`; f32[B, P * G, page], 0 for the pages of other layers."""
+        return self._whole().mass(queries, lse, **how)
+
+    def dense(self) -> RaggedSegment:
+        """The same with dense pages; those of other layers are empty."""
+        return self._whole().dense()
+
+    def map_dense(self, body, tail) -> Segment:
+        """Refused: it is what a layer sees of a pool, which is rewritten where it lies."""
+        raise TypeError("PooledSegment is a view: rewrite the pool in Cache.shared.")
+
+    def fold_dense(self, attend) -> Partial:
+        """Refused: see `RaggedSegment.fold_dense`."""
+        return self.pool.fold_dense(attend)
+
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
+        """Refused: see `RaggedSegment.append`."""
+        return self.pool.append(k, v, pos, rope)
+
+    def reserve(self, tokens: int) -> Segment:
+        """Refused: see `RaggedSegment.reserve`."""
+        return self.pool.reserve(tokens)
+
+    def _mine(self, start: jax.Array, index: jax.Array) -> jax.Array:
+        """bool[B, n, 1]: which of the pages i32[n] or [B, n] are this layer's, from its page i32[B] `start` on."""
+        first, end = (x[:, None] for x in (self.first + start, self.first + self.count))
+        return ((index >= first) & (index < end))[..., None]
+
+    def _whole(self) -> RaggedSegment:
+        return self.pool.replace(pages=self.pool.pages.replace(pos=self.pos))
+
+    def _pages(self, start: jax.Array, size: int) -> RaggedSegment:
+        """`size` pages of every row that begin with its layer's page `start`; those of other layers are empty."""
+        B, P, _ = self.pool.pos.shape
+        at = jnp.minimum(self.first + start, P - size)  # a window at the pool's end begins earlier
+
+        def window(x):
+            if B == 1:
+                return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis=1)
+            return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size, axis=0))(x, at)
+
+        tile = jax.tree.map(window, self.pool)
+        mine = self._mine(jnp.broadcast_to(start, (B,)), at[:, None] + jnp.arange(size))
+        return tile.replace(pages=tile.pages.replace(pos=jnp.where(mine, tile.pages.pos, -1)))
+
+
+@struct.dataclass
+class PoolView:
+    """A layer's part of the pool that layers share. Its pages lie together, in every row at another place.
+
+    Bytes: `8 * B`, beside the pool.
+    """
+
+    first: jax.Array  # i32[B], the layer's first page
+    count: jax.Array  # i32[B], how many it has
+    name: str = struct.field(pytree_node=False, default="pool")  # in `Cache.shared`
+
+    def inlined(self, shared: dict[str, Segment]) -> PooledSegment:
+        """See `LayerView.inlined`."""
+        return PooledSegment(shared[self.name], self.first, self.count)
+
+    def map_dense(self, body, tail) -> PoolView:
+        """Itself: see `LayerView.map_dense`."""
+        return self
+
+
+def pool_layers(paged: RaggedSegment, layers: int) -> tuple[RaggedSegment, list[PoolView]]:
+    """Splits pages whose owners are the heads of all layers, those of a layer together.
+
+    Args:
+      paged: its owners are `layer * K + head`; as `RaggedSegment.of_flat` makes it.
+      layers: [L].
+
+    Returns:
+      The pool, whose owners are KV heads of their layers, and the view of every layer.
+    """
+    K = paged.kv_heads // layers
+    of_layer = jnp.where(jnp.any(paged.pos >= 0, axis=-1), paged.owner // K, layers)  # [B, P]
+    counts = jnp.sum(of_layer[..., None] == jnp.arange(layers), axis=1, dtype=jnp.int32)  # [B, L]
+    firsts = jnp.cumsum(counts, axis=-1) - counts
+    views = [PoolView(firsts[:, layer], counts[:, layer]) for layer in range(layers)]
+    return paged.replace(owner=paged.owner % K, kv_heads=K), views

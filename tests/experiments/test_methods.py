@@ -1,0 +1,41 @@
+"""What a method's config gets from the model that it runs on."""
+
+import pytest
+
+import kvjax
+from experiments.methods import load_method
+from tests.fake_calibrations import Words
+
+
+class Chat(Words):
+    """The same with turns, as a chat template marks them."""
+
+    chat_template = "of this class"
+
+    def chat(self, messages):
+        """One turn of the user, and the beginning of the reply."""
+        return f"user {messages[0]['content']} END\nassistant :"
+
+
+def _instruction(**how) -> kvjax.Instruction:
+    return load_method("kvzip", budget=0.5, **how).transform.needs.reread.instruction
+
+
+def test_kvzips_instruction_is_text_of_the_config_in_the_models_tokens():
+    encode = Words().encode
+    instruction = _instruction(tokenizer=Words(), bindings=["instruction_tokens.first = 'Say it again.'"])
+    assert instruction.first == tuple(encode("Say it again."))
+    assert instruction.later == tuple(
+        encode("\n\nRepeat the part of the previous context exactly, starting with")
+    )
+    assert instruction.answer == tuple(encode("\n"))
+
+
+def test_the_answer_begins_as_the_chat_template_says():
+    assert _instruction(tokenizer=Chat()).answer == tuple(Words().encode("END\nassistant :"))
+
+
+def test_an_instruction_needs_a_tokenizer_and_none_needs_nothing():
+    with pytest.raises(ValueError, match="method kvzip: instruction_tokens needs a model's tokenizer"):
+        _instruction()
+    assert _instruction(bindings=["kvzip.instruction = None"]) == kvjax.Instruction()
