@@ -40,10 +40,12 @@ _TRANSFORMS = (
     "evict",
     "evict_by_head",
     "identity",
+    "merge_layers",
     "prune_channels",
     "pyramid",
     "quantize",
     "ring",
+    "share_basis",
     "split_heads",
     "when_full",
 )

@@ -18,7 +18,9 @@ from kvjax.segments import (
     QuantizedSegment,
     Queries,
     RaggedSegment,
+    ScaledSegment,
     Segment,
+    SharedView,
 )
 from kvjax.transforms import (
     CacheTransform,
@@ -34,12 +36,14 @@ from kvjax.transforms import (
     evict,
     evict_by_head,
     identity,
+    merge_layers,
     project,
     project_jointly,
     prune_channels,
     pyramid,
     quantize,
     ring,
+    share_basis,
     split_heads,
     when_full,
 )

@@ -12,12 +12,14 @@ from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
+from kvjax.methods.minicache import minicache
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
 from kvjax.methods.tova import tova
+from kvjax.methods.xkv import xkv
 
 __all__ = [
     "adakv_expected",
@@ -33,10 +35,12 @@ __all__ = [
     "knorm",
     "lazyeviction",
     "matryoshka_pca",
+    "minicache",
     "pyramidkv",
     "random_eviction",
     "snapkv",
     "streamingllm",
     "think",
     "tova",
+    "xkv",
 ]

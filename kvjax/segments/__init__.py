@@ -7,6 +7,7 @@ from kvjax.segments.latent import LatentSegment
 from kvjax.segments.protocol import LayerView, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.ragged import RaggedSegment
+from kvjax.segments.shared import ScaledSegment, SharedView
 
 __all__ = [
     "BufferedSegment",
@@ -19,5 +20,7 @@ __all__ = [
     "RaggedSegment",
     "Ranks",
     "Rewrite",
+    "ScaledSegment",
     "Segment",
+    "SharedView",
 ]

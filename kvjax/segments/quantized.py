@@ -126,7 +126,7 @@ class QuantizedSegment:
         """Refused: its slots are compressed already."""
         raise ValueError("QuantizedSegment is compressed already; put this transform before the one that made it.")
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
 
         def tile(start, size):
@@ -135,10 +135,10 @@ class QuantizedSegment:
                 at, count = (start // per, size // per) if x.shape[axis] < self.pos.shape[2] else (start, size)
                 return jax.lax.dynamic_slice_in_dim(x, at, count, axis=axis)
 
-            return jax.tree.map(part, self, self.slot_axes()).dense()
+            return jax.tree.map(part, self, self.slot_axes()).dense(), *(part(x, 2) for x in beside)
 
         step = self.key_group * 32 // math.gcd(self.key_group, 32)  # whole groups and whole words
-        return fold_tiles(lambda *of: attend(tile(*of)), self.pos.shape[2], max(_TILE // step, 1) * step)
+        return fold_tiles(lambda *of: attend(*tile(*of)), self.pos.shape[2], max(_TILE // step, 1) * step)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:
         """Refused: a single token has no group to share its key scales with."""

@@ -36,5 +36,5 @@ def cast(dtype: str = "float8_e4m3fn") -> CacheTransform:
     return CacheTransform(
         init=lambda cache, observation: (cache.map_layers(compress).map_shared(compress), ()),
         name="cast",
-        takes=(*PLAIN, "ring", "paged", "projected", "pruned", "split"),
+        takes=(*PLAIN, "ring", "paged", "projected", "pruned", "split", "shared"),
     )

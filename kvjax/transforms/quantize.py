@@ -65,6 +65,6 @@ def quantize(
     return CacheTransform(
         init=lambda cache, observation: (cache.map_layers(of_layer).map_shared(of_shared), ()),
         name="quantize",
-        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split"),
+        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split", "shared"),
         leaves="packed",
     )

@@ -67,13 +67,19 @@ _ALL = 64  # more than any test brings
 _window = lambda: scores.window_attention(4, kernel=3)
 
 
-def _config(name: str, nbytes, *bindings: str, budget: int | float = 12, exact: bool = False, **promises) -> Case:
-    """The method of `configs/methods/NAME.gin`, with bindings that make it small; `exact`: given enough budget."""
+def _config(
+    name: str, nbytes, *bindings: str, budget: int | float = 12, exact: bool | tuple[str, ...] = False, **promises
+) -> Case:
+    """The method of `configs/methods/NAME.gin`, with bindings that make it small.
 
-    def build(budget=budget):
-        return load_method(name, budget=budget, bindings=bindings, calibrate=calibrate(tiny_model.CONFIG)).transform
+    `exact`: it is when given enough budget, or with these bindings.
+    """
 
-    lossless = (lambda: build(_ALL)) if exact else None
+    def build(budget=budget, more=()):
+        data = calibrate(tiny_model.CONFIG)
+        return load_method(name, budget=budget, bindings=(*bindings, *more), calibrate=data).transform
+
+    lossless = (lambda: build(_ALL, () if exact is True else exact)) if exact else None
     return Case(name, build, nbytes, lossless, **promises)
 
 
@@ -124,6 +130,28 @@ def cskv(rank: int, window: int):
         bases = FLOAT * sizes.layers * sizes.kv_heads * sizes.head_dim * 2 * rank
         body = sizes.layers * sizes.batch * blocks * window * token
         return body + bases + _dense(window, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def xkv(key_rank: int, value_rank: int):
+    """Coordinates that both layers share, and bases of each row; a dense segment for the room."""
+
+    def nbytes(sizes):
+        ranks, width = key_rank + value_rank, sizes.layers * sizes.kv_heads * sizes.head_dim
+        group = FLOAT * ranks * (sizes.prompt + width) + INDEX * sizes.prompt
+        return sizes.batch * group + _dense(sizes.room, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def minicache(retain: int):
+    """Directions that both layers share and two lengths of each; what is retained is dense, as is the room."""
+
+    def nbytes(sizes):
+        token = 2 * FLOAT * sizes.head_dim + INDEX + sizes.layers * 2 * FLOAT
+        merged = sizes.batch * sizes.kv_heads * (sizes.prompt - retain) * token
+        return merged + _dense(retain + sizes.room, sizes) + INDEX * sizes.batch
 
     return nbytes
 
@@ -186,6 +214,14 @@ CASES = [
         lambda s: (_dense(s.prompt + s.room, s) + _dense(6, s)) // 2 + INDEX * s.batch,
         "duoattention.sinks = 2",
         "duoattention.recent = 4",
+    ),
+    _config("xkv", xkv(8, 12), exact=("xkv.key_rank = 1.0", "xkv.value_rank = 64")),
+    _config(
+        "minicache",
+        minicache(2),  # int(0.1 * 24)
+        "minicache.start = 0",
+        "minicache.retain = 0.1",
+        exact=("minicache.retain = 1.0",),
     ),
     Case(
         "think_all_channels",
@@ -257,11 +293,13 @@ METHODS = {
     "knorm": "knorm",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
+    "minicache": "minicache",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
     "think": "think",
     "tova": "tova",
+    "xkv": "xkv",
 }
 """The case that stands for each public method."""

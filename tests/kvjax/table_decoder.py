@@ -57,7 +57,7 @@ def decoder(tables: Tables):
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
             own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
-            attended = layer.attend(queries, new=own)
+            attended = layer.attend(queries, shared=cache.shared, new=own)
             layers.append(layer.append(k, v, positions, rope, after=attended))
             seen.append(observe(queries, attended.lse, needs, jnp.int32(index)))
             outs.append(attended.out.reshape(*tokens.shape, -1))

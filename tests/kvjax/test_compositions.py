@@ -25,19 +25,24 @@ FLAGSHIPS = {
     "joint": lambda: methods.cskv(_data("cskv"), window=8),
     "prune": lambda: methods.think(window=4),
     "split": lambda: methods.duoattention(_data("duoattention"), sinks=2, recent=6),
+    "share_basis": lambda: methods.xkv(2, 16, 24),
+    "merge_layers": lambda: methods.minicache(0),
 }
+SHARING = {"share_basis", "merge_layers"}
 # What each may follow, the first of a chain aside.
 ALLOWED = {
     "evict": {"same_tokens", "cast"},
     "same_tokens": {"evict", "cast"},
     "ring": {"evict", "same_tokens", "cast"},
     "paged": {"evict", "same_tokens", "cast"},
-    "quantize": {"evict", "same_tokens", "paged", "project", "joint", "prune", "split", "cast"},
-    "cast": {"evict", "same_tokens", "ring", "paged", "project", "prune", "split"},
+    "quantize": {"evict", "same_tokens", "paged", "project", "joint", "prune", "split", "cast", *SHARING},
+    "cast": {"evict", "same_tokens", "ring", "paged", "project", "prune", "split", *SHARING},
     "project": {"evict", "same_tokens", "cast"},
     "joint": {"same_tokens", "cast"},
     "prune": {"evict", "same_tokens", "cast"},
     "split": {"evict", "same_tokens", "cast"},
+    "share_basis": {"cast"},
+    "merge_layers": {"cast"},
 }
 PAIRS = list(itertools.permutations(FLAGSHIPS, 2))
 
@@ -95,6 +100,8 @@ def test_the_reason_says_what_is_there():
     assert str(refused.value) == "evict cannot follow quantize: it cannot work on packed codes."
     with pytest.raises(ValueError, match="project_jointly cannot follow evict: .* each head with tokens of its own"):
         kvjax.chain(methods.snapkv(64), methods.cskv(_data("cskv")))
+    with pytest.raises(ValueError, match="share_basis cannot follow evict: .* each layer with tokens of its own"):
+        kvjax.chain(FLAGSHIPS["same_tokens"](), methods.xkv())
     three = kvjax.chain(methods.snapkv(64), kvjax.chain(methods.fp8(), methods.kivi(4)))
     with pytest.raises(ValueError, match="cannot follow"):
         kvjax.chain(three, methods.think())
