@@ -14,7 +14,7 @@ from kvjax.segments.dense import dense_tail, unrotated
 from kvjax.segments.latent import Matrix
 from kvjax.transforms.base import CacheTransform
 
-_ITERATIONS = 6  # of the subspace; its energy is then within a thousandth of the best on keys and values of a decoder
+_ITERATIONS = 6  # of the subspace: where singular values fall by 3% a step, the error is 1% above the least possible
 
 
 def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> CacheTransform:
