@@ -1,12 +1,17 @@
 """Methods that share slots between layers, against their papers' steps in NumPy, and what they cost in memory."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kvjax
 from kvjax import methods
-from tests.kvjax import papers
+from models.weights import abstract_params
+from tests.kvjax import papers, tiny_model
+from tests.quick_jit import quick_jit
 
 B, L, K, G, S, H = 2, 5, 2, 2, 20, 8
 LENGTHS = (20, 13)
@@ -153,3 +158,23 @@ def test_quantizing_what_is_shared_counts_once(prompt):
         assert kvjax.nbytes(packed.shared) < 0.5 * kvjax.nbytes(small.shared)
         views = lambda cache: [layer.segments[0] for layer in cache.layers if len(layer.segments) > 1]
         assert kvjax.nbytes(views(packed)) == kvjax.nbytes(views(small))  # bases and lengths stay
+
+
+@pytest.mark.parametrize("method", [methods.xkv(2), methods.minicache(0)])
+def test_a_prefill_holds_dense_keys_and_values_of_one_group_whatever_the_number_of_layers(method):
+    T = 1024
+    dense_layer = 2 * 4 * T * tiny_model.CONFIG.num_kv_heads * tiny_model.CONFIG.head_dim
+
+    def peak(layers):
+        config = dataclasses.replace(tiny_model.CONFIG, num_layers=layers)
+
+        def program(params, tokens, lengths, cache):
+            return kvjax.prefill(tiny_model.bind(params, config), method, tokens, lengths, cache, room=8)
+
+        cache = jax.eval_shape(lambda: tiny_model.empty(1, config))
+        params = abstract_params(config, jnp.float32)
+        int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        compiled = quick_jit(program).lower(params, int32(1, T), int32(1), cache).compile()
+        return compiled.memory_analysis().temp_size_in_bytes  # beside the compressed cache, which is the result
+
+    assert peak(8) - peak(4) < dense_layer
