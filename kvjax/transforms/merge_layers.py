@@ -10,6 +10,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import DenseSegment, ScaledSegment, SharedView
 from kvjax.segments.dense import dense_tail
+from kvjax.segments.slots import keep_highest
 from kvjax.transforms.base import CacheTransform
 
 _NEARLY_PARALLEL = 1e-3  # sine below which the arc is a chord
@@ -50,14 +51,16 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
         k, k_a, k_b, key_angle = _merged(a.k, b.k, interpolation)
         v, v_a, v_b, value_angle = _merged(a.v, b.v, interpolation)
         apart = jnp.maximum(_scaled_to_one(key_angle, there), _scaled_to_one(value_angle, there))
-        rank = jnp.argsort(jnp.argsort(jnp.where(there, -apart, jnp.inf), axis=-1), axis=-1)
-        exact = there & (rank < rows[:, None, None])
-        slots = min(budget_slots(retain, S), S) if retain else 0
+        retained = min(budget_slots(retain, S), S) if retain else 0
+        exact = keep_highest(apart, there, retained, rows)
+        batch, heads = jnp.arange(a.pos.shape[0])[:, None, None], jnp.arange(a.pos.shape[1])[:, None]
+        is_exact = jnp.zeros(there.shape, bool).at[batch, heads, exact[0]].set(exact[1], unique_indices=True)
         lengths = {"k_a": k_a, "k_b": k_b, "v_a": v_a, "v_b": v_b}  # gathered with the slots
-        merged = _compact(DenseSegment(k=k, v=v, pos=a.pos, stats=lengths), ~exact, S - slots)
+        merged = DenseSegment(k=k, v=v, pos=a.pos, stats=lengths).drop(is_exact).in_token_order()
+        merged = jax.tree.map(lambda x: x[:, :, : S - retained], merged)
         direction = merged.replace(stats={}).astype(a.k.dtype)
         scales = [(merged.stats["k_" + x], merged.stats["v_" + x]) for x in "ab"]
-        return direction, scales, [_compact(x, exact, slots) for x in (a, b)]
+        return direction, scales, [x.take(*exact) for x in (a, b)]
 
     def init(cache: Cache, observation: Observation):
         L = len(cache.layers)
@@ -106,9 +109,3 @@ def _scaled_to_one(x: jax.Array, there: jax.Array) -> jax.Array:
     low = jnp.min(jnp.where(there, x, jnp.inf), axis=-1, keepdims=True)
     high = jnp.max(jnp.where(there, x, -jnp.inf), axis=-1, keepdims=True)
     return jnp.where(high > low, (x - low) / jnp.where(high > low, high - low, 1.0), 0.0)
-
-
-def _compact(slots: DenseSegment, chosen: jax.Array, count: int) -> DenseSegment:
-    """The chosen slots in token order, in `count` slots."""
-    ordered = slots.drop(~chosen).in_token_order()
-    return jax.tree.map(lambda x: x[:, :, :count], ordered)
