@@ -20,7 +20,9 @@ from kvjax.segments import (
     QuantizedSegment,
     Queries,
     RaggedSegment,
+    ScaledSegment,
     Segment,
+    SharedView,
 )
 from kvjax.transforms import (
     CacheTransform,
@@ -44,6 +46,7 @@ from kvjax.transforms import (
     into_runs,
     merge,
     product_quantize,
+    merge_layers,
     project,
     project_jointly,
     protect,
@@ -52,6 +55,7 @@ from kvjax.transforms import (
     quantize,
     quantize_corrected,
     ring,
+    share_basis,
     split_heads,
     split_slots,
     when_full,

@@ -19,6 +19,7 @@ from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
+from kvjax.methods.minicache import minicache
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.rotatekv import rotatekv
@@ -26,6 +27,7 @@ from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
 from kvjax.methods.tova import tova
+from kvjax.methods.xkv import xkv
 
 __all__ = [
     "adakv_expected",
@@ -48,6 +50,7 @@ __all__ = [
     "matryoshka_pca",
     "mikv",
     "million",
+    "minicache",
     "pyramidkv",
     "random_eviction",
     "rotatekv",
@@ -55,4 +58,5 @@ __all__ = [
     "streamingllm",
     "think",
     "tova",
+    "xkv",
 ]

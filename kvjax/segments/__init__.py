@@ -10,6 +10,7 @@ from kvjax.segments.pooled import PooledSegment, PoolView
 from kvjax.segments.protocol import LayerView, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.ragged import RaggedSegment
+from kvjax.segments.shared import ScaledSegment, SharedView
 
 __all__ = [
     "BufferedSegment",
@@ -26,5 +27,7 @@ __all__ = [
     "RaggedSegment",
     "Ranks",
     "Rewrite",
+    "ScaledSegment",
     "Segment",
+    "SharedView",
 ]

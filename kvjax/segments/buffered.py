@@ -74,9 +74,13 @@ class BufferedSegment:
         """See `Segment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
         return self.replace(body=self.body.map_dense(body, body))
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-        return combine([part.fold_dense(attend) for part in self._parts()])
+        S = self.body.pos.shape[2]
+        if not S:
+            return self.tail.fold_dense(attend, *beside)
+        of_body, of_tail = [x[:, :, :S] for x in beside], [x[:, :, S:] for x in beside]
+        return combine([self.body.fold_dense(attend, *of_body), self.tail.fold_dense(attend, *of_tail)])
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BufferedSegment:
         """See `Segment.append`."""

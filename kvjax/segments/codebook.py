@@ -8,6 +8,7 @@ from flax import struct
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
+from kvjax.segments.slots import slice_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.codebook_decode_attention import codebook_decode_attention
 from pallas_kernels.partial import Partial, fold_tiles
@@ -15,6 +16,7 @@ from pallas_kernels.product_quantize import product_quantize, reconstruct
 from pallas_kernels.product_quantize.reference import Codes
 
 _TILE = 512  # slots that are looked up at a time
+_WHOLE = 8  # slots that fill words of every plane of codes
 
 
 @struct.dataclass
@@ -102,20 +104,15 @@ class CodebookSegment:
         """Refused: its slots are compressed already."""
         raise ValueError("CodebookSegment is compressed already; put this transform before the one that made it.")
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-        S = self.pos.shape[2]
+        S, axes = self.pos.shape[2], (self.slot_axes(), (2,) * len(beside))
 
-        def tile(start, size):
-            def part(x, axis):
-                if axis < 0:
-                    return x
-                per = S // x.shape[axis]  # slots of an entry
-                return jax.lax.dynamic_slice_in_dim(x, start // per, size // per, axis=axis)
+        def of_tile(start, size):
+            tile, rest = slice_slots((self, beside), axes, S, start, size, _WHOLE)
+            return attend(tile.dense(), *rest)
 
-            return jax.tree.map(part, self, self.slot_axes()).dense()
-
-        return fold_tiles(lambda *of: attend(tile(*of)), S, _TILE)
+        return fold_tiles(of_tile, S, _TILE)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CodebookSegment:
         """Refused: words hold several slots."""

@@ -171,11 +171,15 @@ class CorrectedSegment:
         """Refused: its slots are compressed already."""
         raise ValueError("CorrectedSegment is compressed already; put this transform before the one that made it.")
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-        S, axes = self.pos.shape[2], self.slot_axes()
-        tile = lambda start, size: slice_slots(self, axes, S, start, size, self.block).dense()
-        return fold_tiles(lambda *of: attend(tile(*of)), S, max(_TILE // self.block, 1) * self.block)
+        S, axes = self.pos.shape[2], (self.slot_axes(), (2,) * len(beside))
+
+        def of_tile(start, size):
+            tile, rest = slice_slots((self, beside), axes, S, start, size, self.block)
+            return attend(tile.dense(), *rest)
+
+        return fold_tiles(of_tile, S, max(_TILE // self.block, 1) * self.block)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CorrectedSegment:
         """Refused: a single token is no block."""

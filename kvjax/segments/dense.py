@@ -94,13 +94,13 @@ class DenseSegment:
         """See `Segment.map_dense`."""
         return tail(self)
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
 
         def tile(start, size):
-            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), self)
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), (self, *beside))
 
-        return fold_tiles(lambda *of: attend(tile(*of)), self.pos.shape[2], _TILE)
+        return fold_tiles(lambda *of: attend(*tile(*of)), self.pos.shape[2], _TILE)
 
     def slot_axes(self) -> DenseSegment:
         """For every leaf, the axis along which slots lie."""

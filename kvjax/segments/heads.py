@@ -69,7 +69,7 @@ class HeadsSegment:
         is_ring = lambda part: isinstance(part, DenseSegment) and part.ring_sinks is not None
         return self.replace(parts=tuple(p if is_ring(p) else p.map_dense(body, tail) for p in self.parts))
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """Refused: see `LatentSegment`, which goes inside."""
         raise TypeError("HeadsSegment holds coordinates of different heads; project its parts instead.")
 

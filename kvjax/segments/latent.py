@@ -187,7 +187,7 @@ class LatentSegment:
 
     def dense(self) -> DenseSegment:
         """Keys and values expanded again, float32."""
-        slots = self.latent.dense()
+        slots = self.latent.dense().astype(jnp.float32)
         return slots.replace(
             k=self._expanded(slots.k, self.key_basis),
             v=self._expanded(slots.v, self.value_basis),
@@ -240,6 +240,7 @@ class LatentSegment:
 
     def _attend_tile(self, queries: Queries, tile: DenseSegment, **how) -> Partial:
         pos = jnp.broadcast_to(tile.pos, (tile.pos.shape[0], self.kv_heads, tile.pos.shape[2]))
+        tile = tile.astype(queries.raw.dtype)  # 8-bit floats are for storage only
         k = rotate(self._expanded(tile.k, self.key_basis), pos, queries.rope)
         v = jnp.broadcast_to(tile.v, (*pos.shape, tile.v.shape[-1]))
         return decode_attention(queries.rotated, k, v, queries.pos, pos, bias=tile.bias, **how)

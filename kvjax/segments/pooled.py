@@ -60,9 +60,9 @@ class PooledSegment:
         """Refused: it is what a layer sees of a pool, which is rewritten where it lies."""
         raise TypeError("PooledSegment is a view: rewrite the pool in Cache.shared.")
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """Refused: see `RaggedSegment.fold_dense`."""
-        return self.pool.fold_dense(attend)
+        return self.pool.fold_dense(attend, *beside)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
         """Refused: see `RaggedSegment.append`."""

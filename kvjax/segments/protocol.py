@@ -98,8 +98,13 @@ class Segment(Protocol):
           tail: for slots that tokens are appended to one by one.
         """
 
-    def fold_dense(self, attend: Callable[[Segment], Partial]) -> Partial:
-        """Merges `attend` over dense tiles of its slots, expanded one at a time (for `LatentSegment`)."""
+    def fold_dense(self, attend: Callable[..., Partial], *beside: jax.Array) -> Partial:
+        """Merges `attend` over dense tiles of its slots, expanded one at a time (for segments around this one).
+
+        Args:
+          attend: `(tile, *parts) -> Partial`.
+          beside: [B, K, S] each, cut to the slots of a tile and passed on with it.
+        """
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
         """Writes T new tokens: k, v [B, K, T, H], k un-rotated; pos i32[B, T], padding (-1) last."""

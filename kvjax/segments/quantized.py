@@ -152,14 +152,18 @@ class QuantizedSegment:
         """Refused: its slots are compressed already."""
         raise ValueError("QuantizedSegment is compressed already; put this transform before the one that made it.")
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
 
         # Whole groups and whole words.
         step = math.lcm(self.key_group if self.key_axis == "channel" else 1, WORD_BITS // self.bits)
-        S = self.pos.shape[2]
-        tile = lambda start, size: slice_slots(self, self.slot_axes(), S, start, size, step).dense()
-        return fold_tiles(lambda *of: attend(tile(*of)), S, max(_TILE // step, 1) * step)
+        S, axes = self.pos.shape[2], (self.slot_axes(), (2,) * len(beside))
+
+        def of_tile(start, size):
+            tile, rest = slice_slots((self, beside), axes, S, start, size, step)
+            return attend(tile.dense(), *rest)
+
+        return fold_tiles(of_tile, S, max(_TILE // step, 1) * step)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:
         """Refused: a single token has no group to share its key scales with."""

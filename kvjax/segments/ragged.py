@@ -91,7 +91,7 @@ class RaggedSegment:
         """See `Segment.map_dense`."""
         return self.replace(pages=self.pages.map_dense(body, body))
 
-    def fold_dense(self, attend) -> Partial:
+    def fold_dense(self, attend, *beside) -> Partial:
         """Refused: bases belong to heads, not to pages."""
         raise TypeError("RaggedSegment cannot be expanded tile by tile; project before budgets go by head.")
 

@@ -10,11 +10,13 @@ from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_rules import into_nearest, into_runs
 from kvjax.transforms.product_quantize import product_quantize
+from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.project import project, project_jointly, prune_channels
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.ring import ring
+from kvjax.transforms.share_basis import share_basis
 from kvjax.transforms.split_heads import split_heads
 from kvjax.transforms.split_slots import split_slots
 from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, when_full
@@ -41,6 +43,7 @@ __all__ = [
     "into_runs",
     "merge",
     "product_quantize",
+    "merge_layers",
     "project",
     "project_jointly",
     "protect",
@@ -49,6 +52,7 @@ __all__ = [
     "quantize",
     "quantize_corrected",
     "ring",
+    "share_basis",
     "split_heads",
     "split_slots",
     "when_full",

@@ -13,7 +13,7 @@ from kvjax.observation import Needs, Observation
 State = Any
 
 SLOTS = {
-    "plain": "plain slots, the same tokens in every head",
+    "plain": "plain slots, each layer with tokens of its own",
     "by_head": "plain slots, each head with tokens of its own",
     "ring": "a ring that overwrites its oldest",
     "packed": "packed codes",
@@ -55,8 +55,8 @@ class CacheTransform(NamedTuple):
         token and the driver reserves room for all of them.
       budget: tokens per KV head it keeps, as a count or as a fraction of the prompt; None: no token budget.
       name: what `chain` calls it when it refuses an order.
-      takes: keys of `SLOTS`, what it can work on.
-      leaves: what it makes of them; None: what they were.
+      takes: keys of `SLOTS`, what it can work on beside the whole prompt.
+      leaves: what it makes of them; None: what they were. "plain" makes nothing plain that was not.
     """
 
     init: Callable[[Cache, Observation], tuple[Cache, State]]
@@ -102,7 +102,8 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
                         f"{t.name} cannot follow {earlier.name}, which still acts after the prompt: it cannot work on "
                         f"{SLOTS[t.leaves]}. Wrap it in at_prefill_end."
                     )
-            slots, made_by = t.leaves, t.name
+            if slots is None or t.leaves != "plain":  # heads that differ go on to differ
+                slots, made_by = t.leaves, t.name
         if t.update is not keep or t.observe is not keep:
             later_acting.append(t)
 

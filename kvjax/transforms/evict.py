@@ -112,7 +112,7 @@ def evict(
         budget=budget,
         name="evict",
         takes=PLAIN,
-        leaves=None if scorer.aligned else "by_head",
+        leaves="plain" if scorer.aligned else "by_head",
     )
 
 

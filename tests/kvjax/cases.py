@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import kvjax
 from experiments.methods import load_method
 from kvjax import every, every_chunk, every_step, evict, scores, when_full
@@ -108,14 +110,26 @@ _ALL = 64  # more than any test brings
 _window = lambda: scores.window_attention(4, kernel=3)
 
 
-def _config(name: str, nbytes, *bindings: str, budget: int | float = 12, exact: bool = False, **promises) -> Case:
-    """The method of `configs/methods/NAME.gin`, with bindings that make it small; `exact`: given enough budget."""
+def _config(
+    name: str,
+    nbytes,
+    *bindings: str,
+    budget: int | float = 12,
+    exact: bool | tuple[str, ...] | Callable[[], kvjax.CacheTransform] = False,
+    **promises,
+) -> Case:
+    """The method of `configs/methods/NAME.gin`, with bindings that make it small.
 
-    def build(budget=budget):
+    `exact`: it is when given enough budget, or with these bindings, or what this builds is.
+    """
+
+    def build(budget=budget, more=()):
         model = dict(calibrate=calibrate(tiny_model.CONFIG), tokenizer=Words())
-        return load_method(name, budget=budget, bindings=bindings, **model).transform
+        return load_method(name, budget=budget, bindings=(*bindings, *more), **model).transform
 
-    lossless = (lambda: build(_ALL)) if exact else None
+    lossless = exact or None
+    if exact is True or isinstance(exact, tuple):
+        lossless = lambda: build(_ALL, () if exact is True else exact)
     return Case(name, build, nbytes, lossless, **promises)
 
 
@@ -189,6 +203,17 @@ def rotatekv(bits: int, residual: int, sinks: int):
     return nbytes
 
 
+def xkv(key_rank: int, value_rank: int):
+    """Coordinates that both layers share, and bases of each row; a dense segment for the room."""
+
+    def nbytes(sizes):
+        ranks, width = key_rank + value_rank, sizes.layers * sizes.kv_heads * sizes.head_dim
+        group = FLOAT * ranks * (sizes.prompt + width) + INDEX * sizes.prompt
+        return sizes.batch * group + _dense(sizes.room, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
 def million(residual: int):
     """A byte for every two channels, in blocks; bfloat16 codebooks that rows and heads share; an exact tail."""
 
@@ -198,6 +223,17 @@ def million(residual: int):
         codes = sizes.layers * sizes.batch * sizes.kv_heads * blocks * residual * (2 * H // 2 + INDEX)
         codebooks = sizes.layers * 2 * 256 * H * 2
         return codes + codebooks + _dense(residual, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def minicache(retain: int):
+    """Directions that both layers share and two lengths of each; what is retained is dense, as is the room."""
+
+    def nbytes(sizes):
+        token = 2 * FLOAT * sizes.head_dim + INDEX + sizes.layers * 2 * FLOAT
+        merged = sizes.batch * sizes.kv_heads * (sizes.prompt - retain) * token
+        return merged + _dense(retain + sizes.room, sizes) + INDEX * sizes.batch
 
     return nbytes
 
@@ -234,6 +270,7 @@ CASES = [
         "gear.group = 8",
         "gear.block = 16",
         "gear.outliers = 0.1",
+        exact=_full_rank_gear,
     ),
     _config(
         "mikv",
@@ -283,9 +320,9 @@ CASES = [
         shared_by="cache",
     ),
     _config("lazyeviction", bounded(12, 4, stats=2), "lazyeviction.window = 4", exact=True, slack=3),
-    _config("think", think(0.4, 4), "think.window = 4"),
-    _config("matryoshka_pca", matryoshka(8)),
-    _config("cskv", cskv(16, 4), "cskv.window = 4"),
+    _config("think", think(0.4, 4), "think.window = 4", exact=("think.prune = 0.0",)),
+    _config("matryoshka_pca", matryoshka(8), exact=("matryoshka_pca.key_rank = 16", "matryoshka_pca.value_rank = 16")),
+    _config("cskv", cskv(16, 4), "cskv.window = 4", exact=("cskv.key_density = 1.0", "cskv.value_density = 1.0")),
     _config(
         "duoattention",
         # half of the four heads keep the prompt and the room, half are rings of six
@@ -293,43 +330,20 @@ CASES = [
         "duoattention.sinks = 2",
         "duoattention.recent = 4",
     ),
-    _config("million", million(8), "million.residual = 8"),
-    _config("rotatekv", rotatekv(2, 16, 3), "rotatekv.sinks = 3"),
-    Case(
-        "million_exact_tail",
-        lambda: kvjax.methods.million(_calibrated("million"), residual=_ALL),
-        million(_ALL),
-        lambda: kvjax.methods.million(_calibrated("million"), residual=_ALL),
+    _config("million", million(8), "million.residual = 8", exact=(f"million.residual = {_ALL}",)),
+    _config(
+        "rotatekv",
+        rotatekv(2, 16, 3),
+        "rotatekv.sinks = 3",
+        exact=("rotatekv.sinks = 5", f"rotatekv.residual = {_ALL}"),
     ),
-    Case(
-        "rotatekv_exact_tail",
-        lambda: kvjax.methods.rotatekv(_calibrated("rotatekv"), sinks=5, residual=_ALL),
-        rotatekv(2, _ALL, 5),
-        lambda: kvjax.methods.rotatekv(_calibrated("rotatekv"), sinks=5, residual=_ALL),
-    ),
-    Case(
-        "think_all_channels",
-        lambda: kvjax.methods.think(0.0, window=4),
-        think(0.0, 4),
-        lambda: kvjax.methods.think(0.0, window=4),
-    ),
-    Case(
-        "matryoshka_full_rank",
-        lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
-        matryoshka(16),
-        lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
-    ),
-    Case(
-        "cskv_full_rank",
-        lambda: kvjax.methods.cskv(_calibrated("cskv"), 1.0, 1.0, window=4),
-        cskv(32, 4),
-        lambda: kvjax.methods.cskv(_calibrated("cskv"), 1.0, 1.0, window=4),
-    ),
-    Case(
-        "gear_full_rank",
-        _full_rank_gear,
-        gear(2, 16, 16, 16, 0, scale=4),
-        _full_rank_gear,
+    _config("xkv", xkv(8, 12), exact=("xkv.key_rank = 1.0", "xkv.value_rank = 64")),
+    _config(
+        "minicache",
+        minicache(2),  # int(0.1 * 24)
+        "minicache.start = 0",
+        "minicache.retain = 0.1",
+        exact=("minicache.retain = 1.0",),
     ),
     Case(
         "adakv_int4",
@@ -399,6 +413,7 @@ METHODS = {
     "matryoshka_pca": "matryoshka_pca",
     "mikv": "mikv",
     "million": "million",
+    "minicache": "minicache",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
     "rotatekv": "rotatekv",
@@ -406,5 +421,6 @@ METHODS = {
     "streamingllm": "streamingllm",
     "think": "think",
     "tova": "tova",
+    "xkv": "xkv",
 }
 """The case that stands for each public method."""

@@ -425,3 +425,34 @@ def kvzip_kept(scores: np.ndarray, budget: int, sinks: int) -> list[list[np.ndar
     flat = np.zeros(scores.size, bool)
     flat[_top(scores.ravel(), budget * scores.shape[0] * scores.shape[1])] = True
     return [[np.flatnonzero(head) for head in layer] for layer in flat.reshape(scores.shape)]
+
+
+def xkv(layers: list[np.ndarray], rank: int) -> list[np.ndarray]:
+    """xKV, `fake_svd`: concatenate the heads of all layers, [K, n, H] each, cut the SVD, split again."""
+    K, n, H = layers[0].shape
+    joint = np.concatenate([x.swapaxes(0, 1).reshape(n, K * H) for x in layers], axis=1)
+    u, s, vt = np.linalg.svd(joint, full_matrices=False)
+    cut = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return [part.reshape(n, K, H).swapaxes(0, 1) for part in np.split(cut, len(layers), axis=1)]
+
+
+def minicache(keys, values, retain: int, t: float):
+    """MiniCache, section 4: spherical interpolation of one head's two layers, [n, H] each, token by token.
+
+    Returns the retained tokens, and keys and values as the two layers read them. The paper retains the tokens
+    whose angle is above `max - gamma (max - min)`; gamma is lowered here until `retain` of them are.
+    """
+    n = len(keys[0])
+    merged, closeness = [], np.zeros(n)
+    for one, other in (keys, values):
+        angles, directions = np.zeros(n), []
+        for i, (x, y) in enumerate(zip(one, other)):
+            x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
+            angles[i] = np.arccos(np.clip(x @ y, -1, 1))
+            directions.append((np.sin((1 - t) * angles[i]) * x + np.sin(t * angles[i]) * y) / np.sin(angles[i]))
+        merged.append([np.linalg.norm(x, axis=-1, keepdims=True) * np.stack(directions) for x in (one, other)])
+        closeness = np.maximum(closeness, (angles - angles.min()) / (angles.max() - angles.min()))
+    exact = sorted(_top(closeness, retain).tolist())
+    for (one, other), new in zip((keys, values), merged):
+        new[0][exact], new[1][exact] = one[exact], other[exact]
+    return exact, *merged

@@ -34,6 +34,8 @@ FLAGSHIPS = {
     "joint": lambda: methods.cskv(_data("cskv"), window=8),
     "prune": lambda: methods.think(window=4),
     "split": lambda: methods.duoattention(_data("duoattention"), sinks=2, recent=6),
+    "share_basis": lambda: methods.xkv(2, 16, 24),
+    "merge_layers": lambda: methods.minicache(0),
 }
 PACKED = {"quantize", "correct", "codebook", "rotate"}
 # What each may follow, the first of a chain aside.
@@ -55,8 +57,28 @@ ALLOWED = {
     "joint": {"same_tokens", "cast"},
     "prune": {"evict", "same_tokens", "merge", "cast"},
     "split": {"evict", "same_tokens", "merge", "cast"},
+    "share_basis": {"cast"},
+    "merge_layers": {"cast"},
 }
 PAIRS = list(itertools.permutations(FLAGSHIPS, 2))
+# One flagship of every family runs after every other; of the rest, each runs once.
+FAMILIES = {"evict", "paged", "quantize", "merge", "project", "split", "share_basis"}
+ONCE = {
+    ("tiers", "quantize"),
+    ("balance", "quantize"),
+    ("joint", "quantize"),
+    ("prune", "quantize"),
+    ("pooled", "quantize"),
+    ("merge_layers", "quantize"),
+    ("evict", "correct"),
+    ("evict", "codebook"),
+    ("same_tokens", "rotate"),
+    ("same_tokens", "joint"),
+    ("evict", "same_tokens"),
+    ("evict", "ring"),
+    ("project", "cast"),
+    ("cast", "evict"),
+}
 
 
 def _run(transform):
@@ -92,6 +114,13 @@ def alone():
 
 
 @pytest.mark.parametrize("first, second", [(a, b) for a, b in PAIRS if a in ALLOWED[b]])
+def test_sensible_orders_compose(first, second):
+    assert kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]()).name
+
+
+@pytest.mark.parametrize(
+    "first, second", [p for p in PAIRS if p[0] in ALLOWED[p[1]] and (FAMILIES.issuperset(p) or p in ONCE)]
+)
 def test_sensible_orders_run(first, second, alone):
     run = _run(kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]()))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((run.logits, run.cache)))
@@ -112,6 +141,8 @@ def test_the_reason_says_what_is_there():
     assert str(refused.value) == "evict cannot follow quantize: it cannot work on packed codes."
     with pytest.raises(ValueError, match="project_jointly cannot follow evict: .* each head with tokens of its own"):
         kvjax.chain(methods.snapkv(64), methods.cskv(_data("cskv")))
+    with pytest.raises(ValueError, match="share_basis cannot follow evict: .* each layer with tokens of its own"):
+        kvjax.chain(FLAGSHIPS["same_tokens"](), methods.xkv())
     three = kvjax.chain(methods.snapkv(64), kvjax.chain(methods.fp8(), methods.kivi(4)))
     with pytest.raises(ValueError, match="cannot follow"):
         kvjax.chain(three, methods.think())

@@ -143,6 +143,12 @@ BUILD = {
     "words of codes": (lambda: _million(16, 12), "residual must be a positive multiple of 8 .*, got 12"),
     "every no tokens": (lambda: every(0, methods.knorm(8)), "n must be at least 1 token, got 0"),
     "no slack": (lambda: when_full(0, methods.knorm(8)), "slack must be at least 1 slot, got 0"),
+    "a group of no layers": (lambda: methods.xkv(0), "layers must be at least 1, got 0"),
+    "rank of nothing": (lambda: methods.xkv(4, 0), "key_rank must be a count of at least 1 or a fraction .* got 0"),
+    "rank above the whole": (lambda: methods.xkv(4, 1, 1.5), r"value_rank .* a fraction in \(0, 1\], got 1.5"),
+    "start beyond the model": (lambda: methods.minicache(1.0), r"start must be .* a fraction in \[0, 1\), got 1.0"),
+    "retaining more than all": (lambda: methods.minicache(retain=1.2), "retain must be .* got 1.2"),
+    "direction off the arc": (lambda: methods.minicache(interpolation=2), r"interpolation must be in \[0, 1\], got 2"),
     "full without a budget": (lambda: when_full(4, methods.full()), "when_full needs a transform with a token budget"),
 }
 
@@ -216,6 +222,11 @@ PREFILL = {
         lambda: _prefill(every_chunk(_reread(64)), chunk=4),
         "chunk must be None for evict, which reads the whole prompt again",
     ),
+    "rank above the group's width": (
+        lambda: _prefill(methods.xkv(2, 40)),
+        "key_rank must be at most the 32 channels of a group, got 40",
+    ),
+    "no layers to merge": (lambda: _prefill(methods.minicache()), "start must leave two layers .* got 0.5 of 2 layers"),
     "chunks of nothing": (lambda: _prefill(methods.full(), chunk=0), "chunk must be at least 1 token or None, got 0"),
     "negative room": (lambda: _prefill(methods.full(), room=-1), "room must be at least 0 tokens, got -1"),
 }
@@ -295,6 +306,11 @@ SEGMENT = {
         lambda: _encode(_segment()).reserve(4),
         TypeError,
         "QuantizedSegment takes whole blocks; reserve through a BufferedSegment",
+    ),
+    "appending to shared directions": (
+        lambda: kvjax.ScaledSegment(_segment(), None, None).append(_KV, _KV, jnp.zeros((2, 1)), _QUERIES.rope),
+        TypeError,
+        "ScaledSegment is written once; new tokens go to the dense segment behind it",
     ),
     "one vector for heads that merged differently": (
         lambda: kvjax.LatentSegment.of(_segment().replace(bias=jnp.zeros((2, 2, 8))), None, None, joint=True),
