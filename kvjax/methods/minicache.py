@@ -21,6 +21,9 @@ def minicache(
     0.05 of the largest distance, however many they are. The ranking is the paper's, keys or values, whichever
     differ more; a token is retained whole, in one row and head. Tokens that follow the prompt are not merged.
 
+    It rests on neighbouring layers having similar directions. In SmolLM2-135M they have none: mean cosines of a pair
+    are within 0.21 of zero for keys and 0.02 for values over 256 tokens of prose, and little survives the merge.
+
     Args:
       start: first layer that is merged: its index, or a fraction of the number of layers.
       retain: tokens per KV head that both layers keep exactly: a count, or a fraction of each row's prompt.

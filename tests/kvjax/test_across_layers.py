@@ -43,13 +43,19 @@ def _compressed(transform, cache):
     queries = kvjax.Queries(jnp.zeros((B, 1, K * G, H)), jnp.zeros((B, 1), jnp.int32), ROPE)
     seen = tuple(kvjax.LayerObservation(queries, None, jnp.int32(i)) for i in range(L))
     lengths = jnp.array(LENGTHS)
-    return transform.init(cache, kvjax.Observation(seen, new=lengths, prompt=lengths, prompt_slots=S))[0]
+    seen = kvjax.Observation(seen, new=lengths, prompt=lengths, prompt_slots=S)
+    return quick_jit(lambda cache, seen: transform.init(cache, seen)[0])(cache, seen)
 
 
 def _queries():
     raw = np.random.default_rng(1).normal(size=(B, 2, K * G, H))
     pos = np.array(LENGTHS)[:, None] + np.arange(2)
     return kvjax.Queries(jnp.float32(raw), jnp.int32(pos), ROPE)
+
+
+@quick_jit
+def _read(cache, queries):
+    return [layer.attend(queries, shared=cache.shared).out for layer in cache.layers]
 
 
 def _attention(q, k, v):
@@ -65,8 +71,7 @@ def _attention(q, k, v):
 def _check_reads(cache, keys, values, tolerance=CLOSE):
     """Every layer of the cache attends as over these rotated keys and values, [layer][row][K, n, H]."""
     queries = _queries()
-    for i, layer in enumerate(cache.layers):
-        out = layer.attend(queries, shared=cache.shared).out
+    for i, out in enumerate(_read(cache, queries)):
         for row in range(B):
             for t in range(2):
                 want = _attention(np.asarray(queries.rotated[row, t], np.float64), keys[i][row], values[i][row])
@@ -131,8 +136,7 @@ def test_directions_without_an_arc_are_merged_to_something_finite(prompt, other)
     twin = twin.replace(k=factor * twin.k, v=factor * twin.v)
     cache = cache.replace(layers=(cache.layers[0], cache.layers[0].with_tail(twin), *cache.layers[2:]))
     small = _compressed(methods.minicache(0, 0), cache)
-    for i, layer in enumerate(small.layers[:2]):
-        got, want = (x.attend(_queries(), shared=small.shared).out for x in (layer, cache.layers[i]))
+    for got, want, _ in zip(_read(small, _queries()), _read(cache, _queries()), range(2)):
         assert jnp.isfinite(got).all()
         if other == "equal":
             np.testing.assert_allclose(got, want, **CLOSE)
@@ -147,8 +151,9 @@ def test_mass_is_that_of_the_expanded_slots(prompt, packed):
             small = _compressed(kvjax.quantize(8, key_group=4, value_group=4, residual=4), small)
         segment = small.inlined().layers[1].segments[0]
         lse = segment.attend(queries).lse
-        np.testing.assert_allclose(lse, segment.dense().attend(queries).lse, **CLOSE)
-        np.testing.assert_allclose(segment.mass(queries, lse), segment.dense().mass(queries, lse), **CLOSE)
+        dense = segment.dense()
+        np.testing.assert_allclose(lse, dense.attend(queries).lse, **CLOSE)
+        np.testing.assert_allclose(segment.mass(queries, lse), dense.mass(queries, lse), **CLOSE)
 
 
 def test_quantizing_what_is_shared_counts_once(prompt):
