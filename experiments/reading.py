@@ -20,7 +20,7 @@ def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
     needs = kvjax.Needs()
     for method in methods:
         if method.prefill_chunk is None:
-            needs = needs.union(method.transform.needs._replace(reread=None))  # each by itself
+            needs = needs.union(method.transform.needs._replace(reread=None))  # each does so by itself
     return needs
 
 
@@ -45,8 +45,15 @@ def compress(
         prompt=lengths,
         prompt_slots=len(ids),
     )
-    step, tokens = bind(model.params, model.config), jnp.asarray([ids])
-    return kvjax.start(method.transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
+    return kvjax.start(
+        method.transform,
+        out,
+        seen,
+        room=room,
+        call_tokens=call_tokens,
+        step=bind(model.params, model.config),
+        tokens=jnp.asarray([ids]),
+    )
 
 
 def _narrow(layer: kvjax.LayerObservation, needs: kvjax.Needs) -> kvjax.LayerObservation:

@@ -106,13 +106,14 @@ def reconstruction(how: Reread = Reread()) -> Scorer:
     return Scorer(score=score, needs=Needs(reread=how))
 
 
-def dispersion(entropy: float = 1.0, variance: float = 1.0) -> LayerWeights:
+def dispersion(window: int, entropy: float = 1.0, variance: float = 1.0) -> LayerWeights:
     """How much of the context a layer uses, and how much that changes from token to token.
 
     With p of the last W queries over the slots older than the window:
     `w = (-sum_{n, q, j} p log p) ** entropy * (sum_{n, j} var_q p) ** variance`, the variance unbiased.
 
     Args:
+      window: [W] queries; a scorer beside it must ask for as many.
       entropy: exponent, `1 / tau_1` of the paper.
       variance: exponent, `1 / tau_2`.
 
@@ -122,9 +123,9 @@ def dispersion(entropy: float = 1.0, variance: float = 1.0) -> LayerWeights:
         raise ValueError(f"entropy and variance must be at least 0, got {entropy} and {variance}.")
 
     def weight(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-        window = seen.queries.pos.shape[1]
-        newest = jnp.max(segment.pos, axis=-1, keepdims=True)
-        older = (segment.pos >= 0) & (segment.pos <= newest - window)
+        seen = newest(seen, window)
+        last = jnp.max(segment.pos, axis=-1, keepdims=True)
+        older = (segment.pos >= 0) & (segment.pos <= last - window)
         counted = jnp.repeat(older, seen.queries.raw.shape[2] // older.shape[1], axis=1)  # [B, N, S]
         total = lambda x: jnp.sum(jnp.where(counted, x, 0.0), axis=(1, 2))
         spatial, temporal = total(_mass(segment, seen, "entropy")), total(_variance(segment, seen))

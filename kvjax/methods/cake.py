@@ -50,7 +50,7 @@ def cake(
         evict_across_layers(
             window_attention(window, kernel, spread=gamma),
             budget,
-            layers=dispersion(1 / tau_entropy, 1 / tau_variance),
+            layers=dispersion(window, 1 / tau_entropy, 1 / tau_variance),
             recent=window,
             page=page,
         )

@@ -40,21 +40,29 @@ class PooledSegment:
     def pos(self) -> jax.Array:
         """i32[B, P, page]; the pages of other layers are empty."""
         index = jnp.arange(self.pool.pos.shape[1])
-        return jnp.where(self._mine(jnp.zeros_like(self.first), index), self.pool.pos, -1)
+        return jnp.where(self._mine(jnp.zeros_like(self.first), index)[..., None], self.pool.pos, -1)
 
     def attend(self, queries: Queries, **how) -> Partial:
         """See `Segment.attend`."""
         tile = min(_TILE, self.pool.pos.shape[1])
         tiles = -(-jnp.max(self.count) // tile)
-        return fold(lambda i: self._pages(i * tile, tile).attend(queries, **how), tiles)
+
+        def read(i):
+            pages, mine = self._pages(i * tile, tile)
+            return pages.attend(queries, only=mine, **how)
+
+        return fold(read, tiles)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`; f32[B, P * G, page], 0 for the pages of other layers."""
-        return self._whole().mass(queries, lse, **how)
+        mass = self.pool.mass(queries, lse, **how)
+        mine = jnp.any(self.pos >= 0, axis=-1)  # [B, P]
+        return jnp.where(jnp.repeat(mine, mass.shape[1] // mine.shape[1], axis=1)[..., None], mass, 0.0)
 
     def dense(self) -> RaggedSegment:
         """The same with dense pages; those of other layers are empty."""
-        return self._whole().dense()
+        pool = self.pool.dense()
+        return pool.replace(pages=pool.pages.replace(pos=self.pos))
 
     def map_dense(self, body, tail) -> Segment:
         """Refused: it is what a layer sees of a pool, which is rewritten where it lies."""
@@ -73,15 +81,12 @@ class PooledSegment:
         return self.pool.reserve(tokens)
 
     def _mine(self, start: jax.Array, index: jax.Array) -> jax.Array:
-        """bool[B, n, 1]: which of the pages i32[n] or [B, n] are this layer's, from its page i32[B] `start` on."""
+        """bool[B, n]: which of the pages i32[n] or [B, n] are this layer's, from its page i32[B] `start` on."""
         first, end = (x[:, None] for x in (self.first + start, self.first + self.count))
-        return ((index >= first) & (index < end))[..., None]
+        return (index >= first) & (index < end)
 
-    def _whole(self) -> RaggedSegment:
-        return self.pool.replace(pages=self.pool.pages.replace(pos=self.pos))
-
-    def _pages(self, start: jax.Array, size: int) -> RaggedSegment:
-        """`size` pages of every row that begin with its layer's page `start`; those of other layers are empty."""
+    def _pages(self, start: jax.Array, size: int) -> tuple[RaggedSegment, jax.Array]:
+        """`size` pages of every row from its layer's page `start` on, and bool[B, size], which are the layer's."""
         B, P, _ = self.pool.pos.shape
         at = jnp.minimum(self.first + start, P - size)  # a window at the pool's end begins earlier
 
@@ -90,9 +95,8 @@ class PooledSegment:
                 return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis=1)
             return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size, axis=0))(x, at)
 
-        tile = jax.tree.map(window, self.pool)
         mine = self._mine(jnp.broadcast_to(start, (B,)), at[:, None] + jnp.arange(size))
-        return tile.replace(pages=tile.pages.replace(pos=jnp.where(mine, tile.pages.pos, -1)))
+        return jax.tree.map(window, self.pool), mine
 
 
 @struct.dataclass

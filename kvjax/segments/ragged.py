@@ -74,9 +74,12 @@ class RaggedSegment:
         """i32[B, P, page]."""
         return self.pages.pos
 
-    def attend(self, queries: Queries, **how) -> Partial:
-        """See `Segment.attend`."""
+    def attend(self, queries: Queries, *, only: jax.Array | None = None, **how) -> Partial:
+        """See `Segment.attend`; of the pages where bool[B, P] `only` is true, or of all."""
         partial = self.pages.attend(self._of_pages(queries), **how)
+        if only is not None:
+            group = partial.lse.shape[2] // only.shape[1]
+            partial = partial._replace(lse=jnp.where(jnp.repeat(only, group, axis=1)[:, None], partial.lse, -jnp.inf))
         return combine_by_owner(partial, self.owner, self.kv_heads)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
