@@ -95,6 +95,7 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
     "duoattention": head_types,
     "matryoshka_pca": principal_components,
+    "razorattention": head_types,
 }
 
 

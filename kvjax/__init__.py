@@ -12,6 +12,7 @@ from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
 from kvjax.segments import (
     BufferedSegment,
+    CompensatedSegment,
     DenseSegment,
     HeadsSegment,
     LatentSegment,

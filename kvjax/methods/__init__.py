@@ -14,6 +14,7 @@ from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
+from kvjax.methods.razorattention import razorattention
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
@@ -35,6 +36,7 @@ __all__ = [
     "matryoshka_pca",
     "pyramidkv",
     "random_eviction",
+    "razorattention",
     "snapkv",
     "streamingllm",
     "think",

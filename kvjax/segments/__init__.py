@@ -1,6 +1,7 @@
 """Segments: sets of slots in one representation. Each knows how to attend."""
 
 from kvjax.segments.buffered import BufferedSegment
+from kvjax.segments.compensated import CompensatedSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
@@ -10,6 +11,7 @@ from kvjax.segments.ragged import RaggedSegment
 
 __all__ = [
     "BufferedSegment",
+    "CompensatedSegment",
     "DenseSegment",
     "HeadsSegment",
     "LatentSegment",

@@ -187,6 +187,16 @@ CASES = [
         "duoattention.sinks = 2",
         "duoattention.recent = 4",
     ),
+    _config(
+        "razorattention",
+        # half of the four heads keep the prompt and the room; half are rings of eight and a float32 mean with its bias
+        lambda s: (_dense(s.prompt + s.room, s) + _dense(8, s) + _dense(1, s, stats=1)) // 2 + INDEX * s.batch,
+        "razorattention.induction = 0.5",
+        "razorattention.echo = 0",
+        "razorattention.sinks = 2",
+        "razorattention.recent = 4",
+        "razorattention.fraction = 0.25",
+    ),
     Case(
         "think_all_channels",
         lambda: kvjax.methods.think(0.0, window=4),
@@ -259,6 +269,7 @@ METHODS = {
     "matryoshka_pca": "matryoshka_pca",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
+    "razorattention": "razorattention",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
     "think": "think",

@@ -48,6 +48,14 @@ BUILD = {
         lambda: methods.kivi(2, group=8, residual=8),
         "residual must be a multiple of 16 for 2-bit words, got 8",
     ),
+    "more than all heads": (
+        lambda: methods.razorattention({"induction": jnp.zeros((2, 2)), "echo": jnp.zeros((2, 2))}, induction=1.5),
+        r"induction must be a fraction of the heads in \[0, 1\], got 1.5",
+    ),
+    "window of the whole prompt": (
+        lambda: kvjax.split_heads([(0,)], fraction=1.0),
+        r"fraction must be in \[0, 1\), got 1.0",
+    ),
     "every no tokens": (lambda: every(0, methods.knorm(8)), "n must be at least 1 token, got 0"),
     "no slack": (lambda: when_full(0, methods.knorm(8)), "slack must be at least 1 slot, got 0"),
     "full without a budget": (lambda: when_full(4, methods.full()), "when_full needs a transform with a token budget"),
