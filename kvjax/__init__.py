@@ -36,6 +36,7 @@ from kvjax.transforms import (
     evict_by_head,
     identity,
     project,
+    project_by_head,
     project_jointly,
     prune_channels,
     pyramid,

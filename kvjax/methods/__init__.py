@@ -11,6 +11,7 @@ from kvjax.methods.keydiff import keydiff
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.lazyeviction import lazyeviction
+from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
@@ -33,6 +34,7 @@ __all__ = [
     "kivi",
     "knorm",
     "lazyeviction",
+    "kqsvd",
     "matryoshka_pca",
     "pyramidkv",
     "random_eviction",

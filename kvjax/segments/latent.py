@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from kvjax.rope import Rope, rotate
@@ -24,15 +26,22 @@ class Basis(Protocol):
         """[B, K, n, H] -> [B, K, n, R], without the mean."""
 
     def expand(self, c: jax.Array) -> jax.Array:
-        """[B, K or 1, n, R] -> [B, K, n, H], without the mean: the transpose of `coordinates`."""
+        """[B, K or 1, n, R] -> [B, K, n, H], without the mean."""
+
+    def against(self, q: jax.Array) -> jax.Array:
+        """[B, K, n, H] -> [B, K, n, R], the transpose of `expand`: `<q, expand(c)> = <against(q), c>`."""
 
 
 @struct.dataclass
 class Matrix:
-    """Coordinates `x @ matrix`, per KV head; orthonormal columns make `expand` its pseudo-inverse."""
+    """Coordinates `x @ matrix`, per KV head, expanded by the transpose of `inverse`.
+
+    Without `inverse` that is the matrix itself, whose columns are orthonormal then.
+    """
 
     matrix: jax.Array  # [1 or B, K, H, R]
     mean: jax.Array | None = None
+    inverse: jax.Array | None = None  # [1 or B, K, H, R], of which `matrix^T inverse` is the identity
 
     def coordinates(self, x: jax.Array) -> jax.Array:
         """See `Basis.coordinates`."""
@@ -40,7 +49,23 @@ class Matrix:
 
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
-        return jnp.matmul(c, self.matrix.swapaxes(2, 3).astype(c.dtype))
+        return jnp.matmul(c, self._columns().swapaxes(2, 3).astype(c.dtype))
+
+    def against(self, q: jax.Array) -> jax.Array:
+        """See `Basis.against`."""
+        return jnp.matmul(q, self._columns().astype(q.dtype))
+
+    def cut(self, heads: Sequence[int], rank: int) -> Matrix:
+        """The same for some of the KV heads, with the first `rank` coordinates."""
+        heads = np.array(heads)
+        return Matrix(
+            self.matrix[:, heads, :, :rank],
+            None if self.mean is None else self.mean[heads],
+            None if self.inverse is None else self.inverse[:, heads, :, :rank],
+        )
+
+    def _columns(self):
+        return self.matrix if self.inverse is None else self.inverse
 
 
 @struct.dataclass
@@ -60,6 +85,10 @@ class Channels:
         B, K, n, _ = c.shape
         put = jax.vmap(jax.vmap(lambda row, index: jnp.zeros((n, self.channels), c.dtype).at[:, index].set(row)))
         return put(c, self.index)
+
+    def against(self, q: jax.Array) -> jax.Array:
+        """See `Basis.against`."""
+        return self.coordinates(q)
 
 
 @struct.dataclass
@@ -197,7 +226,7 @@ class LatentSegment:
         if self.key_basis is None:
             return Queries(queries.rotated, queries.pos, None)
         q = _by_kv_head(queries.rotated, self.kv_heads)
-        return Queries(_by_token(self.key_basis.coordinates(q), queries.pos.shape[1]), queries.pos, None)
+        return Queries(_by_token(self.key_basis.against(q), queries.pos.shape[1]), queries.pos, None)
 
     def _mean_logit(self, queries: Queries, scale: float) -> jax.Array:
         """f32[B, T, N]: what the mean key adds to every logit of a query."""

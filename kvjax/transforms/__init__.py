@@ -4,7 +4,7 @@ from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
 from kvjax.transforms.evict import Scorer, evict, pyramid
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
-from kvjax.transforms.project import project, project_jointly, prune_channels
+from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.ring import ring
 from kvjax.transforms.split_heads import split_heads
@@ -12,9 +12,11 @@ from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step
 
 __all__ = [
     "CacheTransform",
+    "HeadBases",
     "Scorer",
     "adaptive",
     "at_prefill_end",
+    "by_rank",
     "cast",
     "chain",
     "check_step",
@@ -25,6 +27,7 @@ __all__ = [
     "evict_by_head",
     "identity",
     "project",
+    "project_by_head",
     "project_jointly",
     "prune_channels",
     "pyramid",

@@ -103,14 +103,21 @@ def think(prune: float, window: int):
     return nbytes
 
 
-def matryoshka(rank: int):
-    """Coordinates of each token, and bases with means that the rows share."""
+def projected(*ranks: int, arrays: int = 1, means: int = 1):
+    """Coordinates of each token, and bases that the rows share.
+
+    Args:
+      ranks: of keys and of values of every head of every layer; one for all.
+      arrays: of H x R numbers that a basis has.
+      means: of H numbers that it has.
+    """
 
     def nbytes(sizes):
         H, heads = sizes.head_dim, sizes.layers * sizes.kv_heads
-        token = FLOAT * 2 * rank + INDEX
-        bases = FLOAT * heads * (2 * H * rank + 2 * H)
-        return heads * sizes.batch * (sizes.prompt + sizes.room) * token + bases + INDEX * sizes.batch
+        total = 2 * heads * ranks[0] if len(ranks) == 1 else sum(ranks)
+        token = FLOAT * total + INDEX * heads
+        bases = FLOAT * (arrays * H * total + means * heads * 2 * H)
+        return sizes.batch * (sizes.prompt + sizes.room) * token + bases + INDEX * sizes.batch
 
     return nbytes
 
@@ -178,7 +185,8 @@ CASES = [
     _config("expected_attention", grows(12), "expected_attention.future = 16", exact=True),
     _config("lazyeviction", bounded(12, 4, stats=2), "lazyeviction.window = 4", exact=True, slack=3),
     _config("think", think(0.4, 4), "think.window = 4"),
-    _config("matryoshka_pca", matryoshka(8)),
+    _config("matryoshka_pca", projected(4, 8, 12, 4, 8, 4, 4, 12)),
+    _config("kqsvd", projected(8, arrays=2, means=0)),
     _config("cskv", cskv(16, 4), "cskv.window = 4"),
     _config(
         "duoattention",
@@ -206,8 +214,14 @@ CASES = [
     Case(
         "matryoshka_full_rank",
         lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
-        matryoshka(16),
+        projected(16),
         lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
+    ),
+    Case(
+        "kqsvd_full_rank",
+        lambda: kvjax.methods.kqsvd(_calibrated("kqsvd"), 16, 16),
+        projected(16, arrays=2, means=0),
+        lambda: kvjax.methods.kqsvd(_calibrated("kqsvd"), 16, 16),
     ),
     Case(
         "cskv_full_rank",
@@ -265,6 +279,7 @@ METHODS = {
     "keydiff": "keydiff",
     "kivi": "int8",
     "knorm": "knorm",
+    "kqsvd": "kqsvd",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
     "pyramidkv": "pyramidkv",

@@ -21,7 +21,7 @@ FLAGSHIPS = {
     "paged": lambda: methods.adakv_snapkv(12, window=4, kernel=3, page=8),
     "quantize": lambda: kvjax.quantize(4, key_group=8, value_group=8, residual=8),
     "cast": lambda: methods.fp8(),
-    "project": lambda: methods.matryoshka_pca(_data("matryoshka_pca")),
+    "project": lambda: methods.matryoshka_pca(_data("matryoshka_pca"), value_rank=8),
     "joint": lambda: methods.cskv(_data("cskv"), window=8),
     "prune": lambda: methods.think(window=4),
     "split": lambda: methods.duoattention(_data("duoattention"), sinks=2, recent=6),

@@ -14,7 +14,7 @@ BUDGETED = [name for name, t in TRANSFORMS.items() if t.budget is not None]
 AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.frees_in_prefill is None]
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
-_STRUCTURED = ("int", "kivi", "adakv", "matryoshka", "cskv", "duo", "razor")
+_STRUCTURED = ("int", "kivi", "adakv", "matryoshka", "cskv", "duo", "kqsvd", "razor")
 STRUCTURED = [name for name in EVERY if name.startswith(_STRUCTURED) or "_int" in name]
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
 # A batch of one is another program for each: one case of every kind of state.
