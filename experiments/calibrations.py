@@ -20,11 +20,19 @@ import tqdm
 import kvjax
 from experiments import synthetic
 from kvjax import Rope
-from kvjax.calibration import Moments, activation_aware_svd, attention_variance, copying_scores, product_codebook
+from kvjax.calibration import (
+    Moments,
+    activation_aware_svd,
+    attention_variance,
+    copying_scores,
+    greedy_ranks,
+    product_codebook,
+    weighted_components,
+)
 from kvjax.segments.dense import unrotated
 from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
-from models.decoder import bind, layer_inputs, prompt_cache
+from models.decoder import bind, hidden_states, layer_inputs, prompt_cache
 
 Calibration = Mapping[str, jax.Array]
 
@@ -45,7 +53,7 @@ class Settings:
 
 
 def principal_components(model: Model, settings: Settings) -> Calibration:
-    """Mean, axes and variances of rotated keys and of values, per layer and KV head."""
+    """Axes of rotated keys and of values, and mean squares along them, per layer and KV head."""
     sums = None
     for tokens in _progress(_texts(model, settings)):
         segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
@@ -54,9 +62,94 @@ def principal_components(model: Model, settings: Settings) -> Calibration:
     found = {}
     for index, name in enumerate(("key", "value")):
         parts = zip(*(layer[index].principal_components() for layer in sums))
-        for part, x in zip(("mean", "axes", "variance"), parts):
+        for part, x in zip(("axes", "power"), parts):
             found[f"{name}_{part}"] = jnp.stack(x)
     return found
+
+
+def principal_components_and_ranks(model: Model, settings: Settings) -> Calibration:
+    """`principal_components`, and how many of them each head needs at several mean rates."""
+    found = principal_components(model, settings)
+    return found | search_ranks(model, settings, found)
+
+
+def search_ranks(model: Model, settings: Settings, bases: Calibration, fraction: float = 1 / 8) -> Calibration:
+    """Ranks of keys and values, per layer and KV head, by MatryoshkaKV's greedy search.
+
+    What an entry costs is how far the last layer's hidden states move, relative to the model with the ranks so far,
+    over the tokens that follow a prompt whose keys and values are cut.
+
+    Args:
+      model: measured.
+      settings: up to four texts, each a prompt of at most 384 tokens and 16 that follow.
+      bases: what `principal_components` returns.
+      fraction: of H that an entry gives up at a time, and keeps at least.
+    """
+    config = model.config
+    L, K, H, _ = bases["key_axes"].shape
+    text = jnp.concatenate(_texts(model, settings)[:4])
+    follow = min(16, text.shape[1] // 4)
+    length = min(384, text.shape[1] - follow)
+    question = text[:, length : length + follow]
+    positions = jnp.broadcast_to(length + jnp.arange(follow), question.shape)
+    whole = _read(model, text[:, :length]).cache.reserve(follow).layers
+
+    @jax.jit
+    def cut(layer, axes, ranks):
+        """The layer's cache with its first R components only; arrays of [2, K, ...], keys and values."""
+        slots = layer.segments[0]
+        kept = jnp.arange(H) < ranks[:, :, None]
+        x = jnp.stack([slots.k, slots.v], axis=1).astype(jnp.float32)  # [B, 2, K, S, H]
+        x = (((x @ axes) * kept[:, :, None]) @ axes.mT).astype(slots.k.dtype)
+        return layer.with_tail(slots.replace(k=x[:, 0], v=x[:, 1]))
+
+    axes = jnp.stack([bases["key_axes"], bases["value_axes"]], axis=1)  # [L, 2, K, H, H]
+    states = lambda start, layers: hidden_states(model.params, config, start, positions, layers)
+    step, rates = max(1, int(fraction * H)), (0.75, 0.625, 0.5, 0.375)
+    bar = tqdm.tqdm(unit="cut", leave=False)
+
+    def errors(ranks):
+        cuts = [cut(whole[layer], axes[layer], ranks[layer]) for layer in range(L)]
+        now = states(question, cuts)
+        size = jnp.linalg.norm(now[-1])
+        cost = np.full(ranks.shape, np.inf, np.float32)
+        for layer, which, head in np.argwhere(ranks > step):
+            fewer = ranks[layer].copy()
+            fewer[which, head] -= step
+            start = question if layer == 0 else now[layer - 1]
+            then = states(start, [cut(whole[layer], axes[layer], fewer), *cuts[layer + 1 :]])
+            cost[layer, which, head] = jnp.linalg.norm(then[-1] - now[-1]) / size
+            bar.update()
+        return cost
+
+    with bar:
+        found = jnp.asarray(greedy_ranks(errors, (L, 2, K), H, rates, step=step))
+    found = found.astype(jnp.float32)  # calibrations are stored as one dtype
+    return {"rates": jnp.float32(rates), "key_ranks": found[:, :, 0], "value_ranks": found[:, :, 1]}
+
+
+def attention_directions(model: Model, settings: Settings) -> Calibration:
+    """Directions of rotated keys in which queries read them, and of values in which attention passes them on."""
+    config = model.config
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    sums = None
+    for tokens in _progress(_texts(model, settings)):
+        out, moments = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL)), []
+        for layer, seen in zip(out.cache.layers, out.layers, strict=True):
+            of_group = lambda x: x.reshape(1, -1, K, N // K, H).swapaxes(1, 2).reshape(1, K, -1, H)
+            seen_by = lambda x: Moments.of(of_group(x), jnp.zeros((1, K, tokens.shape[1] * (N // K)), jnp.int32))
+            segment = layer.segments[0]
+            outputs = layer.attend(seen.queries, window=seen.window, scale=seen.scale).out
+            moments.append((Moments.of(segment.k, segment.pos), seen_by(seen.queries.rotated), seen_by(outputs)))
+        sums = moments if sums is None else [[a + b for a, b in zip(*each)] for each in zip(sums, moments)]
+    found = {name: [] for name in ("key_axes", "key_inverse", "value_axes", "value_inverse")}
+    for weights, (keys, queries, outputs) in zip(model.params["layers"], sums, strict=True):
+        wo = weights["wo"].astype(jnp.float32).reshape(K, N // K, H, -1)
+        pairs = {"key": (keys.second, queries.second), "value": (outputs.second, jnp.einsum("kghd,kgid->khi", wo, wo))}
+        for name, (second, metric) in pairs.items():
+            for part, array in zip(("axes", "inverse"), weighted_components(second, metric)):
+                found[f"{name}_{part}"].append(array)
+    return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
 def weight_directions(model: Model, settings: Settings) -> Calibration:
@@ -142,8 +235,10 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
     "d2o": layer_variance,
     "duoattention": head_types,
-    "matryoshka_pca": principal_components,
+    "kqsvd": attention_directions,
+    "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,
+    "razorattention": head_types,
     "rotatekv": key_means,
 }
 

@@ -11,7 +11,7 @@ from flax import struct
 
 from kvjax.rope import Rope
 from kvjax.segments import DenseSegment, Queries, Ranks, Rewrite, Segment
-from kvjax.segments.slots import token_order
+from kvjax.segments.slots import token_order, written_after
 from pallas_kernels.partial import Partial, combine
 
 
@@ -77,13 +77,10 @@ class LayerCache:
           v: [B, K, T, H].
           pos: i32[B, T], -1 for padding, which comes last.
           rope: rotates the keys.
-          after: what was read from the cache before this write. XLA copies a cache that is read and written
-            in no given order; making the written values depend on the result of the reading (through a test
-            that never holds) gives the order, and the write happens in place.
+          after: what was read from the cache before this write, so that it happens in place (`written_after`).
         """
         if after is not None and self.segments[-1].pos.shape[-1]:
-            never = jnp.any(after.out == jnp.inf)
-            k, v, pos = (jnp.where(never, jnp.zeros((), x.dtype), x) for x in (k, v, pos))
+            k, v, pos = written_after(after.out, k, v, pos)
         return self.with_tail(self.segments[-1].append(k, v, pos, rope))
 
     def inlined(self, shared: Shared | None) -> LayerCache:

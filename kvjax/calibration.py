@@ -5,10 +5,13 @@ Pure functions over arrays; `experiments.calibrate` feeds them text and stores w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.observation import LayerObservation
 from kvjax.segments import DenseSegment
@@ -18,7 +21,6 @@ class Moments(NamedTuple):
     """Sums over the tokens of one layer's keys or values, per KV head."""
 
     count: jax.Array  # f32[]
-    first: jax.Array  # f32[K, H]
     second: jax.Array  # f32[K, H, H]
 
     @classmethod
@@ -26,23 +28,84 @@ class Moments(NamedTuple):
         """Of the occupied slots of [B, K, S, H]."""
         x = jnp.where((pos >= 0)[..., None], x.astype(jnp.float32), 0.0)
         count = jnp.sum(pos[:, 0] >= 0, dtype=jnp.float32)
-        return cls(count, jnp.sum(x, axis=(0, 2)), jnp.einsum("bksh,bksi->khi", x, x))
+        return cls(count, jnp.einsum("bksh,bksi->khi", x, x))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(a + b for a, b in zip(self, other)))
 
-    def principal_components(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Mean f32[K, H], orthonormal axes f32[K, H, H] in columns, and variances f32[K, H], largest first.
+    def principal_components(self) -> tuple[jax.Array, jax.Array]:
+        """Orthonormal axes f32[K, H, H] in columns, and mean squares along them f32[K, H], largest first.
 
-        One axis is flipped where needed, so that the axes are a rotation (determinant 1), as MatryoshkaKV's
-        Cayley parametrisation wants.
+        Nothing is subtracted: the values of attention sinks are close to zero and carry much of the attention, and cut
+        axes about another mean would move them. One axis is flipped where needed, so that the axes are a rotation
+        (determinant 1), as MatryoshkaKV's Cayley parametrisation wants.
         """
-        mean = self.first / self.count
-        covariance = self.second / self.count - mean[:, :, None] * mean[:, None]
-        variance, axes = jnp.linalg.eigh(covariance)
-        variance, axes = variance[:, ::-1], axes[:, :, ::-1]
+        power, axes = jnp.linalg.eigh(self.second / self.count)
+        power, axes = power[:, ::-1], axes[:, :, ::-1]
         sign = jnp.sign(jnp.linalg.det(axes))
-        return mean, axes.at[:, :, -1].multiply(sign[:, None]), jnp.maximum(variance, 0.0)
+        return axes.at[:, :, -1].multiply(sign[:, None]), jnp.maximum(power, 0.0)
+
+
+def weighted_components(second: jax.Array, metric: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Directions to keep of a vector x whose errors e cost `e^T M e`: `x ~ X C^T x`, C and X cut to R columns.
+
+    With `M = S S` and eigenvectors W of `S E[x x^T] S`, `C = S W`, `X = S^-1 W`; no other map of rank R has a smaller
+    expected cost. With M the second moment of queries, the cost is that of their logits over keys x.
+
+    Args:
+      second: f32[..., H, H], E[x x^T].
+      metric: f32[..., H, H], M; directions that cost less than 1e-4 of the average count as if they cost that much.
+
+    Returns:
+      C and X, f32[..., H, H], columns by falling share of the cost; `C^T X` is the identity.
+
+    Source: Lesens, Rakhshan, Rabusseau, KQ-SVD (2026), arXiv:2512.05916, in terms of second moments.
+    """
+    values, vectors = jnp.linalg.eigh(metric)
+    values = jnp.maximum(values, 1e-4 * jnp.mean(values, axis=-1, keepdims=True))
+    power = lambda p: (vectors * (values**p)[..., None, :]) @ vectors.mT
+    root = power(0.5)
+    _, axes = jnp.linalg.eigh(root @ second @ root)
+    axes = axes[..., ::-1]
+    return root @ axes, power(-0.5) @ axes
+
+
+def greedy_ranks(
+    errors: Callable[[np.ndarray], np.ndarray],
+    shape: tuple[int, ...],
+    channels: int,
+    rates: Sequence[float],
+    *,
+    step: int,
+    share: float = 0.75,
+) -> list[np.ndarray]:
+    """Ranks by a greedy search: in every round, what costs least gives up `step` columns.
+
+    Args:
+      errors: from ranks i32[shape], what it costs to take `step` from each entry alone, f32[shape].
+      shape: of the entries.
+      channels: H, the rank that all start from.
+      rates: mean ranks to pass through, as fractions of H, falling.
+      step: columns given up at a time, and the fewest that an entry keeps.
+      share: fraction of the entries that give up columns in a round (1536 of 2048 in the official code).
+
+    Returns:
+      i32[shape] ranks for each rate; the last round before a rate takes from no more entries than needed.
+
+    Source: Lin et al., MatryoshkaKV (2025), arXiv:2410.14731, `cal_adaptive_rate.py`.
+    """
+    ranks, found = np.full(shape, channels, np.int32), []
+    for rate in rates:
+        while (excess := ranks.sum() - rate * channels * ranks.size) > 0:
+            cost = np.where(ranks > step, errors(ranks), np.inf)
+            count = min(math.ceil(excess / step), max(1, int(share * ranks.size)), int((ranks > step).sum()))
+            if count == 0:
+                raise ValueError(f"rates must leave {step} of {channels} columns to every entry, got {rate}.")
+            cheapest = np.argsort(cost, axis=None, kind="stable")[:count]
+            ranks = ranks.copy()
+            ranks.flat[cheapest] -= step
+        found.append(ranks)
+    return found
 
 
 def activation_aware_svd(weight: jax.Array, mean_abs: jax.Array, power: float = 0.5) -> tuple[jax.Array, jax.Array]:

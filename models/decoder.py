@@ -8,6 +8,7 @@ caches at every step.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,30 @@ def layer_inputs(params: dict, config: DecoderConfig, tokens: jax.Array) -> list
         inputs.append(_norm(x, weights["attn_norm"], config.norm_eps))
         x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), config=config, needs=Needs())
     return inputs
+
+
+def hidden_states(
+    params: dict,
+    config: DecoderConfig,
+    start: jax.Array,
+    positions: jax.Array,
+    layers: Sequence[LayerCache],
+) -> list[jax.Array]:
+    """[B, T, D] after each of the decoder's last layers, as many as there are caches; these stay as they are.
+
+    Args:
+      params: see `forward`.
+      config: see `forward`.
+      start: i32[B, T] tokens for all layers; otherwise [B, T, D], what the first of these layers reads.
+      positions: i32[B, T].
+      layers: caches with room for the tokens.
+    """
+    x = start if start.ndim == 3 else _embed(params["embed"], start)
+    first, states = config.num_layers - len(layers), []
+    for index, (weights, layer) in enumerate(zip(params["layers"][first:], layers, strict=True), start=first):
+        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), config=config, needs=Needs())
+        states.append(x)
+    return states
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

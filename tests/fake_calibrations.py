@@ -30,12 +30,20 @@ def calibrate(config: DecoderConfig):
         rotation = lambda *shape: jnp.float32(np.linalg.qr(rng.normal(size=(*shape, shape[-1])))[0])
         normal = lambda *shape: jnp.float32(rng.normal(size=shape))
         if recipe == "matryoshka_pca":
+            ranks = H // 4 * (1 + np.arange(L * K).reshape(1, L, K) % 3)  # a quarter, a half, three quarters, ...
             return {
+                "rates": jnp.float32([0.5]),
+                "key_ranks": jnp.float32(ranks),
+                "value_ranks": jnp.float32(ranks[:, :, ::-1]),
                 "key_axes": rotation(L, K, H),
                 "value_axes": rotation(L, K, H),
                 "key_mean": normal(L, K, H),
                 "value_mean": normal(L, K, H),
             }
+        if recipe == "kqsvd":
+            stretch = lambda x: {"axes": x * 2.0, "inverse": x / 2.0}
+            bases = {name: stretch(rotation(L, K, H)) for name in ("key", "value")}
+            return {f"{name}_{part}": x for name, parts in bases.items() for part, x in parts.items()}
         if recipe == "cskv":
             joint = lambda: rotation(L, K * H).reshape(L, K, H, K * H)
             return {"key_axes": joint(), "value_axes": joint()}

@@ -16,6 +16,7 @@ from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lazyeviction import lazyeviction
+from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.matryoshka import matryoshka_pca
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
@@ -23,6 +24,7 @@ from kvjax.methods.minicache import minicache
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.rotatekv import rotatekv
+from kvjax.methods.razorattention import razorattention
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
@@ -47,6 +49,7 @@ __all__ = [
     "kvmerger",
     "kvzip",
     "lazyeviction",
+    "kqsvd",
     "matryoshka_pca",
     "mikv",
     "million",
@@ -54,6 +57,7 @@ __all__ = [
     "pyramidkv",
     "random_eviction",
     "rotatekv",
+    "razorattention",
     "snapkv",
     "streamingllm",
     "think",

@@ -3,6 +3,7 @@
 from kvjax.segments.buffered import BufferedSegment
 from kvjax.segments.corrected import CorrectedSegment
 from kvjax.segments.codebook import CodebookSegment
+from kvjax.segments.compensated import CompensatedSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
@@ -16,6 +17,7 @@ __all__ = [
     "BufferedSegment",
     "CorrectedSegment",
     "CodebookSegment",
+    "CompensatedSegment",
     "DenseSegment",
     "HeadsSegment",
     "LatentSegment",

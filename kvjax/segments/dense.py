@@ -207,18 +207,29 @@ class DenseSegment:
             raise TypeError("A segment with key_rope='rank' is read through its layer cache.")
         return ranks.rotated_queries(queries), rotate(self.k, ranks.slots, queries.rope)
 
+    def oldest(self) -> DenseSegment:
+        """The one slot of every row and head that the next token takes: an empty one, or the oldest but for sinks."""
+        slot = self._next_slot()[..., None]
+        return self.take(slot, jnp.take_along_axis(self.pos, slot, axis=-1) >= 0)
+
     def _is_sink(self):
         sinks = self.ring_sinks or 0
         return (self.pos >= 0) & (self.pos < sinks)
+
+    def _order(self):
+        """i32[B, K, S]: slots are taken lowest first."""
+        return jnp.where(self._is_sink(), LAST, self.pos)
+
+    def _next_slot(self):
+        return jnp.argmin(self._order(), axis=-1)
 
     def _write(self, new: DenseSegment) -> DenseSegment:
         """Puts the occupied slots of `new` into the first empty (in a full ring: the oldest) slots."""
         B, K, S = self.pos.shape
         T = new.pos.shape[2]
-        order = jnp.where(self._is_sink(), LAST, self.pos)
         if T == 1:
-            return self.put(jnp.argmin(order, axis=-1), new)
-        slot = jnp.argsort(order, axis=-1, stable=True)[..., :T]
+            return self.put(self._next_slot(), new)
+        slot = jnp.argsort(self._order(), axis=-1, stable=True)[..., :T]
         slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
         put = lambda old, fresh: old.at[rows, heads, slot].set(fresh, mode="drop", unique_indices=True)

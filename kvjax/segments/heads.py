@@ -59,10 +59,13 @@ class HeadsSegment:
 
     def dense(self) -> DenseSegment:
         """All heads as one dense segment, float32."""
-        parts = [part.dense() for part in self.parts]
+        parts = [part.dense().astype(jnp.float32) for part in self.parts]
         widest = max(part.pos.shape[2] for part in parts)
         parts = [part.resize(widest).replace(ring_sinks=None, stats={}) for part in parts]
-        return jax.tree.map(lambda *x: self._join([y.astype(x[0].dtype) for y in x], axis=1), *parts)
+        if any(part.bias is not None for part in parts):
+            bias = lambda part: jnp.zeros(part.pos.shape, jnp.float32) if part.bias is None else part.bias
+            parts = [part.replace(bias=bias(part)) for part in parts]
+        return jax.tree.map(lambda *x: self._join(x, axis=1), *parts)
 
     def map_dense(self, body, tail) -> HeadsSegment:
         """See `Segment.map_dense`. Rings have their size and stay."""

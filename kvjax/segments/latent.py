@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from kvjax.rope import Rope, rotate
@@ -34,10 +36,14 @@ class Basis(Protocol):
 
 @struct.dataclass
 class Matrix:
-    """Coordinates `x @ matrix`, per KV head; orthonormal columns make `expand` its pseudo-inverse."""
+    """Coordinates `x @ matrix`, per KV head, expanded by the transpose of `inverse`.
+
+    Without `inverse` that is the matrix itself, whose columns are orthonormal then.
+    """
 
     matrix: jax.Array  # [1 or B, K, H, R]
     mean: jax.Array | None = None
+    inverse: jax.Array | None = None  # [1 or B, K, H, R], of which `matrix^T inverse` is the identity
     mixes_heads = False
 
     def coordinates(self, x: jax.Array) -> jax.Array:
@@ -46,9 +52,23 @@ class Matrix:
 
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
-        return jnp.matmul(c, self.matrix.swapaxes(2, 3).astype(c.dtype))
+        return jnp.matmul(c, self._columns().swapaxes(2, 3).astype(c.dtype))
 
-    coordinates_of_queries = coordinates
+    def coordinates_of_queries(self, q: jax.Array) -> jax.Array:
+        """See `Basis.coordinates_of_queries`."""
+        return jnp.matmul(q, self._columns().astype(q.dtype))
+
+    def cut(self, heads: Sequence[int], rank: int) -> Matrix:
+        """The same for some of the KV heads, with the first `rank` coordinates."""
+        heads = np.array(heads)
+        return Matrix(
+            self.matrix[:, heads, :, :rank],
+            None if self.mean is None else self.mean[heads],
+            None if self.inverse is None else self.inverse[:, heads, :, :rank],
+        )
+
+    def _columns(self):
+        return self.matrix if self.inverse is None else self.inverse
 
 
 @struct.dataclass

@@ -60,6 +60,20 @@ def slice_slots(tree, axes, slots: int, start: jax.Array | int, size: int, block
     return jax.tree.map(part, tree, axes)
 
 
+def written_after(read: jax.Array, *written: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays to write into a buffer, in an order with what was read from it.
+
+    XLA copies a buffer that is read and written in no given order; making the written values depend on the result of
+    the reading (through a test that never holds) gives the order, and the write happens in place.
+
+    Args:
+      read: computed from the buffer; finite.
+      *written: what will be written.
+    """
+    never = jnp.any(read == jnp.inf)
+    return tuple(jnp.where(never, jnp.zeros((), x.dtype), x) for x in written)
+
+
 def write_windows(
     old: jax.Array, new: jax.Array, start: jax.Array, on: jax.Array, axis: int = 2
 ) -> jax.Array:

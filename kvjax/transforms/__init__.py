@@ -11,7 +11,7 @@ from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_rules import into_nearest, into_runs
 from kvjax.transforms.product_quantize import product_quantize
 from kvjax.transforms.merge_layers import merge_layers
-from kvjax.transforms.project import project, project_jointly, prune_channels
+from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
@@ -23,12 +23,14 @@ from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step
 
 __all__ = [
     "CacheTransform",
+    "HeadBases",
     "MergeRule",
     "Scorer",
     "adaptive",
     "at_prefill_end",
-    "by_variance",
     "balance_channels",
+    "by_rank",
+    "by_variance",
     "cast",
     "chain",
     "check_step",
@@ -45,6 +47,7 @@ __all__ = [
     "product_quantize",
     "merge_layers",
     "project",
+    "project_by_head",
     "project_jointly",
     "protect",
     "prune_channels",

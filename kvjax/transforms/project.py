@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation, newest
-from kvjax.segments import BufferedSegment, DenseSegment, LatentSegment
+from kvjax.segments import BufferedSegment, DenseSegment, HeadsSegment, LatentSegment
 from kvjax.segments.dense import dense_tail, unrotated
-from kvjax.segments.latent import Basis, Channels
+from kvjax.segments.latent import Basis, Channels, Matrix
 from kvjax.segments.protocol import KeyRope
 from kvjax.transforms.base import PLAIN, CacheTransform
 
@@ -50,6 +51,68 @@ def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> Cac
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
     return CacheTransform(init=init, name="project", takes=("plain",) if mixed else PLAIN, leaves="projected")
+
+
+class HeadBases(NamedTuple):
+    """Bases of some KV heads of a layer, all of one rank."""
+
+    heads: tuple[int, ...]
+    key: Basis | None
+    value: Basis | None
+
+
+def by_rank(key: Matrix, value: Matrix, key_ranks: Sequence[int], value_ranks: Sequence[int]) -> list[HeadBases]:
+    """Cuts the bases of a layer to the ranks of each KV head, and puts heads of equal ranks together."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for head, ranks in enumerate(zip(map(int, key_ranks), map(int, value_ranks), strict=True)):
+        groups.setdefault(ranks, []).append(head)
+    return [HeadBases(tuple(h), key.cut(h, k), value.cut(h, v)) for (k, v), h in sorted(groups.items())]
+
+
+def project_by_head(groups: Sequence[Sequence[HeadBases]]) -> CacheTransform:
+    """`project` with ranks of their own for each KV head: every head stores as many coordinates as its basis has.
+
+    Args:
+      groups: of each layer, together all of its heads; see `by_rank`.
+
+    Raises:
+      ValueError: the cache has another number of layers (at `init`), or heads are missing or named twice (at
+        build).
+    """
+    for layer in groups:
+        named = sorted(head for group in layer for head in group.heads)
+        if named != list(range(len(named))):
+            raise ValueError(f"groups of a layer must name each of its heads once, got {named}.")
+
+    def split(layer: LayerCache, bases: list[LayerBases], heads: tuple[tuple[int, ...], ...]) -> LayerCache:
+        dense = dense_tail(layer, "project_by_head")
+        if sum(map(len, heads)) != dense.pos.shape[1]:
+            raise ValueError(f"groups are of {sum(map(len, heads))} heads, but the cache has {dense.pos.shape[1]}.")
+        if len(heads) == 1:
+            return layer.with_tail(LatentSegment.of(dense, *bases[0]))
+        encode = lambda part, index: LatentSegment.of(part, *bases[index])
+        return layer.with_tail(HeadsSegment.of(dense, heads, encode))
+
+    compress = jax.jit(split, static_argnums=2)
+
+    def init(cache: Cache, observation: Observation):
+        bases = [[(group.key, group.value) for group in layer] for layer in groups]
+        heads = [tuple(group.heads for group in layer) for layer in groups]
+        return cache.map_layers(compress, _of_all_layers(bases, cache), heads), ()
+
+    return CacheTransform(init=init, name="project", takes=PLAIN, leaves="projected")
+
+
+def check_rank(name: str, rank: int | float, channels: int) -> int:
+    """A rank as a count: itself, or a fraction of the channels.
+
+    Raises:
+      ValueError: it is above the channels, or below one.
+    """
+    count = int(rank * channels) if isinstance(rank, float) else rank
+    if not 1 <= count <= channels:
+        raise ValueError(f"{name} must be from 1 to the {channels} channels of a head, got {rank}.")
+    return count
 
 
 def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTransform:

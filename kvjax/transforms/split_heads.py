@@ -6,43 +6,64 @@ from collections.abc import Sequence
 
 import jax
 
+from kvjax.budget import budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
-from kvjax.segments import HeadsSegment
+from kvjax.segments import CompensatedSegment, HeadsSegment
 from kvjax.segments.dense import dense_tail
 from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.ring import as_ring
 
 
-def split_heads(full: Sequence[Sequence[int]], *, sinks: int = 64, recent: int = 256) -> CacheTransform:
+def split_heads(
+    full: Sequence[Sequence[int]],
+    *,
+    sinks: int = 64,
+    recent: int = 256,
+    fraction: float = 0.0,
+    compensate: bool = False,
+) -> CacheTransform:
     """Leaves the `full` heads of each layer as they are and makes rings of the others.
 
     Args:
       full: KV heads of each layer that keep every token.
       sinks: first tokens that a ring keeps.
       recent: newest tokens that a ring keeps.
+      fraction: the newest tokens are this fraction of the prompt where that is more than `recent`; of the longest
+        prompt of the batch, since a ring has one size.
+      compensate: what a ring drops, then and later, stays as the mean of its keys and values (`CompensatedSegment`).
 
     Raises:
-      ValueError: sinks or recent make no sense (at build); the cache has other layers or heads (at `init`).
+      ValueError: sinks, recent or fraction make no sense (at build); the cache has other layers or heads (at
+        `init`).
     """
     if sinks < 0 or recent < 1:
         raise ValueError(f"sinks must be at least 0 and recent at least 1, got {sinks} and {recent}.")
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}.")
     full = tuple(tuple(sorted({int(head) for head in heads})) for heads in full)
 
-    def split(layer: LayerCache, heads: tuple[int, ...]) -> LayerCache:
+    def split(layer: LayerCache, heads: tuple[int, ...], window: int) -> LayerCache:
         dense = dense_tail(layer, "split_heads")
         K = dense.pos.shape[1]
         if heads and not 0 <= heads[0] <= heads[-1] < K:
             raise ValueError(f"full names head {heads[-1]}, but a layer has heads 0 to {K - 1}.")
         others = tuple(head for head in range(K) if head not in heads)
-        encode = lambda part, index: part if index == 0 else as_ring(part, sinks + recent, sinks)
+
+        def encode(part, index):
+            if index == 0:
+                return part
+            ring = as_ring(part, sinks + window, sinks)
+            return CompensatedSegment.of(part, ring) if compensate else ring
+
         return layer.with_tail(HeadsSegment.of(dense, (heads, others), encode))
 
-    compress = jax.jit(split, static_argnums=1)
+    compress = jax.jit(split, static_argnums=(1, 2))
 
     def init(cache: Cache, observation: Observation):
         if len(full) != len(cache.layers):
             raise ValueError(f"full is for {len(full)} layers, but the cache has {len(cache.layers)}.")
-        return cache.map_layers(compress, full), ()
+        window = max(recent, budget_slots(float(fraction), observation.prompt_slots))
+        return cache.map_layers(compress, full, [window] * len(full)), ()
 
     return CacheTransform(init=init, name="split_heads", takes=PLAIN, leaves="split")

@@ -48,11 +48,11 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
 
 def test_principal_components_are_those_of_the_cached_keys(model):
     data = calibrations.principal_components(model, SMALL)
-    axes, variance = np.asarray(data["key_axes"]), np.asarray(data["key_variance"])
+    axes, power = np.asarray(data["key_axes"]), np.asarray(data["key_power"])
     H = axes.shape[-1]
     np.testing.assert_allclose(axes.swapaxes(2, 3) @ axes, np.broadcast_to(np.eye(H), axes.shape), atol=1e-5)
     np.testing.assert_allclose(np.linalg.det(axes), 1.0, atol=1e-4)
-    assert (np.diff(variance, axis=-1) <= 0).all()
+    assert (np.diff(power, axis=-1) <= 0).all()
     keys = np.concatenate(
         [
             np.asarray(calibrations._read(model, tokens).cache.layers[1].segments[0].k, np.float64)[0]
@@ -61,9 +61,8 @@ def test_principal_components_are_those_of_the_cached_keys(model):
         axis=1,
     )
     for head, x in enumerate(keys):
-        np.testing.assert_allclose(data["key_mean"][1, head], x.mean(axis=0), rtol=1e-4, atol=1e-5)
-        spread = np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1]
-        np.testing.assert_allclose(variance[1, head], spread, rtol=1e-3, atol=1e-5 * spread[0])
+        expected = np.linalg.eigvalsh(x.T @ x / len(x))[::-1]
+        np.testing.assert_allclose(power[1, head], expected, rtol=1e-3, atol=1e-5 * expected[0])
 
 
 def test_key_means_are_those_of_the_key_projection(model):
@@ -88,6 +87,15 @@ def test_weight_directions_of_all_ranks_span_the_projection(model):
     half = V.shape[1] // 2
     first, last = (np.linalg.norm(wk @ part) for part in (V[:, :half], V[:, half:]))
     assert first > last
+
+
+def test_ranks_pass_through_their_rates_and_the_method_takes_that_many_bytes(model):
+    bases = calibrations.principal_components(model, SMALL)
+    found = calibrations.search_ranks(model, SMALL, bases, fraction=1 / 4)
+    H = bases["key_axes"].shape[-1]
+    ranks = np.stack([found["key_ranks"], found["value_ranks"]])
+    np.testing.assert_allclose(ranks.mean(axis=(0, 2, 3)), H * np.asarray(found["rates"]), atol=H / 4)
+    assert (np.diff(ranks, axis=1) <= 0).all() and ranks.min() >= H // 4 and (ranks % (H // 4) == 0).all()
 
 
 def test_copying_heads_are_found_by_hand():

@@ -164,14 +164,21 @@ def think(prune: float, window: int):
     return nbytes
 
 
-def matryoshka(rank: int):
-    """Coordinates of each token, and bases with means that the rows share."""
+def projected(*ranks: int, arrays: int = 1, means: int = 1):
+    """Coordinates of each token, and bases that the rows share.
+
+    Args:
+      ranks: of keys and of values of every head of every layer; one for all.
+      arrays: of H x R numbers that a basis has.
+      means: of H numbers that it has.
+    """
 
     def nbytes(sizes):
         H, heads = sizes.head_dim, sizes.layers * sizes.kv_heads
-        token = FLOAT * 2 * rank + INDEX
-        bases = FLOAT * heads * (2 * H * rank + 2 * H)
-        return heads * sizes.batch * (sizes.prompt + sizes.room) * token + bases + INDEX * sizes.batch
+        total = 2 * heads * ranks[0] if len(ranks) == 1 else sum(ranks)
+        token = FLOAT * total + INDEX * heads
+        bases = FLOAT * (arrays * H * total + means * heads * 2 * H)
+        return sizes.batch * (sizes.prompt + sizes.room) * token + bases + INDEX * sizes.batch
 
     return nbytes
 
@@ -321,7 +328,16 @@ CASES = [
     ),
     _config("lazyeviction", bounded(12, 4, stats=2), "lazyeviction.window = 4", exact=True, slack=3),
     _config("think", think(0.4, 4), "think.window = 4", exact=("think.prune = 0.0",)),
-    _config("matryoshka_pca", matryoshka(8), exact=("matryoshka_pca.key_rank = 16", "matryoshka_pca.value_rank = 16")),
+    _config(
+        "matryoshka_pca",
+        projected(4, 8, 12, 4, 8, 4, 4, 12),
+        exact=lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
+    ),
+    _config(
+        "kqsvd",
+        projected(8, arrays=2, means=0),
+        exact=lambda: kvjax.methods.kqsvd(_calibrated("kqsvd"), 16, 16),
+    ),
     _config("cskv", cskv(16, 4), "cskv.window = 4", exact=("cskv.key_density = 1.0", "cskv.value_density = 1.0")),
     _config(
         "duoattention",
@@ -344,6 +360,16 @@ CASES = [
         "minicache.start = 0",
         "minicache.retain = 0.1",
         exact=("minicache.retain = 1.0",),
+    ),
+    _config(
+        "razorattention",
+        # half of the four heads keep the prompt and the room; half are rings of eight and a float32 mean with its bias
+        lambda s: (_dense(s.prompt + s.room, s) + _dense(8, s) + _dense(1, s, stats=1)) // 2 + INDEX * s.batch,
+        "razorattention.induction = 0.5",
+        "razorattention.echo = 0",
+        "razorattention.sinks = 2",
+        "razorattention.recent = 4",
+        "razorattention.fraction = 0.25",
     ),
     Case(
         "adakv_int4",
@@ -409,6 +435,7 @@ METHODS = {
     "knorm": "knorm",
     "kvmerger": "kvmerger",
     "kvzip": "kvzip",
+    "kqsvd": "kqsvd",
     "lazyeviction": "lazyeviction",
     "matryoshka_pca": "matryoshka_pca",
     "mikv": "mikv",
@@ -417,6 +444,7 @@ METHODS = {
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
     "rotatekv": "rotatekv",
+    "razorattention": "razorattention",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
     "think": "think",

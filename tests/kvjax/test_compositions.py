@@ -30,7 +30,7 @@ FLAGSHIPS = {
     "codebook": lambda: methods.million(_data("million"), 8),
     "rotate": lambda: methods.rotatekv(_data("rotatekv"), sinks=3),
     "cast": lambda: methods.fp8(),
-    "project": lambda: methods.matryoshka_pca(_data("matryoshka_pca")),
+    "project": lambda: methods.matryoshka_pca(_data("matryoshka_pca"), value_rank=8),
     "joint": lambda: methods.cskv(_data("cskv"), window=8),
     "prune": lambda: methods.think(window=4),
     "split": lambda: methods.duoattention(_data("duoattention"), sinks=2, recent=6),

@@ -14,7 +14,10 @@ BUDGETED = [name for name, t in TRANSFORMS.items() if t.budget is not None]
 AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.frees_in_prefill is None]
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
-_NAMED = ("int", "kivi", "adakv", "matryoshka", "cskv", "duo", "gear", "mikv", "million", "cake", "kvzip", "xkv")
+_NAMED = (
+    *("adakv", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka", "mikv", "million"),
+    *("razor", "xkv"),
+)
 STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in name]
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
 # A batch of one is another program for each: one case of every kind of state.

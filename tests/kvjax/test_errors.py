@@ -141,6 +141,14 @@ BUILD = {
     "no codebooks": (lambda: kvjax.product_quantize([]), "codebooks must be of at least one layer, got none"),
     "centroids that do not pack": (lambda: _million(8), "codebook must have 4, 16, 64, ... or 16384 centroids, got 8"),
     "words of codes": (lambda: _million(16, 12), "residual must be a positive multiple of 8 .*, got 12"),
+    "more than all heads": (
+        lambda: methods.razorattention({"induction": jnp.zeros((2, 2)), "echo": jnp.zeros((2, 2))}, induction=1.5),
+        r"induction must be a fraction of the heads in \[0, 1\], got 1.5",
+    ),
+    "window of the whole prompt": (
+        lambda: kvjax.split_heads([(0,)], fraction=1.0),
+        r"fraction must be in \[0, 1\), got 1.0",
+    ),
     "every no tokens": (lambda: every(0, methods.knorm(8)), "n must be at least 1 token, got 0"),
     "no slack": (lambda: when_full(0, methods.knorm(8)), "slack must be at least 1 slot, got 0"),
     "a group of no layers": (lambda: methods.xkv(0), "layers must be at least 1, got 0"),
