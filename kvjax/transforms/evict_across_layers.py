@@ -76,7 +76,7 @@ def evict_across_layers(
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots)
-        check_protected_fit(budget, slots, observation.prompt_slots, sinks, recent_count)
+        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
         found = [rate(*each) for each in zip(cache.layers, observation.layers, strict=True)]
         segments = [dense_tail(layer, "evict_across_layers") for layer in cache.layers]

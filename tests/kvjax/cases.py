@@ -311,6 +311,16 @@ CASES = [
         "cake", pool(12, 4), "cake.window = 4", "cake.kernel = 3", "cake.page = 4", exact=True, shared_by="cache"
     ),
     _config("kvzip", pool(0.5, 4), "kvzip.chunk = 10", "kvzip.page = 4", budget=0.5, exact=True, shared_by="cache"),
+    _config(
+        "kvzip_int4",
+        # 10 pages of 8 for 4 * 12 + 2 slots, packed; where they lie; the room, packed in blocks, and the exact tails
+        lambda s: s.batch * (10 * (8 * 36 + INDEX) + 2 * INDEX * s.layers) + kivi(4, 8, 8, budget=0)(s),
+        "kvzip.chunk = 10",
+        "kvzip.page = 8",
+        "kivi.group = 8",
+        "kivi.residual = 8",
+        shared_by="cache",
+    ),
     _config("expected_attention", grows(12), "expected_attention.future = 16", exact=True),
     _config(
         "kvmerger",
