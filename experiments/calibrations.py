@@ -36,6 +36,8 @@ from models.decoder import bind, hidden_states, layer_inputs, prompt_cache
 
 Calibration = Mapping[str, jax.Array]
 
+_VERSION = "v2"  # of what recipes measure: older ones are measured again
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -73,7 +75,7 @@ def principal_components_and_ranks(model: Model, settings: Settings) -> Calibrat
     return found | search_ranks(model, settings, found)
 
 
-def search_ranks(model: Model, settings: Settings, bases: Calibration, fraction: float = 1 / 8) -> Calibration:
+def search_ranks(model: Model, settings: Settings, bases: Calibration, fraction: float = 1 / 4) -> Calibration:
     """Ranks of keys and values, per layer and KV head, by MatryoshkaKV's greedy search.
 
     What an entry costs is how far the last layer's hidden states move, relative to the model with the ranks so far,
@@ -336,7 +338,7 @@ class Calibrations:
         """The calibration in `path`, or, for None, the one kept for this model."""
         if path is not None:
             return load(path, recipe, self._model)
-        name = f"{recipe}-{fingerprint(self._model)}-{self._settings.texts}x{self._settings.tokens}"
+        name = f"{recipe}-{_VERSION}-{fingerprint(self._model)}-{self._settings.texts}x{self._settings.tokens}"
         folder = cache_dir() / "calibrations" / name
         if not (folder / "calibration.json").exists():
             print(f"{recipe} has no calibration for {self._model.config.name} yet; measuring one.", file=sys.stderr)
