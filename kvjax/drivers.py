@@ -185,8 +185,8 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache = collect(cache, nothing_seen)
     keep = window if window not in (0, ALL) else 0
     queries = query_window.start(keep, nothing_seen)
-    sums_of = lambda layer: (layer.moments, layer.largest)  # of the probe, which is padding: zero, or None
-    sums = tuple(map(sums_of, probe.layers))
+    sums_of = lambda layer: (layer.moments, layer.largest)
+    sums = tuple(map(sums_of, probe.layers))  # of padding: nothing yet
 
     def body(carry, t):
         cache, state, queries, sums, logits = carry
@@ -206,8 +206,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache = collect(cache, seen)
         if keep:
             queries = query_window.extend(queries, seen)
-        add = lambda old, new: tuple(a and a.plus(b) for a, b in zip(old, new))
-        sums = tuple(add(old, sums_of(layer)) for old, layer in zip(sums, out.layers))
+        sums = tuple(sums_of(layer.with_sums(*old)) for old, layer in zip(sums, out.layers))
         logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
         return (cache, state, queries, sums, logits), None
 

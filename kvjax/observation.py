@@ -37,7 +37,7 @@ class Needs(NamedTuple):
     """What a transform asks the decoder to collect; nothing else is."""
 
     queries: int = 0  # the last W queries of each row and their lse; ALL for every query
-    moments_from: int | None = None  # the moments of all queries from this position on
+    moments_from: tuple[int, ...] = ()  # the moments of all queries from each of these positions on
     largest_inputs: int = 0  # which tokens own the n largest entries of what a layer reads
     reread: Reread | None = None  # what every token of the prompt receives when the prompt is read again
 
@@ -45,18 +45,15 @@ class Needs(NamedTuple):
         """What serves both.
 
         Raises:
-          ValueError: both want moments, but from different positions, or different rereads.
+          ValueError: both read the prompt again, but not in the same way.
         """
         widest = max(self.queries, other.queries)
-        starts = {n.moments_from for n in (self, other)} - {None}
-        if len(starts) > 1:
-            raise ValueError(f"sinks of methods that use query moments must agree, got {sorted(starts)}.")
         rereads = {n.reread for n in (self, other)} - {None}
         if len(rereads) > 1:
             raise ValueError(f"methods that read a prompt again must do so in the same way, got {sorted(rereads)}.")
         return Needs(
             queries=ALL if ALL in (self.queries, other.queries) else widest,
-            moments_from=next(iter(starts), None),
+            moments_from=tuple(sorted({*self.moments_from, *other.moments_from})),
             largest_inputs=max(self.largest_inputs, other.largest_inputs),
             reread=next(iter(rereads), None),
         )
@@ -123,11 +120,16 @@ class LayerObservation:
     queries: Queries  # W of them, un-rotated; padding (pos -1) where a row has fewer
     lse: jax.Array  # f32[B, W, N], over everything each query attended to
     layer: jax.Array  # i32[], its index
-    moments: QueryMoments | None = None  # of all queries of the call, or of the prompt at its end
+    moments: dict[int, QueryMoments] = struct.field(default_factory=dict)  # of the call, or of the prompt at its end
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
     reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: float | None = struct.field(pytree_node=False, default=None)
+
+    def with_sums(self, moments: dict[int, QueryMoments], largest: LargestInputs | None) -> LayerObservation:
+        """The same with what was seen before added to its moments and to its largest inputs."""
+        both = {start: moments[start].plus(new) for start, new in self.moments.items()}
+        return self.replace(moments=both, largest=largest and largest.plus(self.largest))
 
 
 @struct.dataclass
@@ -158,7 +160,7 @@ def observe(
       inputs: [B, T, D], what the layer reads.
       **how: the layer's `window` and `scale`, where it has its own.
     """
-    moments = None if needs.moments_from is None else QueryMoments.of(queries, needs.moments_from)
+    moments = {start: QueryMoments.of(queries, start) for start in needs.moments_from}
     largest = None
     if needs.largest_inputs:
         if inputs is None:

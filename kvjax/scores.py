@@ -198,7 +198,7 @@ def future_attention(
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
         if segment.key_rope != "stored":
             raise TypeError("future_attention scores rotated keys; put it before what re-indexes them.")
-        count, first, second = seen.moments[:3]
+        count, first, second = seen.moments[sinks][:3]
         B, N, H = first.shape
         K = segment.pos.shape[1]
         count = jnp.maximum(count, 1.0)[:, None, None]
@@ -228,7 +228,7 @@ def future_attention(
         p = jnp.mean(jnp.where(there, jax.nn.softmax(logits, axis=-1), 0.0), axis=2)
         return p * jnp.linalg.norm(segment.v.astype(jnp.float32), axis=-1) if value_norm else p
 
-    return Scorer(score=score, needs=Needs(moments_from=sinks))
+    return Scorer(score=score, needs=Needs(moments_from=(sinks,)))
 
 
 def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:

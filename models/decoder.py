@@ -199,7 +199,7 @@ def _tokens_read(layer: LayerCache, needs: Needs, tokens: int) -> int | None:
     """
     count = max(needs.queries, 1)
     held = sum(segment.pos.shape[-1] for segment in layer.segments)
-    if held or needs.queries == ALL or needs.moments_from is not None or needs.largest_inputs or 4 * count > tokens:
+    if held or needs.queries == ALL or needs.moments_from or needs.largest_inputs or 4 * count > tokens:
         return None
     return count
 

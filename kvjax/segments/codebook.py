@@ -39,6 +39,8 @@ class CodebookSegment:
     @classmethod
     def encode(cls, slots: DenseSegment, key_codebook: jax.Array, value_codebook: jax.Array) -> CodebookSegment:
         """Encodes dense slots; their number must fill whole words."""
+        if slots.bias is not None:
+            raise TypeError("CodebookSegment cannot keep slots that stand for several tokens.")
         if slots.key_rope != "stored":
             raise TypeError(f"CodebookSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}.")
         occupied = slots.pos >= 0

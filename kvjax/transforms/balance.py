@@ -47,7 +47,7 @@ def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransfo
 
     return CacheTransform(
         init=init,
-        needs=Needs(moments_from=0),
+        needs=Needs(moments_from=(0,)),
         name="balance_channels",
         takes=PLAIN if where == "tail" else ("tiered",),
         leaves="projected" if where == "tail" else "tiered",
@@ -62,7 +62,7 @@ def _balance(layer: LayerCache, seen: LayerObservation) -> Scales:
         peaks.append(jnp.max(k, axis=2, initial=0.0))
     of_keys = jnp.max(jnp.stack(peaks), axis=0)  # [B, K, H]
     B, K, H = of_keys.shape
-    of_queries = jnp.max(seen.moments.peak.reshape(B, K, -1, H), axis=2)
+    of_queries = jnp.max(seen.moments[0].peak.reshape(B, K, -1, H), axis=2)
     usable = (of_keys > 0) & (of_queries > 0)
     ratio = jnp.where(usable, of_queries, 1.0) / jnp.where(usable, of_keys, 1.0)
     return Scales(jnp.sqrt(ratio))
