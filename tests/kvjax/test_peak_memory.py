@@ -38,11 +38,10 @@ def _peak(build, layers: int) -> int:
         lambda data: methods.snapkv(0.25, window=16),
         lambda data: methods.kivi(4, group=16, residual=32),
         lambda data: methods.adakv_snapkv(0.25, window=16),
-        lambda data: methods.kvmerger(0.25),
         lambda data: methods.matryoshka_pca(data("matryoshka_pca", None), 8, 8),
         lambda data: methods.duoattention(data("duoattention", None), sinks=4, recent=64),
     ],
-    ids=["snapkv", "kivi", "adakv", "kvmerger", "matryoshka", "duoattention"],
+    ids=["snapkv", "kivi", "adakv", "matryoshka", "duoattention"],
 )
 def test_temporaries_do_not_grow_with_the_number_of_layers(build):
     """So there are never more dense keys and values than those of a few layers, beside the compressed cache."""
