@@ -43,9 +43,8 @@ def extend(window: QueryWindow, observation: Observation) -> QueryWindow:
 def observe(window: QueryWindow, cache: Cache, observation: Observation) -> Observation:
     """The observation with the window's queries, their lse computed over the cache as it is now."""
 
-    return observation.replace(
-        layers=tuple(map(_look, cache.inlined().layers, observation.layers, window))
-    )
+    each = zip(cache.inlined().layers, observation.layers, window, strict=True)
+    return observation.replace(layers=tuple(_look(*of) for of in each))
 
 
 @jax.jit

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-
 _SHARED_TABLE = 1 << 12  # numbers from which a table of cosines is worth its memory
 
 

@@ -25,9 +25,9 @@ def cake(
     of the last queries' attention and V its variance over them; the heads of a layer get the same number.
 
     The paper's cascade shares the budget out among the layers read so far, again after each layer, so that a prefill
-    never holds more than the budget and one layer. Its scores stay and its budgets fall (where
-    no layer is held to the length of the prompt), so what it keeps in the end is what one split over all layers
-    keeps: that is what happens here, once, when the prompt is in. The full cache exists until then.
+    never holds more than the budget and one layer. Its scores stay and its budgets fall (where no layer is held to the
+    length of the prompt), so what it keeps in the end is what one split over all layers keeps: that is what happens
+    here, once, when the prompt is in. The full cache exists until then.
 
     Deviations: acts at the end of the prompt only, where the official code goes on to drop tokens while decoding;
     preferences are of each row, not of the sum over a batch.

@@ -28,8 +28,8 @@ def matryoshka_pca(
     search of the calibration found for the mean rate; heads of a layer that keep as many are stored together.
 
     Deviations: the starting point of the paper without its training, and for that reason without its means: cut axes
-    about a mean give attention sinks, whose values are nearly zero, a value that is not. The search counts
-    errors of what follows an exact prompt.
+    about a mean give attention sinks, whose values are nearly zero, a value that is not. The search counts errors
+    of what follows an exact prompt.
 
     Args:
       calibration: of `experiments.calibrate --method=matryoshka_pca`: `key_axes`, `value_axes` f32[L, K, H, H],

@@ -1,9 +1,9 @@
 """Segments: sets of slots in one representation. Each knows how to attend."""
 
 from kvjax.segments.buffered import BufferedSegment
-from kvjax.segments.corrected import CorrectedSegment
 from kvjax.segments.codebook import CodebookSegment
 from kvjax.segments.compensated import CompensatedSegment
+from kvjax.segments.corrected import CorrectedSegment
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
@@ -15,9 +15,9 @@ from kvjax.segments.shared import ScaledSegment, SharedView
 
 __all__ = [
     "BufferedSegment",
-    "CorrectedSegment",
     "CodebookSegment",
     "CompensatedSegment",
+    "CorrectedSegment",
     "DenseSegment",
     "HeadsSegment",
     "LatentSegment",

@@ -8,14 +8,12 @@ from flax import struct
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import slice_slots
+from kvjax.segments.slots import fold_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.codebook_decode_attention import codebook_decode_attention
-from pallas_kernels.partial import Partial, fold_tiles
-from pallas_kernels.product_quantize import product_quantize, reconstruct
-from pallas_kernels.product_quantize.reference import Codes
+from pallas_kernels.partial import Partial
+from pallas_kernels.product_quantize import Codes, product_quantize, reconstruct
 
-_TILE = 512  # slots that are looked up at a time
 _WHOLE = 8  # slots that fill words of every plane of codes
 
 
@@ -108,13 +106,7 @@ class CodebookSegment:
 
     def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-        S, axes = self.pos.shape[2], (self.slot_axes(), (2,) * len(beside))
-
-        def of_tile(start, size):
-            tile, rest = slice_slots((self, beside), axes, S, start, size, _WHOLE)
-            return attend(tile.dense(), *rest)
-
-        return fold_tiles(of_tile, S, _TILE)
+        return fold_slots(self, attend, beside, _WHOLE)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CodebookSegment:
         """Refused: words hold several slots."""

@@ -20,11 +20,9 @@ from kvjax.segments.outliers import (
     take_outliers,
 )
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import slice_slots
-from pallas_kernels.partial import Partial, fold_tiles
+from kvjax.segments.slots import fold_slots
+from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import Axis
-
-_TILE = 512  # slots that are expanded at a time
 
 
 @struct.dataclass
@@ -173,13 +171,7 @@ class CorrectedSegment:
 
     def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-        S, axes = self.pos.shape[2], (self.slot_axes(), (2,) * len(beside))
-
-        def of_tile(start, size):
-            tile, rest = slice_slots((self, beside), axes, S, start, size, self.block)
-            return attend(tile.dense(), *rest)
-
-        return fold_tiles(of_tile, S, max(_TILE // self.block, 1) * self.block)
+        return fold_slots(self, attend, beside, self.block)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CorrectedSegment:
         """Refused: a single token is no block."""

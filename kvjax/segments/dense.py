@@ -8,12 +8,10 @@ from flax import struct
 
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import LAST, keep_highest, token_order, write_windows
+from kvjax.segments.slots import LAST, fold_slots, keep_highest, token_order, write_windows
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.partial import Partial, fold_tiles
-
-_TILE = 512  # slots that are expanded at a time
+from pallas_kernels.partial import Partial
 
 
 @struct.dataclass
@@ -96,11 +94,7 @@ class DenseSegment:
 
     def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-
-        def tile(start, size):
-            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), (self, *beside))
-
-        return fold_tiles(lambda *of: attend(*tile(*of)), self.pos.shape[2], _TILE)
+        return fold_slots(self, attend, beside, 1)
 
     def slot_axes(self) -> DenseSegment:
         """For every leaf, the axis along which slots lie."""

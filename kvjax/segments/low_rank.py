@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 _OUTER = 4  # ranks up to which outer products are faster than products of thin matrices
 
 

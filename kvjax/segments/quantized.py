@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
+
 import jax
 from flax import struct
 
 from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import slice_slots
+from kvjax.segments.slots import fold_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
-from pallas_kernels.partial import Partial, fold_tiles
+from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, dequantize, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-
-_TILE = 512  # slots that are dequantized at a time
 
 
 @struct.dataclass
@@ -154,16 +153,9 @@ class QuantizedSegment:
 
     def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-
         # Whole groups and whole words.
         step = math.lcm(self.key_group if self.key_axis == "channel" else 1, WORD_BITS // self.bits)
-        S, axes = self.pos.shape[2], (self.slot_axes(), (2,) * len(beside))
-
-        def of_tile(start, size):
-            tile, rest = slice_slots((self, beside), axes, S, start, size, step)
-            return attend(tile.dense(), *rest)
-
-        return fold_tiles(of_tile, S, max(_TILE // step, 1) * step)
+        return fold_slots(self, attend, beside, step)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:
         """Refused: a single token has no group to share its key scales with."""

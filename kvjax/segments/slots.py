@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.partial import Partial, fold_tiles
 
 LAST = jnp.iinfo(jnp.int32).max
 """A position after every real one."""
 
+_TILE = 512  # slots that are expanded at a time
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
@@ -37,6 +42,31 @@ def keep_highest(
 def token_order(pos: jax.Array) -> jax.Array:
     """i32[B, K, S]: the slots sorted by position, empty ones last."""
     return jnp.argsort(jnp.where(pos < 0, LAST, pos), axis=-1, stable=True)
+
+
+def ranks(x: jax.Array) -> jax.Array:
+    """i32: the place of each number of the last axis when sorted, 0 = lowest; ties in their order."""
+    return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1)
+
+
+def marked(index: jax.Array, valid: jax.Array, slots: int) -> jax.Array:
+    """bool[B, K, slots]: which slots i32[B, K, n] names where bool[B, K, n] is true."""
+    if index.shape[2] == 1:  # a token of a decoding step: no scatter
+        return valid & (index == jnp.arange(slots))
+    B, K, _ = index.shape
+    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    return jnp.zeros((B, K, slots), bool).at[rows, heads, jnp.where(valid, index, slots)].set(True, mode="drop")
+
+
+def fold_slots(segment, attend: Callable[..., Partial], beside: Sequence[jax.Array], block: int) -> Partial:
+    """`Segment.fold_dense` of one whose leaves can be cut every `block` slots, as its `slot_axes` say."""
+    S, axes = segment.pos.shape[2], (segment.slot_axes(), (2,) * len(beside))
+
+    def of_tile(start, size):
+        tile, rest = slice_slots((segment, tuple(beside)), axes, S, start, size, block)
+        return attend(tile.dense(), *rest)
+
+    return fold_tiles(of_tile, S, max(_TILE // block, 1) * block)
 
 
 def slice_slots(tree, axes, slots: int, start: jax.Array | int, size: int, block: int):

@@ -8,9 +8,9 @@ from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
 from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
 from kvjax.transforms.merge import MergeRule, merge
+from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.merge_rules import into_nearest, into_runs
 from kvjax.transforms.product_quantize import product_quantize
-from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
@@ -44,8 +44,8 @@ __all__ = [
     "into_nearest",
     "into_runs",
     "merge",
-    "product_quantize",
     "merge_layers",
+    "product_quantize",
     "project",
     "project_by_head",
     "project_jointly",

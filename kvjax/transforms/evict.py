@@ -13,7 +13,7 @@ from kvjax.budget import budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_highest
+from kvjax.segments.slots import keep_highest, ranks
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
 
@@ -183,8 +183,7 @@ def lowest(scores: jax.Array, count: jax.Array) -> jax.Array:
         return (jnp.argmin(scores, axis=-1)[..., None] == jnp.arange(S)) & (count > 0)[..., None]
 
     def several():
-        rank = jnp.argsort(jnp.argsort(scores, axis=-1, stable=True), axis=-1)  # 0 = lowest
-        return rank < count[..., None]
+        return ranks(scores) < count[..., None]
 
     # Decoding adds one token a call: a minimum is enough, and two sorts a layer are not paid for.
     return jax.lax.cond(jnp.max(count) <= 1, one, several)

@@ -13,6 +13,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments import DenseSegment, RaggedSegment
 from kvjax.segments.dense import dense_tail
+from kvjax.segments.slots import ranks
 from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, protect
 
@@ -41,12 +42,11 @@ def adaptive(floor: float = 0.2, normalise: bool = False) -> HeadBudgets:
 
     def allocate(scores: jax.Array, per_head: jax.Array) -> jax.Array:
         B, K, S = scores.shape
-        ranks = lambda x: jnp.argsort(jnp.argsort(-x, axis=-1, stable=True), axis=-1)
         if normalise:
             mass = jnp.where(scores == -jnp.inf, 0.0, scores)
-            top = jnp.sum(jnp.where(ranks(scores) < per_head[:, None, None], mass, 0.0), axis=-1)
+            top = jnp.sum(jnp.where(ranks(-scores) < per_head[:, None, None], mass, 0.0), axis=-1)
             scores = scores * (top / jnp.maximum(jnp.sum(mass, axis=-1), 1e-12))[..., None]
-        chosen = (ranks(scores.reshape(B, -1)) < K * per_head[:, None]).reshape(B, K, S)
+        chosen = (ranks(-scores.reshape(B, -1)) < K * per_head[:, None]).reshape(B, K, S)
         counts = jnp.sum(chosen & (scores > -jnp.inf), axis=-1)
         uniform = per_head[:, None].astype(jnp.float32)
         return jnp.round((1 - floor) * counts + floor * uniform).astype(jnp.int32)
@@ -118,8 +118,7 @@ def choose(
     always = jnp.minimum(jnp.sum(protected, axis=-1), rows[:, None])  # [B, K]
     free = jnp.where(protected, -jnp.inf, scores)
     count = always + heads(free, rows - always[:, 0])
-    rank = jnp.argsort(jnp.argsort(-worth, axis=-1, stable=True), axis=-1)
-    return (pos >= 0) & (rank < count[..., None])
+    return (pos >= 0) & (ranks(-worth) < count[..., None])
 
 
 def in_pages(segment: DenseSegment, keep: jax.Array, slots: int, page: int) -> RaggedSegment:

@@ -10,7 +10,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import DenseSegment, ScaledSegment, SharedView
 from kvjax.segments.dense import dense_tail
-from kvjax.segments.slots import keep_highest
+from kvjax.segments.slots import keep_highest, marked
 from kvjax.transforms.base import CacheTransform
 
 _NEARLY_PARALLEL = 1e-3  # sine below which the arc is a chord
@@ -53,10 +53,8 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
         apart = jnp.maximum(_scaled_to_one(key_angle, there), _scaled_to_one(value_angle, there))
         retained = min(budget_slots(retain, S), S) if retain else 0
         exact = keep_highest(apart, there, retained, rows)
-        batch, heads = jnp.arange(a.pos.shape[0])[:, None, None], jnp.arange(a.pos.shape[1])[:, None]
-        is_exact = jnp.zeros(there.shape, bool).at[batch, heads, exact[0]].set(exact[1], unique_indices=True)
         lengths = {"k_a": k_a, "k_b": k_b, "v_a": v_a, "v_b": v_b}  # gathered with the slots
-        merged = DenseSegment(k=k, v=v, pos=a.pos, stats=lengths).drop(is_exact).in_token_order()
+        merged = DenseSegment(k=k, v=v, pos=a.pos, stats=lengths).drop(marked(*exact, S)).in_token_order()
         merged = jax.tree.map(lambda x: x[:, :, : S - retained], merged)
         direction = merged.replace(stats={}).astype(a.k.dtype)
         scales = [(merged.stats["k_" + x], merged.stats["v_" + x]) for x in "ab"]

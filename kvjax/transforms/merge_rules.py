@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.segments.slots import token_order
+from kvjax.segments.slots import marked, ranks, token_order
 from kvjax.transforms.merge import MergeRule, Moves, Ranked
 
 _BLOCK = 256  # slots that are compared with all others at a time
@@ -30,7 +30,7 @@ def into_nearest(smoothing: float = 0.5) -> MergeRule:
     def move(ranked: Ranked, threshold: jax.Array) -> tuple[Moves, jax.Array]:
         S = ranked.worth.shape[2]
         slots, real = ranked.lowest(ranked.worth)
-        stays = ranked.occupied & ~_marked(slots, real, S)
+        stays = ranked.occupied & ~marked(slots, real, S)
         similarity, into = _nearest(ranked.segment.k, slots, stays)
         count = jnp.sum(real, axis=(1, 2))
         mean = jnp.sum(jnp.where(real, similarity, 0.0), axis=(1, 2)) / jnp.maximum(count, 1)
@@ -74,7 +74,7 @@ def into_runs(threshold: float = 0.75, width: float = 5.0, heavy: float = 0.24) 
         cosine = jnp.sum(keys[:, :, 1:] * keys[:, :, :-1], axis=-1) / (norm[..., 1:] * norm[..., :-1])
         cosine = jnp.where(free[..., 1:] & free[..., :-1] & (cosine > threshold), cosine, -jnp.inf)
         cosine = jnp.pad(cosine, ((0, 0), (0, 0), (1, 0)), constant_values=-jnp.inf)
-        linked = (cosine > -jnp.inf) & (_rank(-cosine) < ranked.excess[..., None])
+        linked = (cosine > -jnp.inf) & (ranks(-cosine) < ranked.excess[..., None])
         run = jnp.cumsum(~linked, axis=-1) - 1  # which run a token is in, from 0
         pivot = _first_highest(worth, run)  # the place in the order of that run's pivot
         merged = pivot != jnp.arange(S)
@@ -94,12 +94,7 @@ def _heaviest(ranked: Ranked, fraction: float) -> jax.Array:
     """bool[B, K, S]: the protected slots and, of the others, the highest, as many as a fraction of the budget."""
     count = jnp.floor(fraction * ranked.rows + 1e-3).astype(jnp.int32)[:, None]
     count = jnp.sum(ranked.protected, axis=-1) + count
-    return _rank(jnp.where(ranked.occupied, -ranked.worth, jnp.inf)) < count[..., None]
-
-
-def _rank(x: jax.Array) -> jax.Array:
-    """i32: the place of each number in the last axis when sorted; ties in their order."""
-    return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1)
+    return ranks(jnp.where(ranked.occupied, -ranked.worth, jnp.inf)) < count[..., None]
 
 
 def _first_highest(worth: jax.Array, run: jax.Array) -> jax.Array:
@@ -109,15 +104,6 @@ def _first_highest(worth: jax.Array, run: jax.Array) -> jax.Array:
     highest = over_heads(lambda x, r: jax.ops.segment_max(x, r, S, indices_are_sorted=True)[r])(worth, run)
     place = jnp.where(worth == highest, jnp.arange(S), S)
     return over_heads(lambda x, r: jax.ops.segment_min(x, r, S, indices_are_sorted=True)[r])(place, run)
-
-
-def _marked(slots: jax.Array, real: jax.Array, S: int) -> jax.Array:
-    """bool[B, K, S]: the real ones of i32[B, K, E] slots."""
-    if slots.shape[2] == 1:
-        return real & (slots == jnp.arange(S))
-    B, K, _ = slots.shape
-    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-    return jnp.zeros((B, K, S), bool).at[rows, heads, jnp.where(real, slots, S)].set(True, mode="drop")
 
 
 def _nearest(keys: jax.Array, slots: jax.Array, stays: jax.Array) -> tuple[jax.Array, jax.Array]:

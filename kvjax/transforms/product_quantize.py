@@ -10,7 +10,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import BufferedSegment, CodebookSegment
 from kvjax.transforms.base import PLAIN, CacheTransform
-from pallas_kernels.product_quantize.api import code_bits, slots_of_a_word
+from pallas_kernels.product_quantize import code_bits, slots_of_a_word
 
 LayerCodebooks = tuple[jax.Array, jax.Array]
 """[M, C, H / M] centroids of a layer's rotated keys, and of its values."""

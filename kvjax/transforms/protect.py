@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import dense_tail
-from kvjax.segments.slots import keep_highest
+from kvjax.segments.slots import keep_highest, marked
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
 from kvjax.transforms.evict import Scorer
 
@@ -40,9 +40,8 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
         scores = scorer.score(segment, seen)
         worthy = (segment.pos >= 0) & (scores > -jnp.inf)
         index, valid = keep_highest(scores, worthy, min(slots, segment.pos.shape[2]))
-        protected = segment.take(index, valid).resize(slots)
-        inside = jnp.any(segment.pos[..., None] == protected.pos[..., None, :], axis=-1)
-        return layer.with_tail(segment.drop(inside)), protected
+        rest = segment.drop(marked(index, valid, segment.pos.shape[2]))
+        return layer.with_tail(rest), segment.take(index, valid).resize(slots)
 
     def init(cache: Cache, observation: Observation):
         if slots == 0:

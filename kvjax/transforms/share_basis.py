@@ -52,7 +52,7 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
         new, shared = [], dict(cache.shared)
         for first in range(0, len(cache.layers), layers):
             group = cache.layers[first : first + layers]
-            B, K, _, H = dense_tail(group[0], "share_basis").k.shape
+            _, K, _, H = dense_tail(group[0], "share_basis").k.shape
             for name, rank in (("key_rank", key_rank), ("value_rank", value_rank)):
                 if isinstance(rank, int) and rank > layers * K * H:
                     raise ValueError(f"{name} must be at most the {layers * K * H} channels of a group, got {rank}.")
@@ -60,8 +60,8 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
             shared[name], bases = compress(group, observation.layers[first : first + layers])
             for layer, of_layer in zip(group, bases):
                 view = SharedView(LatentSegment(None, *of_layer, K, "at_attend", joint=True), "latent", name)
-                tail = DenseSegment.empty(B, K, 0, H, layer.segments[-1].k.dtype)
-                new.append(layer.replace(segments=(*layer.segments[:-1], view, tail)))
+                *before, tail = layer.segments
+                new.append(layer.replace(segments=(*before, view, tail.no_slots())))
         return cache.replace(layers=tuple(new), shared=shared), ()
 
     return CacheTransform(init=init, name="share_basis", takes=(), leaves="shared")

@@ -11,15 +11,15 @@ from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_highest
+from kvjax.segments.slots import keep_highest, marked
 from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
     check_protected,
     check_protected_fit,
     is_protected,
-    protect,
     with_stats,
+    worth_keeping,
 )
 
 
@@ -51,17 +51,15 @@ def split_slots(
         segment = observed(dense_tail(layer, "split_slots"), seen)
         S = segment.pos.shape[2]
         occupied = segment.pos >= 0
-        scores = scorer.score(segment, seen).astype(jnp.float32)
-        scores = protect(scores, segment.pos, is_protected(segment.pos, rows, sinks, recent))
+        scores = worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
         segment = segment.replace(stats={})
         if S <= slots:
             return layer.with_tail(segment)
         # Rounding of a fraction may ask a row for more than the other segment has room for.
         held = jnp.max(jnp.sum(occupied, axis=-1), axis=-1)
         index, valid = keep_highest(scores, occupied, slots, jnp.maximum(rows, held - (S - slots)))
-        heads = tuple(jnp.arange(n).reshape(-1, *(1,) * (2 - axis)) for axis, n in enumerate(index.shape[:2]))
-        stays = jnp.zeros(occupied.shape, bool).at[(*heads, index)].max(valid)
-        rest = jax.tree.map(lambda x: x[:, :, : S - slots], segment.drop(stays).in_token_order())
+        rest = segment.drop(marked(index, valid, S)).in_token_order()
+        rest = jax.tree.map(lambda x: x[:, :, : S - slots], rest)
         return layer.replace(segments=(*layer.segments[:-1], rest, segment.take(index, valid)))
 
     @jax.jit

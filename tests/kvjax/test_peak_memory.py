@@ -43,8 +43,8 @@ def _peak(build, layers: int) -> int:
     ],
     ids=["snapkv", "kivi", "adakv", "matryoshka", "duoattention"],
 )
-def test_temporaries_do_not_grow_with_the_number_of_layers(build):
-    """So there are never more dense keys and values than those of a few layers, beside the compressed cache."""
+def test_an_added_layer_costs_less_than_half_of_its_dense_keys_and_values(build):
+    """So dense keys and values are those of a few layers at a time, beside the compressed cache."""
     assert _peak(build, MANY) - _peak(build, FEW) < (MANY - FEW) * DENSE_LAYER / 2
 
 
