@@ -1,0 +1,153 @@
+"""Runs methods on examples: compresses a context, feeds the question, scores the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+import kvjax
+from experiments import reading, tasks
+from experiments.methods import Method
+from models import Model
+from models.decoder import bind, prompt_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What one method did on one example."""
+
+    nll: float | None
+    exact_match: bool | None
+    kl: float | None
+    cache_bytes: int
+    kept_tokens: float
+    prefill_seconds: float
+    decode_tokens_per_second: float | None
+    log_probs: jax.Array  # f32[answer, V]
+
+
+class Evaluator:
+    """Runs methods on examples. The dense prefill of an example is shared by the methods that start from it."""
+
+    def __init__(self, model: Model, methods: Sequence[Method], room: int, call_tokens: int):
+        self._model = model
+        self._step_in_place = bind(model.params, model.config, donate=True)
+        self._needs = reading.shared_needs(methods)
+        self._room, self._call_tokens = room, call_tokens
+        self._chunked = {}
+
+    def prefill(self, ids: Sequence[int]) -> tuple[kvjax.StepOutput, float]:
+        """Reads a prompt with the full cache: what came out, and the seconds it took."""
+        return reading.read(self._model, ids, self._needs)
+
+    def compress(self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int]) -> tuple[kvjax.Run, float]:
+        """Compresses what `prefill` read, or reads the prompt in chunks: the run, and the seconds it took."""
+        start = time.perf_counter()
+        if method.prefill_chunk is not None:
+            run = self._prefill_chunks(method)(self._model.params, jnp.asarray([ids]), jnp.asarray([len(ids)]))
+        else:
+            room = dict(room=self._room, call_tokens=self._call_tokens)
+            run = reading.compress(self._model, method, dense, ids, **room)
+        jax.block_until_ready(run)
+        return run, time.perf_counter() - start
+
+    def answer(
+        self, method: Method, run: kvjax.Run, question: Sequence[int], example: tasks.Example, slots: int
+    ) -> tuple[jax.Array, float | None]:
+        """Feeds the question and the answer: f32[answer, V] log-probabilities, and tokens per second."""
+        run, _ = self._feed(method, run, question, slots)
+        log_probs = [jax.nn.log_softmax(run.logits)]
+        answer = example.answer_ids
+        if not answer:
+            return jnp.zeros((0, run.logits.shape[-1])), None
+        if not example.scored:
+            _, logits = self._feed(method, run, answer[:-1], slots)
+            return jnp.concatenate([*log_probs, *map(jax.nn.log_softmax, logits)]), None
+        jax.block_until_ready(run)
+        start = time.perf_counter()
+        for token in answer[:-1]:
+            run, _ = self._feed(method, run, (token,), slots, calls_of=1)
+            log_probs.append(jax.nn.log_softmax(run.logits))
+        jax.block_until_ready(log_probs)
+        seconds = time.perf_counter() - start
+        speed = (len(answer) - 1) / seconds if len(answer) > 1 else None
+        return jnp.concatenate(log_probs), speed
+
+    def score(
+        self,
+        method: Method,
+        example: tasks.Example,
+        dense: tuple[kvjax.StepOutput, float],
+        prompt: Sequence[int],
+        question: Sequence[int],
+        reference: jax.Array | None,
+    ) -> Score:
+        """Compresses, asks and scores; `reference` are the full cache's log-probabilities."""
+        run, seconds = self.compress(method, dense[0], prompt)
+        if method.prefill_chunk is None:
+            seconds += dense[1]
+        cache_bytes = kvjax.nbytes((run.cache, run.state))
+        kept = float(kvjax.kept_tokens(run.cache)[0])
+        log_probs, speed = self.answer(method, run, question, example, len(prompt))
+        answer = jnp.asarray(example.answer_ids, jnp.int32)
+        nll = match = kl = None
+        if len(example.answer_ids):
+            nll = float(-jnp.mean(jnp.take_along_axis(log_probs, answer[:, None], axis=1)))
+            if example.scored:
+                match = bool(jnp.all(jnp.argmax(log_probs, axis=-1) == answer))
+            if reference is not None:
+                kl = float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), axis=-1)))
+        return Score(nll, match, kl, cache_bytes, kept, seconds, speed, log_probs)
+
+    def abstract_bytes(self, method: Method, slots: int) -> int:
+        """Bytes of the compressed cache of a context of `slots` tokens, without running anything."""
+        shape = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._model.params)
+        run = jax.eval_shape(lambda *args: self._prefill(method, *args), params, shape, lengths)
+        return kvjax.nbytes((run.cache, run.state))
+
+    def _prefill(self, method: Method, params, tokens, lengths) -> kvjax.Run:
+        config = self._model.config
+        return kvjax.prefill(
+            bind(params, config),
+            method.transform,
+            tokens,
+            lengths,
+            prompt_cache(config, 1, self._dtype()),
+            room=self._room,
+            call_tokens=self._call_tokens,
+            chunk=method.prefill_chunk,
+        )
+
+    def _prefill_chunks(self, method: Method):
+        if method.name not in self._chunked:
+            self._chunked[method.name] = jax.jit(lambda *args: self._prefill(method, *args))
+        return self._chunked[method.name]
+
+    def _feed(
+        self, method: Method, run: kvjax.Run, ids: Sequence[int], slots: int, calls_of: int | None = None
+    ) -> tuple[kvjax.Run, list[jax.Array]]:
+        """Feeds tokens in calls of a fixed size, and returns the logits after each of them, by call."""
+        size = calls_of or self._call_tokens
+        logits = []
+        for start in range(0, len(ids), size):
+            part = list(ids[start : start + size])
+            tokens = jnp.asarray([part + [0] * (size - len(part))])
+            run, after = kvjax.extend(
+                self._step_in_place,
+                method.transform,
+                run,
+                tokens,
+                jnp.asarray([len(part)]),
+                prompt_slots=slots,
+            )
+            logits.append(after[0, : len(part)])
+        return run, logits
+
+    def _dtype(self):
+        return self._model.params["embed"].dtype
