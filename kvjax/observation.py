@@ -215,3 +215,21 @@ def newest(seen: LayerObservation, count: int) -> LayerObservation:
     pos = seen.queries.pos
     last = jnp.max(pos, axis=1, keepdims=True, initial=-1)
     return seen.replace(queries=seen.queries._replace(pos=jnp.where(pos > last - count, pos, -1)))
+
+
+def of_head(seen: LayerObservation, head: jax.Array, kv_heads: int) -> LayerObservation:
+    """What one of the K KV heads saw: its query group, its moments."""
+
+    def mine(x, axis):
+        group = x.shape[axis] // kv_heads
+        return jax.lax.dynamic_slice_in_dim(x, head * group, group, axis=axis)
+
+    moments = {
+        start: QueryMoments(of.count, *(mine(x, 1) for x in of[1:])) for start, of in seen.moments.items()
+    }
+    return seen.replace(
+        queries=seen.queries._replace(raw=mine(seen.queries.raw, 2)),
+        lse=mine(seen.lse, 2),
+        moments=moments,
+        reread=None if seen.reread is None else mine(seen.reread, 1),
+    )

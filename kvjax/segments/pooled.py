@@ -123,7 +123,7 @@ def pool_layers(paged: RaggedSegment, layers: int) -> tuple[RaggedSegment, list[
     """Splits pages whose owners are the heads of all layers, those of a layer together.
 
     Args:
-      paged: its owners are `layer * K + head`; as `RaggedSegment.of_flat` makes it.
+      paged: its owners are `layer * K + head`; as `RaggedSegment.of_list` makes it.
       layers: [L].
 
     Returns:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
-from kvjax.segments.dense import DenseSegment
+from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
+from kvjax.segments.slots import counts_by_owner
 from pallas_kernels.partial import Partial, combine_by_owner
+
+
+class SlotList(NamedTuple):
+    """Slots of several heads in one list."""
+
+    slots: DenseSegment  # [B, 1, M, ...]
+    owner: jax.Array  # i32[B, M], their heads
+
+    @classmethod
+    def of(cls, segment: DenseSegment, first: jax.Array | int = 0) -> SlotList:
+        """Those of a segment whose heads are `first`, `first + 1`, ..."""
+        B, K, S = segment.pos.shape
+        flat = jax.tree.map(lambda x: x.reshape(B, 1, K * S, *x.shape[3:]), segment)
+        return cls(flat, jnp.broadcast_to(first + jnp.arange(K)[:, None], (B, K, S)).reshape(B, -1))
+
+    def plus(self, other: SlotList) -> SlotList:
+        """Those of both."""
+        join = lambda *x: jnp.concatenate(x, axis=2)
+        return SlotList(
+            jax.tree.map(join, self.slots, other.slots), jnp.concatenate([self.owner, other.owner], axis=1)
+        )
+
+    def of_head(self, head: jax.Array) -> DenseSegment:
+        """A segment of one head: the same keys and values, and all slots of other heads empty."""
+        return self.slots.drop((self.owner != head)[:, None])
 
 
 @struct.dataclass
@@ -28,36 +56,34 @@ class RaggedSegment:
     kv_heads: int = struct.field(pytree_node=False)
 
     @classmethod
-    def of_flat(
-        cls, slots: DenseSegment, owner: jax.Array, keep: jax.Array, *, kv_heads: int, page: int, pages: int
-    ) -> RaggedSegment:
+    def of_list(cls, held: SlotList, keep: jax.Array, *, kv_heads: int, page: int, pages: int) -> RaggedSegment:
         """Gathers the kept ones of M slots into pages, those of a head together, in token order.
 
         Args:
-          slots: [B, 1, M, ...], slots of all heads in one list.
-          owner: i32[B, M], their KV heads.
+          held: slots of all heads.
           keep: bool[B, M]; with `c` kept slots of a head, `sum(ceil(c / page)) <= pages` must hold.
           kv_heads: [K].
           page: slots of a page.
           pages: [P].
         """
+        slots, owner = held
         if slots.key_rope == "rank":
             raise TypeError("RaggedSegment does not re-index positions.")
         B, M = owner.shape
         K = kv_heads
         pos = slots.pos[:, 0]
         order = jnp.lexsort((pos, jnp.where(keep, owner, K)), axis=-1)  # by head, then token; the rest last
-        held = jnp.sum((owner[..., None] == jnp.arange(K)) & keep[..., None], axis=1)  # [B, K]
-        used = -(-held // page)
+        count = counts_by_owner(keep, owner, K)
+        used = -(-count // page)
         last_page = jnp.cumsum(used, axis=-1)
-        first_page, first_slot = last_page - used, jnp.cumsum(held, axis=-1) - held
+        first_page, first_slot = last_page - used, jnp.cumsum(count, axis=-1) - count
         p = jnp.arange(pages)
         of_page = jnp.sum(p[None, :, None] >= last_page[:, None], axis=-1)  # [B, P], K beyond the last
         there = of_page < K
         of_page = jnp.where(there, of_page, 0)
         per_head = lambda x: jnp.take_along_axis(x, of_page, axis=1)
         rank = (p - per_head(first_page))[..., None] * page + jnp.arange(page)  # [B, P, page]
-        valid = there[..., None] & (rank < per_head(held)[..., None])
+        valid = there[..., None] & (rank < per_head(count)[..., None])
         index = jnp.clip(per_head(first_slot)[..., None] + rank, 0, M - 1).reshape(B, -1)
         index = jnp.take_along_axis(order, index, axis=1)
         taken = slots.take(index[:, None], valid.reshape(B, 1, -1))
@@ -85,6 +111,12 @@ class RaggedSegment:
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`; f32[B, P * G, page], the G query heads of a page's owner."""
         return self.pages.mass(self._of_pages(queries), self._heads(lse), **how)
+
+    def as_list(self) -> SlotList:
+        """The slots of its dense pages; unused ones are empty."""
+        B, P, page = self.pages.pos.shape
+        flat = jax.tree.map(lambda x: x.reshape(B, 1, P * page, *x.shape[3:]), self.pages)
+        return SlotList(flat, jnp.repeat(self.owner, page, axis=1))
 
     def dense(self) -> RaggedSegment:
         """The same with dense pages."""
@@ -115,3 +147,16 @@ class RaggedSegment:
         grouped = x.reshape(B, T, self.kv_heads, N // self.kv_heads, *x.shape[3:])
         index = self.owner.reshape(B, 1, -1, *(1,) * (grouped.ndim - 3))
         return jnp.take_along_axis(grouped, index, axis=2).reshape(B, T, -1, *x.shape[3:])
+
+
+def split_pages(layer, transform: str) -> tuple[tuple[Segment, ...], RaggedSegment | None, DenseSegment]:
+    """The layer cache's segments: those before, pages if they come right before the tail, and the dense tail.
+
+    Raises:
+      ValueError: the tail is compressed, see `dense_tail`.
+    """
+    tail = dense_tail(layer, transform)
+    before = layer.segments[:-1]
+    if before and isinstance(before[-1], RaggedSegment):
+        return before[:-1], before[-1], tail
+    return before, None, tail

@@ -49,6 +49,26 @@ def ranks(x: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1)
 
 
+def counts_by_owner(chosen: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+    """i32[B, owners]: how many of the chosen (bool[B, M]) belong to each owner (i32[B, M])."""
+    return sums_by_owner(chosen.astype(jnp.int32), owner, owners)
+
+
+def sums_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+    """[B, owners]: sums of x[B, M] over what belongs to each owner (i32[B, M])."""
+    return jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=owners))(x, owner)
+
+
+def ranks_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+    """i32[B, M]: the place of each number among those of its owner, 0 = lowest; ties in their order."""
+    order = jnp.lexsort((x, owner), axis=-1)
+    held = counts_by_owner(jnp.ones(owner.shape, bool), owner, owners)
+    first = jnp.cumsum(held, axis=-1) - held
+    sorted_owner = jnp.take_along_axis(owner, order, axis=-1)
+    place = jnp.arange(x.shape[-1]) - jnp.take_along_axis(first, sorted_owner, axis=-1)
+    return jnp.take_along_axis(place, jnp.argsort(order, axis=-1), axis=-1)
+
+
 def marked(index: jax.Array, valid: jax.Array, slots: int) -> jax.Array:
     """bool[B, K, slots]: which slots i32[B, K, n] names where bool[B, K, n] is true."""
     if index.shape[2] == 1:  # a token of a decoding step: no scatter

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.budget import budget_rows, budget_slots
-from kvjax.cache import Cache, LayerCache
+from kvjax.cache import Cache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments import DenseSegment
 from kvjax.segments.dense import dense_tail
 from kvjax.segments.pooled import pool_layers
+from kvjax.segments.ragged import RaggedSegment, SlotList
+from kvjax.segments.slots import counts_by_owner
 from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit
-from kvjax.transforms.evict_by_head import HeadBudgets, choose, in_pages, slot_scores
+from kvjax.transforms.evict_by_head import HeadBudgets, choose, pages_for, slot_scores
 
 LayerWeights = Callable[[DenseSegment, LayerObservation], jax.Array]
 """`(segment, layer observation) -> f32[B]`: what the budget of a layer is proportional to, at least 0."""
+
+_SCORE = "score"
 
 
 def evict_across_layers(
@@ -35,9 +39,12 @@ def evict_across_layers(
     """Keeps `budget` slots per KV head on average over the whole cache, in one pool of pages for all layers.
 
     Either every head of every layer gets its own number (`heads`), or every layer does, the same for its heads
-    (`layers`). Acts when the prompt is in, on the full cache, of which gathering makes one copy. The pool's bytes
-    follow the budget: L * K * budget slots, and at most L * K - 1 pages and L * K / 2 slots that rounding may need.
-    Tokens that follow go to a dense segment of each layer.
+    (`layers`). Acts when the prompt is in. The pool's bytes follow the budget: L * K * budget slots, and at most
+    L * K - 1 pages and L * K / 2 slots that rounding may need. Tokens that follow go to a dense segment of each layer.
+
+    Layers are taken up one after the other, and the whole budget is shared out anew among those taken up so far, so a
+    prefill in one program holds the pool and few layers (CAKE's cascade). Scores stay and what a head may keep only
+    falls, so the end is what one choice over all layers would have kept.
 
     Args:
       scorer: what a slot is worth.
@@ -58,29 +65,29 @@ def evict_across_layers(
     if (heads is None) == (layers is None):
         raise ValueError("heads or layers must be given, and not both: either says how the budget is split.")
 
-    @jax.jit
-    def rate(layer: LayerCache, seen: LayerObservation):
-        segment = dense_tail(layer, "evict_across_layers")
-        return slot_scores(scorer, segment, seen), None if layers is None else layers(segment, seen)
-
-    @functools.partial(jax.jit, static_argnames="slots")
-    def gather(segments: Sequence[DenseSegment], found, rows: jax.Array, *, slots: int):
-        widest = max(segment.pos.shape[2] for segment in segments)
-        segments = [segment.replace(stats={}).resize(widest) for segment in segments]
-        widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[2])), constant_values=-jnp.inf)
-        scores = jnp.concatenate([widen(x) for x, _ in found], axis=1)  # [B, L * K, S]
-        split = heads or proportional(jnp.stack([weight for _, weight in found], axis=1))
-        together = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *segments)
-        keep = choose(scores, together.pos, rows, split, sinks, recent)
-        return pool_layers(in_pages(together, keep, slots, page), len(segments))
+    @functools.partial(jax.jit, static_argnames=("slots", "count"))
+    def take_up(pool, weights, segment: DenseSegment, seen: LayerObservation, layer, rows, *, slots: int, count: int):
+        """The pool with the slots of one more layer, and f32[B, L], the weights of the layers in it."""
+        B, K, _ = segment.pos.shape
+        fresh = SlotList.of(segment.replace(stats={_SCORE: slot_scores(scorer, segment, seen)}), layer * K)
+        held = fresh if pool is None else pool.as_list().plus(fresh)
+        split = heads
+        if layers is not None:
+            weights = weights.at[:, layer].set(layers(segment, seen))
+            split = proportional(weights)
+        keep = choose(held.slots.stats[_SCORE][:, 0], held, rows, split, count * K, sinks, recent)
+        pages = pages_for(count * K, slots, page)
+        return RaggedSegment.of_list(held, keep, kv_heads=count * K, page=page, pages=pages), weights
 
     def init(cache: Cache, observation: Observation):
-        slots = budget_slots(budget, observation.prompt_slots)
+        slots, L = budget_slots(budget, observation.prompt_slots), len(cache.layers)
         check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
-        found = [rate(*each) for each in zip(cache.layers, observation.layers, strict=True)]
-        segments = [dense_tail(layer, "evict_across_layers") for layer in cache.layers]
-        pool, views = gather(segments, found, rows, slots=slots)
+        pool, weights = None, jnp.zeros((rows.shape[0], L))
+        for index, (layer, seen) in enumerate(zip(cache.layers, observation.layers, strict=True)):
+            tail = dense_tail(layer, "evict_across_layers")
+            pool, weights = take_up(pool, weights, tail, seen, jnp.int32(index), rows, slots=slots, count=L)
+        pool, views = pool_layers(pool.replace(pages=pool.pages.replace(stats={})), L)
         seen_by = lambda layer, view: layer.replace(
             segments=(*layer.segments[:-1], view, layer.segments[-1].no_slots())
         )
@@ -105,10 +112,9 @@ def proportional(weights: jax.Array) -> HeadBudgets:
     """
     L = weights.shape[1]
 
-    def allocate(scores: jax.Array, per_head: jax.Array) -> jax.Array:
-        B = scores.shape[0]
-        held = jnp.sum(scores > -jnp.inf, axis=-1).reshape(B, L, -1)
-        K, most = held.shape[2], jnp.max(held, axis=2)
+    def allocate(scores: jax.Array, owner: jax.Array, per_head: jax.Array, heads: int) -> jax.Array:
+        held = counts_by_owner(scores > -jnp.inf, owner, heads).reshape(-1, L, heads // L)
+        most = jnp.max(held, axis=2)
         total = L * per_head[:, None]
         whole = jnp.sum(weights, axis=1, keepdims=True)
         share = jnp.where(whole > 0, weights / jnp.where(whole > 0, whole, 1.0), 1 / L)
@@ -122,6 +128,6 @@ def proportional(weights: jax.Array) -> HeadBudgets:
             return jnp.minimum(counts + jnp.where(room, more, 0), most)
 
         counts = jax.lax.fori_loop(0, L + 1, spread, counts)  # each time a layer fills up, or nothing is left over
-        return jnp.repeat(counts, K, axis=1)
+        return jnp.repeat(counts, heads // L, axis=1)
 
     return allocate

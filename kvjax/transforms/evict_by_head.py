@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Observation
-from kvjax.segments import DenseSegment, RaggedSegment
-from kvjax.segments.dense import dense_tail
-from kvjax.segments.slots import ranks
+from kvjax.observation import LayerObservation, Observation, of_head
+from kvjax.segments import DenseSegment
+from kvjax.segments.ragged import RaggedSegment, SlotList, split_pages
+from kvjax.segments.slots import counts_by_owner, ranks, ranks_by_owner, sums_by_owner
 from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, protect
 
-HeadBudgets = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(f32[B, K, S] scores, i32[B] tokens per head) -> i32[B, K]`: how many of its slots each head keeps.
+HeadBudgets = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+"""`(f32[B, M] scores, i32[B, M] heads of the slots, i32[B] tokens per head, K) -> i32[B, K]`: how many of its slots
+each head keeps.
 
 Slots that are empty or kept in any case score `-inf`. A row's sum should be K times its tokens per head; each
 head's share may be rounded.
@@ -40,14 +41,15 @@ def adaptive(floor: float = 0.2, normalise: bool = False) -> HeadBudgets:
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be in [0, 1], got {floor}.")
 
-    def allocate(scores: jax.Array, per_head: jax.Array) -> jax.Array:
-        B, K, S = scores.shape
+    def allocate(scores: jax.Array, owner: jax.Array, per_head: jax.Array, heads: int) -> jax.Array:
         if normalise:
             mass = jnp.where(scores == -jnp.inf, 0.0, scores)
-            top = jnp.sum(jnp.where(ranks(-scores) < per_head[:, None, None], mass, 0.0), axis=-1)
-            scores = scores * (top / jnp.maximum(jnp.sum(mass, axis=-1), 1e-12))[..., None]
-        chosen = (ranks(-scores.reshape(B, -1)) < K * per_head[:, None]).reshape(B, K, S)
-        counts = jnp.sum(chosen & (scores > -jnp.inf), axis=-1)
+            highest = ranks_by_owner(-scores, owner, heads) < per_head[:, None]
+            top = sums_by_owner(jnp.where(highest, mass, 0.0), owner, heads)
+            share = top / jnp.maximum(sums_by_owner(mass, owner, heads), 1e-12)
+            scores = scores * jnp.take_along_axis(share, owner, axis=1)
+        chosen = ranks(-scores) < heads * per_head[:, None]
+        counts = counts_by_owner(chosen & (scores > -jnp.inf), owner, heads)
         uniform = per_head[:, None].astype(jnp.float32)
         return jnp.round((1 - floor) * counts + floor * uniform).astype(jnp.int32)
 
@@ -65,8 +67,9 @@ def evict_by_head(
 ) -> CacheTransform:
     """Keeps `budget` slots per KV head on average over a layer, each head its own number, in pages.
 
-    Acts when the prompt is in. The total of a layer is fixed, so bytes follow the budget: K * budget slots,
-    and at most K - 1 pages and K / 2 slots that rounding may need. Tokens that follow go to a dense segment.
+    The total of a layer is fixed, so bytes follow the budget: K * budget slots, and at most K - 1 pages and K / 2
+    slots that rounding may need. Tokens that follow go to a dense segment. `update` takes them into the pages and
+    shares the budget out anew; the scorer then sees one head at a time, and must not need statistics of the past.
 
     Args:
       scorer: what a slot is worth.
@@ -84,21 +87,53 @@ def evict_by_head(
         raise ValueError(f"page must be at least 1 slot, got {page}.")
 
     @functools.partial(jax.jit, static_argnames="slots")
-    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
-        segment = dense_tail(layer, "evict_by_head")
-        scores = slot_scores(scorer, segment, seen)
-        keep = choose(scores, segment.pos, rows, heads, sinks, recent)
-        return layer.replace(segments=(*layer.segments[:-1], in_pages(segment, keep, slots, page), segment.no_slots()))
+    def share_out(pages: RaggedSegment | None, tail: DenseSegment, seen: LayerObservation, rows, *, slots: int):
+        if not tail.pos.shape[2]:
+            tail = tail.resize(1)  # scorers need not know of segments without slots
+        K, tail = tail.pos.shape[1], tail.replace(stats={})
+        held = SlotList.of(tail)
+        if pages is None:
+            scores = slot_scores(scorer, tail, seen).reshape(held.owner.shape)
+        else:
+            held = pages.as_list().plus(held)
+            scores = scores_by_head(scorer, held, K, seen)
+        keep = choose(scores, held, rows, heads, K, sinks, recent)
+        return RaggedSegment.of_list(held, keep, kv_heads=K, page=page, pages=pages_for(K, slots, page))
+
+    def shrink(cache: Cache, rows: jax.Array, observation: Observation, emptied: Callable):
+        """Takes the slots of every layer's tail into its pages, and leaves of the tail what `emptied` does."""
+        slots = budget_slots(budget, observation.prompt_slots)
+
+        def each(layer: LayerCache, seen: LayerObservation):
+            before, pages, tail = split_pages(layer, "evict_by_head")
+            pages = share_out(pages, tail, seen, rows, slots=slots)
+            return layer.replace(segments=(*before, pages, emptied(tail)))
+
+        return cache.map_layers(each, observation.layers)
 
     def init(cache: Cache, observation: Observation):
-        slots = budget_slots(budget, observation.prompt_slots)
         check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
-        shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
-        return cache.map_layers(shrink, observation.layers), ()
+        return shrink(cache, rows, observation, DenseSegment.no_slots), rows
+
+    def update(cache: Cache, rows: jax.Array, observation: Observation):
+        if scorer.stats:
+            raise ValueError(
+                f"evict_by_head keeps no statistics after the prompt, but its scorer wants {', '.join(scorer.stats)}: "
+                "wrap it in at_prefill_end."
+            )
+        return shrink(cache, rows, observation, lambda tail: tail.drop(tail.pos >= 0)), rows
 
     return CacheTransform(
-        init=init, needs=scorer.needs, budget=budget, name="evict_by_head", takes=PLAIN, leaves="paged"
+        init=init,
+        update=update,
+        needs=scorer.needs,
+        frees_in_prefill=1,
+        frees_in_decode=1,
+        budget=budget,
+        name="evict_by_head",
+        takes=PLAIN,
+        leaves="paged",
     )
 
 
@@ -109,27 +144,43 @@ def slot_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -
     return jnp.where(segment.pos >= 0, scorer.score(segment, seen).astype(jnp.float32), -jnp.inf)
 
 
+def scores_by_head(scorer: Scorer, held: SlotList, kv_heads: int, seen: LayerObservation) -> jax.Array:
+    """f32[B, M]: the same for slots in one list, a head after the other."""
+    score = lambda head: slot_scores(scorer, held.of_head(head), of_head(seen, head, kv_heads))[:, 0]
+    each = jax.lax.map(score, jnp.arange(kv_heads))  # [K, B, M]
+    return jnp.take_along_axis(each, held.owner[None], axis=0)[0]
+
+
 def choose(
-    scores: jax.Array, pos: jax.Array, rows: jax.Array, heads: HeadBudgets, sinks: int, recent: int | float
+    scores: jax.Array,
+    held: SlotList,
+    rows: jax.Array,
+    heads: HeadBudgets,
+    count: int,
+    sinks: int,
+    recent: int | float,
 ) -> jax.Array:
-    """bool[B, K, S]: the slots that stay, when K heads share K times the budgets i32[B] `rows`."""
-    protected = is_protected(pos, rows, sinks, recent)
-    worth = protect(scores, pos, protected)
-    always = jnp.minimum(jnp.sum(protected, axis=-1), rows[:, None])  # [B, K]
+    """bool[B, M]: the slots that stay, when heads share `count` times the budgets i32[B] `rows`.
+
+    Args:
+      scores: f32[B, M], `-inf` for empty slots.
+      held: slots of the heads `0 .. count - 1`; all of one that has any include its protected ones.
+      rows: i32[B], tokens per head.
+      heads: how many slots each head keeps, beside the protected ones.
+      count: heads.
+      sinks: see `is_protected`.
+      recent: the same.
+    """
+    pos, owner = held.slots.pos, held.owner
+    protected = is_protected(pos, rows, sinks, recent)[:, 0]
+    worth = protect(scores[:, None], pos, protected[:, None])[:, 0]
+    always = jnp.minimum(counts_by_owner(protected, owner, count), rows[:, None])  # [B, count]
     free = jnp.where(protected, -jnp.inf, scores)
-    count = always + heads(free, rows - always[:, 0])
-    return (pos >= 0) & (ranks(-worth) < count[..., None])
+    limit = always + heads(free, owner, rows - always[:, 0], count)
+    place = ranks_by_owner(-worth, owner, count)
+    return (pos[:, 0] >= 0) & (place < jnp.take_along_axis(limit, owner, axis=1))
 
 
-def in_pages(segment: DenseSegment, keep: jax.Array, slots: int, page: int) -> RaggedSegment:
-    """The slots where bool[B, K, S] is true, in pages for K * slots of them and what rounding may add."""
-    B, K, S = segment.pos.shape
-    flat = lambda x: x.reshape(B, 1, K * S, *x.shape[3:])
-    return RaggedSegment.of_flat(
-        jax.tree.map(flat, segment.replace(stats={})),
-        jnp.broadcast_to(jnp.arange(K)[:, None], (B, K, S)).reshape(B, -1),
-        keep.reshape(B, -1),
-        kv_heads=K,
-        page=page,
-        pages=min(-(-(K * slots + K // 2) // page) + K - 1, K * -(-S // page)),
-    )
+def pages_for(heads: int, slots: int, page: int) -> int:
+    """Pages that hold `heads * slots` slots however they are split, and what rounding each head's share may add."""
+    return -(-(heads * slots + heads // 2) // page) + heads - 1

@@ -44,7 +44,7 @@ def every_chunk(transform: CacheTransform) -> CacheTransform:
 
 def every_step(transform: CacheTransform) -> CacheTransform:
     """Acts after every call of the decoder: each chunk of the prompt and each generated token."""
-    return _windowed(transform)._replace(frees_in_prefill=1, frees_in_decode=1)
+    return _remembering(transform)._replace(frees_in_prefill=1, frees_in_decode=1)
 
 
 def every(n: int, transform: CacheTransform) -> CacheTransform:
@@ -58,7 +58,7 @@ def every(n: int, transform: CacheTransform) -> CacheTransform:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1 token, got {n}.")
-    transform = _windowed(transform)
+    transform = _remembering(transform)
 
     def starting(run):
         def start(cache, observation):
@@ -103,7 +103,7 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
         raise ValueError(f"slack must be at least 1 slot, got {slack}.")
     if transform.budget is None:
         raise ValueError("when_full needs a transform with a token budget, got one without.")
-    transform = _windowed(transform)
+    transform = _remembering(transform)
 
     def occupied(cache: Cache) -> jax.Array:
         return jnp.max(jnp.sum(cache.layers[0].segments[-1].pos >= 0, axis=-1), axis=-1)
@@ -166,32 +166,47 @@ def _where_due(transform, cache, state, observation, due):
     return jax.tree.unflatten(tree, leaves)
 
 
-def _windowed(transform: CacheTransform) -> CacheTransform:
-    """Gives a transform that wants the last W queries those queries while decoding, too.
+def _remembering(transform: CacheTransform) -> CacheTransform:
+    """Gives a transform what it needs of the whole sequence while decoding, too.
 
-    A call of the decoder shows only its own tokens; the earlier ones are kept in the state.
+    A call of the decoder shows only its own tokens: the last W queries, moments of queries and largest inputs of
+    earlier calls are kept in the state.
     """
-    count = transform.needs.queries
-    if count in (0, 1, ALL):
+    needs = transform.needs
+    window = needs.queries if needs.queries not in (0, 1, ALL) else 0
+    sums = bool(needs.moments_from or needs.largest_inputs)
+    if not window and not sums:
         return transform
+    sums_of = lambda layer: (layer.moments, layer.largest)
 
     def starting(run):
         def start(cache, observation):
             cache, state = run(cache, observation)
-            return cache, (state, query_window.start(count, observation))
+            queries = query_window.start(window, observation) if window else ()
+            return cache, (state, queries, tuple(map(sums_of, observation.layers)) if sums else ())
 
         return start
 
+    def with_sums(observation, earlier):
+        layers = tuple(layer.with_sums(*of) for layer, of in zip(observation.layers, earlier, strict=True))
+        return observation.replace(layers=layers)
+
     def observe(cache, state, observation):
-        inner, window = state
+        inner, queries, earlier = state
+        if sums:
+            observation = with_sums(observation, earlier)
+            earlier = tuple(map(sums_of, observation.layers))
         cache, inner = transform.observe(cache, inner, observation)
-        return cache, (inner, query_window.extend(window, observation))
+        return cache, (inner, query_window.extend(queries, observation) if window else (), earlier)
 
     def update(cache, state, observation):
-        inner, window = state
-        seen = query_window.observe(window, cache, observation)
+        inner, queries, earlier = state
+        seen = query_window.observe(queries, cache, observation) if window else observation
+        if sums:
+            layers = (layer.replace(moments=m, largest=x) for layer, (m, x) in zip(seen.layers, earlier, strict=True))
+            seen = seen.replace(layers=tuple(layers))
         cache, inner = transform.update(cache, inner, seen)
-        return cache, (inner, window)
+        return cache, (inner, queries, earlier)
 
     return transform._replace(
         init=starting(transform.init),

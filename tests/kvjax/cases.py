@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import kvjax
 from experiments.methods import load_method
-from kvjax import every, every_chunk, every_step, evict, scores, when_full
+from kvjax import adaptive, every, every_chunk, every_step, evict, evict_by_head, scores, when_full
 from kvjax.budget import budget_slots
 from tests.fake_calibrations import Words, calibrate
 from tests.kvjax import tiny_model
@@ -36,15 +36,14 @@ def bounded(budget, extra: int, stats: int = 0):
     return lambda sizes: _dense(budget_slots(budget, sizes.prompt) + extra, sizes, stats) + INDEX * sizes.batch
 
 
-def pages(budget, page: int):
-    """Pages for K * budget slots of a layer, what rounding may add, and a dense segment for the room."""
+def pages(budget, page: int, tail: int | None = None):
+    """Pages for K * budget slots of a layer, what rounding may add, and a dense segment for the room or the tail."""
 
     def nbytes(sizes):
         K = sizes.kv_heads
         count = -(-(K * budget_slots(budget, sizes.prompt) + K // 2) // page) + K - 1
-        count = min(count, K * -(-sizes.prompt // page))
         pool = sizes.layers * sizes.batch * count * (page * (2 * sizes.head_dim * FLOAT + INDEX) + INDEX)
-        return pool + _dense(sizes.room, sizes) + INDEX * sizes.batch
+        return pool + _dense(sizes.room if tail is None else tail, sizes) + INDEX * sizes.batch
 
     return nbytes
 
@@ -55,7 +54,6 @@ def pool(budget, page: int):
     def nbytes(sizes):
         heads = sizes.layers * sizes.kv_heads
         count = -(-(heads * budget_slots(budget, sizes.prompt) + heads // 2) // page) + heads - 1
-        count = min(count, heads * -(-sizes.prompt // page))
         shared = sizes.batch * count * (page * (2 * sizes.head_dim * FLOAT + INDEX) + INDEX)
         return shared + 2 * INDEX * sizes.layers * sizes.batch + _dense(sizes.room, sizes) + INDEX * sizes.batch
 
@@ -108,6 +106,7 @@ def mikv(important_bits: int, bits: int, group: int, residual: int, budget: int)
 
 _ALL = 64  # more than any test brings
 _window = lambda: scores.window_attention(4, kernel=3)
+_by_head = lambda budget: evict_by_head(_window(), budget, heads=adaptive(), recent=4, page=4)
 
 
 def _config(
@@ -405,6 +404,20 @@ CASES = [
         lambda: every(4, evict(_window(), 12, recent=4)),
         bounded(12, 4),
         lambda: every(4, evict(_window(), _ALL, recent=4)),
+        slack=3,
+    ),
+    Case(
+        "adakv_every_4",
+        lambda: every(4, _by_head(12)),
+        pages(12, 4, tail=4),
+        lambda: every(4, _by_head(_ALL)),
+        slack=3,
+        shared_by="layer",
+    ),
+    Case(
+        "every_4_expected_attention",
+        lambda: every(4, evict(scores.future_attention(16, 2), 12, sinks=2)),
+        bounded(12, 4),
         slack=3,
     ),
     Case(

@@ -9,6 +9,7 @@ import kvjax
 from kvjax import BufferedSegment, DenseSegment, HeadsSegment, LatentSegment, QuantizedSegment, Queries, RaggedSegment
 from kvjax import Rope
 from kvjax.segments.latent import Channels, Matrix
+from kvjax.segments.ragged import SlotList
 from kvjax.transforms.ring import as_ring
 from pallas_kernels.partial import Partial, combine, combine_by_owner
 from tests.pallas_kernels.attention_numpy import attention
@@ -50,11 +51,6 @@ def _assert_reads(segment, dense: DenseSegment, queries: Queries, **how):
 # --- pages --------------------------------------------------------------------------------------------------------
 
 
-def _flat(dense: DenseSegment):
-    owner = jnp.broadcast_to(jnp.arange(K)[:, None], (B, K, S)).reshape(B, -1)
-    return jax.tree.map(lambda x: x.reshape(B, 1, K * S, *x.shape[3:]), dense), owner
-
-
 def _keep(seed: int = 2) -> jax.Array:
     """Very different numbers of slots for every row and head, none at all for one of them."""
     share = np.array([[0.9, 0.1, 0.4], [0.0, 0.8, 0.2]])[..., None]
@@ -66,9 +62,8 @@ def _keep(seed: int = 2) -> jax.Array:
 def test_pages_read_as_dense_slots_do(page, window):
     dense, keep = _slots(), _keep()
     keep &= dense.pos >= 0
-    flat, owner = _flat(dense)
     count = int(np.max(np.sum(-(-np.sum(keep, axis=-1) // page), axis=-1)))
-    ragged = RaggedSegment.of_flat(flat, owner, keep.reshape(B, -1), kv_heads=K, page=page, pages=count)
+    ragged = RaggedSegment.of_list(SlotList.of(dense), keep.reshape(B, -1), kv_heads=K, page=page, pages=count)
     assert ragged.pos.shape == (B, count, page)
     _assert_reads(ragged, dense.drop(~keep), _queries(), window=window)
     for row in range(B):  # each page holds one head's tokens, in order
@@ -80,9 +75,8 @@ def test_pages_read_as_dense_slots_do(page, window):
 
 def test_pages_may_be_quantized():
     dense = _slots()
-    flat, owner = _flat(dense)
     keep = (_keep() & (dense.pos >= 0)).reshape(B, -1)
-    ragged = RaggedSegment.of_flat(flat, owner, keep, kv_heads=K, page=8, pages=9)
+    ragged = RaggedSegment.of_list(SlotList.of(dense), keep, kv_heads=K, page=8, pages=9)
     encode = lambda slots: QuantizedSegment.encode(slots, bits=4, key_group=8, value_group=8)
     packed = ragged.map_dense(encode, encode)
     assert kvjax.nbytes(packed) < 0.45 * kvjax.nbytes(ragged)

@@ -8,8 +8,9 @@ import pytest
 import kvjax
 from kvjax import DenseSegment, QuantizedSegment, Queries, Rope
 from kvjax.segments import pooled
+from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.transforms.evict_across_layers import proportional
-from kvjax.transforms.evict_by_head import choose, in_pages
+from kvjax.transforms.evict_by_head import choose, pages_for
 from tests.kvjax import papers
 from tests.quick_jit import quick_jit
 
@@ -33,8 +34,10 @@ _attend = quick_jit(lambda segment, queries, window: segment.attend(queries, win
 
 def _pool(layers, keep, page: int):
     together = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *layers)
-    most = int(keep.sum(axis=-1).mean(axis=(1, 2)).max()) + 1
-    return pooled.pool_layers(in_pages(together, keep.reshape(len(keep), L * K, S), most, page), L)
+    pages = pages_for(L * K, int(keep.sum(axis=-1).mean(axis=(1, 2)).max()) + 1, page)
+    held = SlotList.of(together)
+    flat = keep.reshape(held.owner.shape)
+    return pooled.pool_layers(RaggedSegment.of_list(held, flat, kv_heads=L * K, page=page, pages=pages), L)
 
 
 def _queries(batch: int) -> Queries:
@@ -99,10 +102,12 @@ def test_cakes_cascade_ends_where_one_split_of_the_budget_does(budget, sharpness
     preference = np.exp(sharpness * rng.normal(size=(2, L)))
     scores = rng.permuted(np.tile(np.arange(L * K * S) / 1e3, (2, 1)), axis=1).reshape(2, L * K, S)
     pos = jnp.broadcast_to(jnp.arange(S), scores.shape)
+    held = SlotList.of(DenseSegment(k=jnp.zeros((*pos.shape, 1)), v=jnp.zeros((*pos.shape, 1)), pos=pos))
     split = proportional(jnp.float32(preference))
-    keep = quick_jit(lambda *of: choose(*of, split, 0, recent))(
-        jnp.float32(scores), pos, jnp.array([budget + recent, budget + recent])
+    keep = quick_jit(lambda *of: choose(*of, split, L * K, 0, recent))(
+        jnp.float32(scores).reshape(held.owner.shape), held, jnp.array([budget + recent, budget + recent])
     )
+    keep = keep.reshape(scores.shape)
     for row in range(2):
         older = scores[row, :, : S - recent].reshape(L, K, -1)
         held = papers.cake_cascade(preference[row], older, budget)
@@ -113,8 +118,8 @@ def test_cakes_cascade_ends_where_one_split_of_the_budget_does(budget, sharpness
 
 
 def test_layers_of_no_preference_get_the_same():
-    scores = jnp.zeros((1, 6, 8))
-    assert proportional(jnp.zeros((1, 3)))(scores, jnp.array([5])).tolist() == [[5] * 6]
+    scores, owner = jnp.zeros((1, 6 * 8)), jnp.repeat(jnp.arange(6), 8)[None]
+    assert proportional(jnp.zeros((1, 3)))(scores, owner, jnp.array([5]), 6).tolist() == [[5] * 6]
     # Two layers of 8 slots at most, 15 to split: the first is full, what it leaves goes to the others.
-    counts = proportional(jnp.array([[100.0, 1.0, 1.0]]))(scores, jnp.array([5]))
+    counts = proportional(jnp.array([[100.0, 1.0, 1.0]]))(scores, owner, jnp.array([5]), 6)
     assert counts.tolist() == [[8, 8, 4, 4, 3, 3]]
