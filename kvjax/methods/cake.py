@@ -24,10 +24,10 @@ def cake(
     Layer l gets a share `H_l ** (1 / tau_entropy) * V_l ** (1 / tau_variance)` of the budget, where H is the entropy
     of the last queries' attention and V its variance over them; the heads of a layer get the same number.
 
-    The paper's cascade shares the budget out among the layers read so far, again after each layer, so that a prefill
-    never holds more than the budget and one layer. Its scores stay and its budgets fall (where no layer is held to the
-    length of the prompt), so what it keeps in the end is what one split over all layers keeps: that is what happens
-    here, once, when the prompt is in. The full cache exists until then.
+    The cascade shares the budget out among the layers read so far, again after each layer. Its scores stay and its
+    budgets fall (where no layer is held to the length of the prompt), so what it keeps in the end is what one split
+    over all layers keeps. The paper interleaves it with the prefill, so that no more than the budget and one layer
+    exist at a time; here it runs when the prompt is in, and the compiler decides how much of it to interleave.
 
     Deviations: acts at the end of the prompt only, where the official code goes on to drop tokens while decoding;
     preferences are of each row, not of the sum over a batch.

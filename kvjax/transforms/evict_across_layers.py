@@ -42,9 +42,10 @@ def evict_across_layers(
     (`layers`). Acts when the prompt is in. The pool's bytes follow the budget: L * K * budget slots, and at most
     L * K - 1 pages and L * K / 2 slots that rounding may need. Tokens that follow go to a dense segment of each layer.
 
-    Layers are taken up one after the other, and the whole budget is shared out anew among those taken up so far, so a
-    prefill in one program holds the pool and few layers (CAKE's cascade). Scores stay and what a head may keep only
-    falls, so the end is what one choice over all layers would have kept.
+    Layers are taken up one after the other, and the whole budget is shared out anew among those taken up so far
+    (CAKE's cascade). Scores stay and what a head may keep only falls, so the end is what one choice over all layers
+    would have kept, without a copy of the full cache. The compiler may still read all layers before it shrinks the
+    first: a prefill in one program holds the full cache and the pool.
 
     Args:
       scorer: what a slot is worth.
