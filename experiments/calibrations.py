@@ -19,7 +19,6 @@ import tqdm
 
 import kvjax
 from experiments import synthetic
-from kvjax import Rope
 from kvjax.calibration import (
     Moments,
     activation_aware_svd,
@@ -32,7 +31,7 @@ from kvjax.calibration import (
 from kvjax.segments.dense import unrotated
 from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
-from models.decoder import bind, hidden_states, layer_inputs, prompt_cache
+from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
 
 Calibration = Mapping[str, jax.Array]
 
@@ -199,11 +198,11 @@ def layer_variance(model: Model, settings: Settings) -> Calibration:
 
 def key_means(model: Model, settings: Settings) -> Calibration:
     """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
-    rope = Rope.from_base(model.config.rope_base, model.config.head_dim)
+    ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
     total = 0.0
     for tokens in _progress(_texts(model, settings)):
         segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
-        keys = jnp.stack([unrotated(segment, rope).k for segment in segments])
+        keys = jnp.stack([unrotated(*each).k for each in zip(segments, ropes)])
         total = total + jnp.mean(keys.astype(jnp.float32), axis=(1, 3))
     return {"key_mean": total / settings.texts}
 

@@ -14,24 +14,12 @@ import tokenizers
 
 from models import weights
 from models.config import DecoderConfig
+from models.families import read_config
 from models.tokenizer import Tokenizer, stop_ids
-
-ARCHITECTURES = ("LlamaForCausalLM",)
-
-# Fields that must be absent, null or have this value: any other asks for something this decoder does not do.
-_NEUTRAL = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "sliding_window": None,
-    "use_sliding_window": False,
-}
 
 
 def load_directory(
-    path: str | pathlib.Path, dtype, name: str | None = None
+    path: str | pathlib.Path, dtype, name: str | None = None, context: int | None = None
 ) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     """Loads a decoder, its weights and its tokenizer.
 
@@ -39,6 +27,7 @@ def load_directory(
       path: a directory with config.json, tokenizer.json and *.safetensors, in one file or sharded.
       dtype: of the params.
       name: of the model; by default the directory's.
+      context: tokens the caller needs, see `models.families.read_config`.
 
     Returns:
       The config, the params of `models.weights`, and the tokenizer.
@@ -50,7 +39,7 @@ def load_directory(
     path = pathlib.Path(path)
     try:
         fields = _read_json(path / "config.json")
-        config = _read_config(name or path.resolve().name, fields)
+        config = read_config(name or path.resolve().name, fields, context)
         tokenizer = _read_tokenizer(path, fields)
         with contextlib.ExitStack() as stack:
             names, get = _open_tensors(path, stack)
@@ -70,55 +59,6 @@ def _read_json(file: pathlib.Path, required: bool = True) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file.name} is not valid JSON: {error}") from error
-
-
-def _read_config(name: str, fields: Mapping[str, Any]) -> DecoderConfig:
-    architectures = fields.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        raise ValueError(f"architectures is {architectures}, supported: {', '.join(ARCHITECTURES)}.")
-    for key, neutral in _NEUTRAL.items():
-        if fields.get(key) not in (None, neutral):
-            raise ValueError(f"{key} is {fields[key]!r}, expected {neutral!r}.")
-    if other := set(fields.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types has {sorted(other)}, expected only 'full_attention'.")
-
-    def size(key: str, default: int | None = None) -> int:
-        value = default if fields.get(key) is None else fields[key]
-        if not isinstance(value, int):
-            raise ValueError(f"{key} is {value!r}, expected an integer.")
-        return value
-
-    heads = size("num_attention_heads")
-    # Defaults are those of transformers' LlamaConfig.
-    return DecoderConfig(
-        name=name,
-        vocab_size=size("vocab_size"),
-        num_layers=size("num_hidden_layers"),
-        width=size("hidden_size"),
-        num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", size("hidden_size") // heads),
-        ffn_width=size("intermediate_size"),
-        rope_base=_rope_base(fields),
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-        max_positions=size("max_position_embeddings", 2048),
-        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
-    )
-
-
-def _rope_base(fields: Mapping[str, Any]) -> float:
-    """Reads rope_theta (transformers 4) or rope_parameters (transformers 5), and refuses any scaling."""
-    base = fields.get("rope_theta") or 10000.0
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = dict(fields.get(key) or {})
-        base = rope.pop("rope_theta", None) or base
-        kinds = {rope.pop("type", None), rope.pop("rope_type", None)}
-        others = {name: value for name, value in rope.items() if value is not None}
-        if others.get("partial_rotary_factor") == 1.0:
-            del others["partial_rotary_factor"]
-        if kinds - {None, "default"} or others:
-            raise ValueError(f"{key} is {fields[key]}, expected plain rotary positions (rope_type 'default').")
-    return float(base)
 
 
 def _open_tensors(
