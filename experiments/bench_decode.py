@@ -258,7 +258,7 @@ def run() -> None:
     threads = _threads()
     try:
         peer = TransformersPeer(model, threads)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         peer = None
         print(f"No peer: {error}. Install the extra `peer` to compare.")
     versions = {name: version for name in _PACKAGES if (version := _version(name))}

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import tokenizers
 
-from models import weights
+from models import sentencepiece, tekken, weights
 from models.config import DecoderConfig
 from models.families import read_config
 from models.tokenizer import Tokenizer, stop_ids
@@ -102,13 +102,7 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json. The tokens that end a turn
     are the union of what generation_config.json, config.json and tokenizer_config.json declare and the known ends.
     """
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError("tokenizer.json is missing (a SentencePiece tokenizer.model alone is not supported).")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    backend = _read_backend(path)
     # Some files carry the truncation and padding of a training run.
     backend.no_truncation()
     backend.no_padding()
@@ -128,9 +122,28 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    bos_id = fields.get("bos_token_id") if bos_id is None else bos_id
+    opening = backend.encode("").ids[:1]  # what the file's post-processor writes before a text
+    if not (path / "tokenizer.json").is_file() and bos_id is not None and settings.get("add_bos_token", True):
+        opening = [bos_id]
     return Tokenizer(
         backend=backend,
         chat_template=template,
-        bos_id=fields.get("bos_token_id") if bos_id is None else bos_id,
+        bos_id=bos_id,
         eos_ids=stop_ids(backend, ends),
+        opening=(bos_id,) if opening == [bos_id] else (),
     )
+
+
+def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Reads tokenizer.json, else Mistral's tekken.json, else SentencePiece's tokenizer.model."""
+    if (path / "tokenizer.json").is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    if (path / "tekken.json").is_file():
+        return tekken.backend(_read_json(path / "tekken.json"))
+    if (path / "tokenizer.model").is_file():
+        return sentencepiece.backend(sentencepiece.read_model((path / "tokenizer.model").read_bytes()))
+    raise ValueError("tokenizer.json is missing, and so are tekken.json and tokenizer.model.")

@@ -15,7 +15,7 @@ from models.gguf_file import load_gguf
 from models.huggingface import load_directory
 from models.tokenizer import Tokenizer
 
-_EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2}
+_EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2, "gemma3-270m": assets.GEMMA3}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
@@ -23,6 +23,8 @@ _HUB_FILES = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
     "chat_template.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
