@@ -35,6 +35,7 @@ from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt
 
 Calibration = Mapping[str, jax.Array]
 
+_NOT_BY_LAYER = ("rates",)
 _VERSION = "v2"  # of what recipes measure: older ones are measured again
 
 
@@ -334,7 +335,17 @@ class Calibrations:
         self._settings = settings or Settings(tokens=min(Settings.tokens, model.config.max_positions))
 
     def __call__(self, recipe: str, path: str | None) -> Calibration:
-        """The calibration in `path`, or, for None, the one kept for this model."""
+        """The calibration in `path`, or, for None, the one kept for this model.
+
+        Where some layers have a sliding window it is of the others only, as is what `kvjax.respect_windows` transforms.
+        """
+        found, config = self._load(recipe, path), self._model.config
+        others = jnp.array([i for i in range(config.num_layers) if i not in config.local_layers], jnp.int32)
+        if len(others) in (0, config.num_layers):
+            return found
+        return {name: x if name in _NOT_BY_LAYER else x[others] for name, x in found.items()}
+
+    def _load(self, recipe: str, path: str | None) -> Calibration:
         if path is not None:
             return load(path, recipe, self._model)
         name = f"{recipe}-{_VERSION}-{fingerprint(self._model)}-{self._settings.texts}x{self._settings.tokens}"
@@ -354,7 +365,9 @@ def _texts(model: Model, settings: Settings) -> list[jax.Array]:
     if available < settings.texts:
         raise ValueError(f"--texts: there is text for {available} of {settings.tokens} tokens, got {settings.texts}.")
     starts = (index * (available // settings.texts) * settings.tokens for index in range(settings.texts))
-    return [jnp.asarray([ids[start : start + settings.tokens]], jnp.int32) for start in starts]
+    opening = model.tokenizer.opening
+    text = lambda start: [*opening, *ids[start : start + settings.tokens - len(opening)]]
+    return [jnp.asarray([text(start)], jnp.int32) for start in starts]
 
 
 def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -> kvjax.StepOutput:

@@ -123,12 +123,24 @@ def load_gguf(
     return config, params, tokenizer
 
 
+class _Reader(gguf.GGUFReader):
+    """Reads the file through a plain array: indexing a `np.memmap`, a million times for a large vocabulary, is slow."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
 def _open(path: pathlib.Path) -> gguf.GGUFReader:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("This is not a GGUF file.")
     try:
-        return gguf.GGUFReader(path)
+        return _Reader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         # The reader slices past the end without a check: a short file shows as whatever breaks first.
         raise ValueError(f"The file is truncated or damaged ({error}).") from error
@@ -185,7 +197,7 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         fields["query_pre_attn_scalar"] = width // heads if largest else fields["head_dim"]
     if architecture == "qwen2":
         fields.pop("sliding_window", None)
-    scaling = _scaling(given, stored, refuse)
+    scaling = _scaling(given, stored, fields.get("head_dim", 0), refuse)
     if scaling:
         fields["rope_scaling"] = scaling
     return fields
@@ -200,7 +212,7 @@ def _llama_or_mistral(fields: dict[str, Any]) -> str:
     return "llama"
 
 
-def _scaling(given: dict[str, Any], stored: dict[str, Any], refuse) -> dict[str, Any]:
+def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refuse) -> dict[str, Any]:
     """rope_scaling of config.json, from metadata and from the tensors that hold divisors."""
     kind = given.get("rope.scaling.type", "none")
     read = lambda name: np.array(stored[name].data, np.float32).reshape(-1).tolist()
@@ -211,7 +223,9 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], refuse) -> dict[str,
     if kind not in ("none", "linear"):
         refuse("rope.scaling.type")
     if "rope_freqs.weight" in stored:  # Llama 3.1: a divisor of every frequency, whatever the context
-        divisors = read("rope_freqs.weight")
+        divisors, pairs = read("rope_freqs.weight"), head_dim // 2
+        if len(divisors) != pairs:
+            raise ValueError(f"Tensor rope_freqs.weight has {len(divisors)} numbers, expected {pairs}.")
         return {"type": "longrope", "long_factor": divisors, "short_factor": divisors, "attention_factor": 1.0}
     if kind == "linear":
         return {"type": "linear", "factor": given.get("rope.scaling.factor")}

@@ -138,14 +138,14 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         raise ValueError(f"tokenizer.ggml.{missing[0]} is missing, expected a list.")
 
     tokens = metadata["tokenizer.ggml.tokens"]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]],
-            # These take a whole word that is in the vocabulary as it is, whatever the merges say.
-            ignore_merges=name in ("llama-bpe", "tekken"),
-        )
-    )
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    # These take a whole word that is in the vocabulary as it is, whatever the merges say.
+    whole_words = name in ("llama-bpe", "tekken")
+    try:
+        bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=whole_words)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}.") from error
+    backend = tokenizers.Tokenizer(bpe)
     if name == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(split[name]())

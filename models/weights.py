@@ -289,8 +289,9 @@ def build_params(config: DecoderConfig, get: Callable[[str], np.ndarray], dtype)
         return tensor
 
     def build(leaf: _Leaf) -> jax.Array:
-        # A copy, never an alias: the tensor may be a view of a memory-mapped file.
-        array = jnp.array(leaf.fuse([take(*part) for part in zip(leaf.names, leaf.shapes)]), dtype)
+        fused = leaf.fuse([take(*part) for part in zip(leaf.names, leaf.shapes)])
+        # Never an alias of a memory-mapped file, which is read-only; and no copy too many of the largest leaf.
+        array = jnp.asarray(fused.astype(dtype, copy=not fused.flags.writeable))
         progress.update(array.nbytes)
         return array
 

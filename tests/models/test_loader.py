@@ -77,6 +77,6 @@ def test_other_dtypes_are_refused_before_anything_is_read(dtype, monkeypatch):
         models.load_model("smollm2", dtype=dtype)
 
 
-def test_embedded_names_all_fetch_smollm2():
-    assert set(loader._EMBEDDED) == {"smollm2", "smollm2-135m"}
-    assert set(loader._EMBEDDED.values()) == {assets.SMOLLM2}
+def test_embedded_names_fetch_their_packages():
+    smollm2 = dict.fromkeys(["smollm2", "smollm2-135m"], assets.SMOLLM2)
+    assert loader._EMBEDDED == smollm2 | {"gemma3-270m": assets.GEMMA3}
