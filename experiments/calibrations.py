@@ -32,6 +32,7 @@ from kvjax.segments.dense import unrotated
 from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
+from models.int8 import dense
 
 Calibration = Mapping[str, jax.Array]
 
@@ -146,7 +147,7 @@ def attention_directions(model: Model, settings: Settings) -> Calibration:
         sums = moments if sums is None else [[a + b for a, b in zip(*each)] for each in zip(sums, moments)]
     found = {name: [] for name in ("key_axes", "key_inverse", "value_axes", "value_inverse")}
     for weights, (keys, queries, outputs) in zip(model.params["layers"], sums, strict=True):
-        wo = weights["wo"].astype(jnp.float32).reshape(K, N // K, H, -1)
+        wo = dense(weights["wo"]).astype(jnp.float32).reshape(K, N // K, H, -1)
         pairs = {"key": (keys.second, queries.second), "value": (outputs.second, jnp.einsum("kghd,kgid->khi", wo, wo))}
         for name, (second, metric) in pairs.items():
             for part, array in zip(("axes", "inverse"), weighted_components(second, metric)):
@@ -165,7 +166,7 @@ def weight_directions(model: Model, settings: Settings) -> Calibration:
         inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
     axes = {"key": [], "value": []}
     for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
-        _, wk, wv = jnp.split(weights["wqkv"], (N * H, (N + K) * H), axis=1)
+        _, wk, wv = jnp.split(dense(weights["wqkv"]), (N * H, (N + K) * H), axis=1)
         for name, weight in (("key", wk), ("value", wv)):
             directions, _ = activation_aware_svd(weight, mean_abs / settings.texts)
             axes[name].append(directions.reshape(K, H, -1))
@@ -250,7 +251,7 @@ def fingerprint(model: Model) -> str:
     shape = dataclasses.asdict(model.config) | {"name": ""}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for weights in (model.params["layers"][0]["wqkv"], model.params["layers"][-1]["wo"]):
-        digest.update(np.asarray(weights[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
+        digest.update(np.asarray(dense(weights)[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
     return digest.hexdigest()[:16]
 
 

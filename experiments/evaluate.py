@@ -46,6 +46,7 @@ class Settings:
     Attributes:
       model: smollm2, gemma3-270m, a path, or a name on the hub.
       dtype: of weights and cache.
+      int8_weights: store the matrices of the layers in 8 bits.
       methods: names of files in configs/methods; `full` is always run, the others are compared with it.
       keep: fraction of the context that token-budget methods keep.
       budget: the same in tokens per KV head; None: use `keep`.
@@ -61,6 +62,7 @@ class Settings:
 
     model: str = "smollm2"
     dtype: str = "float32"
+    int8_weights: bool = False
     methods: Sequence[str] = ("full", "int4", "snapkv", "streamingllm")
     keep: float = 0.5
     budget: int | None = None
@@ -225,7 +227,7 @@ def evaluate(
 def run() -> None:
     """The program."""
     settings = read_settings()
-    model = load_model(settings.model, settings.dtype)
+    model = load_model(settings.model, settings.dtype, int8=settings.int8_weights)
     methods = load_methods(settings, model)
     examples = load_examples(settings, model)
     check_fit(examples, methods, model)

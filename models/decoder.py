@@ -20,6 +20,7 @@ from kvjax.observation import ALL, LayerObservation, Needs, observe, take_last
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
 from models.config import DecoderConfig
+from models.int8 import grouped_matmul, matmul
 from pallas_kernels.logits import Scale, SoftCap
 from pallas_kernels.prefill_attention import prefill_attention
 
@@ -185,7 +186,7 @@ def _norm(x: jax.Array, weights: dict, name: str, config: DecoderConfig) -> jax.
 
 
 def _linear(x: jax.Array, weights: dict, name: str) -> jax.Array:
-    y = x @ weights[name]
+    y = matmul(x, weights[name])
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
 
@@ -322,8 +323,8 @@ def _feed_forward(weights: dict, x: jax.Array, config: DecoderConfig) -> jax.Arr
     order = jnp.argsort(expert.reshape(-1))
     count = jnp.bincount(expert.reshape(-1), length=config.num_experts)
     token = order // config.experts_per_token
-    rows = jnp.take(tokens, token, axis=0)
-    mixed = hidden(lambda name: jax.lax.ragged_dot(rows, weights[name], count))
-    mixed = jax.lax.ragged_dot(mixed, weights["w_down"], count)
+    rows, group = jnp.take(tokens, token, axis=0), jnp.take(expert.reshape(-1), order)
+    mixed = hidden(lambda name: grouped_matmul(rows, weights[name], group, count))
+    mixed = grouped_matmul(mixed, weights["w_down"], group, count)
     mixed = mixed * jnp.take(p.reshape(-1), order)[:, None].astype(x.dtype)
     return jnp.zeros_like(tokens).at[token].add(mixed).reshape(x.shape)

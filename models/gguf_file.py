@@ -89,7 +89,7 @@ _NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0}
 
 
 def load_gguf(
-    path: str | pathlib.Path, dtype, context: int | None = None
+    path: str | pathlib.Path, dtype, *, context: int | None = None, int8: bool = False
 ) -> tuple[DecoderConfig, dict[str, Any], tokenizer_lib.Tokenizer]:
     """Loads a decoder, its weights dequantized, and its tokenizer.
 
@@ -97,6 +97,7 @@ def load_gguf(
       path: the .gguf file.
       dtype: of the params.
       context: tokens the caller needs, see `models.families.read_config`.
+      int8: see `models.weights.build_params`.
 
     Returns:
       The config (named after the file), the params of `models.weights`, and the tokenizer.
@@ -117,7 +118,7 @@ def load_gguf(
         tokenizer = tokenizer_lib.from_gguf(metadata)
         halves = architecture == "llama"
         get = lambda name: _read_tensor(*tensors[name], name, config, halves)
-        params = weights.build_params(config, get, dtype)
+        params = weights.build_params(config, get, dtype, int8=int8)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer

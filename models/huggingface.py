@@ -19,7 +19,7 @@ from models.tokenizer import Tokenizer, stop_ids
 
 
 def load_directory(
-    path: str | pathlib.Path, dtype, name: str | None = None, context: int | None = None
+    path: str | pathlib.Path, dtype, name: str | None = None, *, context: int | None = None, int8: bool = False
 ) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     """Loads a decoder, its weights and its tokenizer.
 
@@ -28,6 +28,7 @@ def load_directory(
       dtype: of the params.
       name: of the model; by default the directory's.
       context: tokens the caller needs, see `models.families.read_config`.
+      int8: see `models.weights.build_params`.
 
     Returns:
       The config, the params of `models.weights`, and the tokenizer.
@@ -44,7 +45,7 @@ def load_directory(
         with contextlib.ExitStack() as stack:
             names, get = _open_tensors(path, stack)
             weights.check_names(config, names)
-            params = weights.build_params(config, get, dtype)
+            params = weights.build_params(config, get, dtype, int8=int8)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer

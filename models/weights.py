@@ -21,6 +21,7 @@ channels of queries and keys are reordered so that the pairs are `(i, i + H / 2)
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,7 @@ import numpy as np
 import tqdm
 
 from models.config import DecoderConfig
+from models.int8 import Int8Matrix, Weight
 
 _LONG = 1 << 30  # bytes of params from which loading shows a progress bar
 
@@ -123,6 +125,7 @@ class _Leaf:
     shape: tuple[int, ...]
     fuse: Callable[[list[np.ndarray]], np.ndarray]
     untrained: float | None = None  # what an untrained norm or bias is filled with; None: a matrix
+    multiplied: bool = False  # as x @ leaf
 
 
 def _matrix(names: Iterable[str], shapes, experts: int, rows: np.ndarray | None, gain: np.ndarray | None) -> _Leaf:
@@ -137,14 +140,14 @@ def _matrix(names: Iterable[str], shapes, experts: int, rows: np.ndarray | None,
 
     fan_in, out = shapes[0][1], sum(shape[0] for shape in shapes)
     if not experts:
-        return _Leaf(names, shapes, (fan_in, out), fuse)
+        return _Leaf(names, shapes, (fan_in, out), fuse, multiplied=True)
     of_experts = tuple(name.format(e) for e in range(experts) for name in names)
 
     def stack(tensors: list[np.ndarray]) -> np.ndarray:
         count = len(names)
         return np.stack([fuse(tensors[i : i + count]) for i in range(0, len(tensors), count)])
 
-    return _Leaf(of_experts, shapes * experts, (experts, fan_in, out), stack)
+    return _Leaf(of_experts, shapes * experts, (experts, fan_in, out), stack, multiplied=True)
 
 
 def _turned(tensor: np.ndarray, rows: np.ndarray | None, gain: np.ndarray | None) -> np.ndarray:
@@ -259,7 +262,9 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
     return leaves
 
 
-def build_params(config: DecoderConfig, get: Callable[[str], np.ndarray], dtype) -> dict[str, Any]:
+def build_params(
+    config: DecoderConfig, get: Callable[[str], np.ndarray], dtype, *, int8: bool = False
+) -> dict[str, Any]:
     """Assembles the params from tensors found by name, one leaf at a time.
 
     At most one leaf and its tensors are held beside the params.
@@ -269,6 +274,7 @@ def build_params(config: DecoderConfig, get: Callable[[str], np.ndarray], dtype)
       get: returns a tensor by the name that `NAMES[config.names]` gives it (`model.layers.3.self_attn.q_proj.weight`,
         [out, in]); raises KeyError when there is none.
       dtype: of every leaf.
+      int8: store the matrices of the layers as `models.int8.Int8Matrix`; embeddings, norms and biases stay as they are.
 
     Returns:
       The params, as the module describes them, on the default device.
@@ -288,15 +294,19 @@ def build_params(config: DecoderConfig, get: Callable[[str], np.ndarray], dtype)
             raise ValueError(f"Tensor {name} is {tensor.dtype}, expected floating point of 16 bits or more.")
         return tensor
 
-    def build(leaf: _Leaf) -> jax.Array:
+    def build(leaf: _Leaf) -> Weight:
         fused = leaf.fuse([take(*part) for part in zip(leaf.names, leaf.shapes)])
+        if int8 and leaf.multiplied:
+            progress.update(fused.size)
+            return Int8Matrix.of(fused)
         # Never an alias of a memory-mapped file, which is read-only; and no copy too many of the largest leaf.
         array = jnp.asarray(fused.astype(dtype, copy=not fused.flags.writeable))
         progress.update(array.nbytes)
         return array
 
     declared = _declare(config)
-    total = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(declared)) * jnp.dtype(dtype).itemsize
+    size = lambda leaf: math.prod(leaf.shape) * (1 if int8 and leaf.multiplied else jnp.dtype(dtype).itemsize)
+    total = sum(map(size, jax.tree.leaves(declared)))
     bar = dict(desc=f"loading {config.name}", total=total, unit="B", unit_scale=True, leave=False)
     with tqdm.tqdm(**bar, disable=None if total >= _LONG else True) as progress:
         return jax.tree.map(build, declared)

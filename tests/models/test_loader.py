@@ -65,8 +65,11 @@ def test_unknown_names_list_what_is_accepted(name):
 def test_missing_gguf_and_other_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="There is no file .*none.gguf"):
         models.load_model(tmp_path / "none.gguf")
+    (tmp_path / "weights.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights\.npz' is neither a \.gguf file nor a directory"):
+        models.load_model(tmp_path / "weights.npz")
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"weights\.bin' is neither a \.gguf file nor a directory"):
+    with pytest.raises(ValueError, match=r"weights\.bin is pickled, and unpickling runs whatever code.*safetensors"):
         models.load_model(tmp_path / "weights.bin")
 
 
