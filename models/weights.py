@@ -331,9 +331,16 @@ def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
         raise ValueError(f"Tensors this decoder does not use: {', '.join(unknown[:3])}{more}.")
 
 
-def abstract_params(config: DecoderConfig, dtype) -> dict[str, Any]:
-    """Returns the params as `jax.ShapeDtypeStruct`s: nothing is allocated."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), _declare(config))
+def abstract_params(config: DecoderConfig, dtype, *, int8: bool = False) -> dict[str, Any]:
+    """Returns the params as `jax.ShapeDtypeStruct`s: nothing is allocated. Arguments as `build_params`."""
+
+    def shape(leaf: _Leaf):
+        if int8 and leaf.multiplied:
+            scale = jax.ShapeDtypeStruct((*leaf.shape[:-2], leaf.shape[-1]), jnp.float32)
+            return Int8Matrix(jax.ShapeDtypeStruct(leaf.shape, jnp.int8), scale)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+
+    return jax.tree.map(shape, _declare(config))
 
 
 def random_params(config: DecoderConfig, key: jax.Array, dtype) -> dict[str, Any]:

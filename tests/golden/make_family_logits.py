@@ -74,7 +74,6 @@ CONFIGS = {
         "LlamaForCausalLM",
         COMMON | {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 8, "tie_word_embeddings": True},
     ),
-    "llama_linear": ("LlamaForCausalLM", COMMON | {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     "mistral": ("MistralForCausalLM", COMMON | {"sliding_window": 6}),
     "qwen2": (
         "Qwen2ForCausalLM",

@@ -18,7 +18,7 @@ from tests.quick_jit import quick_jit
 
 PROMPT, AFTER = 20, 3
 LENGTHS = np.array([PROMPT, PROMPT - 4])
-STRUCTURES = sorted(set(CHECKPOINTS) - {"llama_linear", "qwen2_yarn"})  # these differ in frequencies only
+STRUCTURES = sorted(set(CHECKPOINTS) - {"qwen2_yarn"})  # another qwen2
 
 # Each as it compresses, and with settings that lose nothing of so short a prompt.
 METHODS = {
@@ -68,10 +68,7 @@ def test_every_method_compresses_every_family(name, method):
     assert kvjax.nbytes(cache) < kvjax.nbytes(jax.eval_shape(lambda: prompt_cache(config, 2).reserve(60)))
 
 
-@pytest.mark.parametrize(
-    "name, method",
-    [("gemma2", "snapkv"), ("gemma2", "kivi2"), ("gemma2", "think"), ("phi4_mini", "streamingllm"), ("opt", "int4")],
-)
+@pytest.mark.parametrize("name, method", [("gemma2", "snapkv"), ("phi4_mini", "think"), ("opt", "int4")])
 def test_methods_that_lose_nothing_give_the_logits_of_the_full_cache(name, method):
     """Gemma 2 has capped logits and local layers, Phi-4-mini rotates a part of each head, OPT nothing."""
     tokens = jnp.int32([row[: PROMPT + AFTER] for row in ROWS])
