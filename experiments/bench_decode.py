@@ -163,7 +163,7 @@ def read_prompt(model: Model, lengths: Sequence[int], new_tokens: int) -> tuple[
         raise ValueError(f"--new_tokens must be below the model's {model.config.max_positions}, got {new_tokens}.")
     lengths = sorted({min(length, longest) for length in lengths})
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt")))
-    ids = model.tokenizer.encode(text[: 16 * lengths[-1]])
+    ids = [*model.tokenizer.opening, *model.tokenizer.encode(text[: 16 * lengths[-1]])]
     if len(ids) < lengths[-1]:
         raise ValueError(f"--lengths must be at most {len(ids)}, the tokens of the text, got {lengths[-1]}.")
     return list(ids[: lengths[-1]]), lengths
@@ -258,7 +258,7 @@ def run() -> None:
     threads = _threads()
     try:
         peer = TransformersPeer(model, threads)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         peer = None
         print(f"No peer: {error}. Install the extra `peer` to compare.")
     versions = {name: version for name in _PACKAGES if (version := _version(name))}

@@ -8,12 +8,12 @@ does not hold back. Seconds to minutes on 2 cores for SmolLM2.
 
 from __future__ import annotations
 
-import pathlib
 import time
 
 from absl import flags
 
 from experiments import calibrations, cli
+from experiments.output_folder import output_folder
 from experiments.report import human_bytes
 from kvjax import nbytes
 from models import load_model
@@ -21,9 +21,9 @@ from models import load_model
 _METHOD = flags.DEFINE_string("method", None, f"One of {', '.join(calibrations.RECIPES)}.")
 _TEXTS = flags.DEFINE_integer("texts", calibrations.Settings.texts, "Sequences to read.")
 _TOKENS = flags.DEFINE_integer("tokens", calibrations.Settings.tokens, "Tokens of a sequence.")
-_REPLACE = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
 flags.declare_key_flag("model")
 flags.declare_key_flag("output_dir")
+flags.declare_key_flag("replace")
 
 
 def run() -> None:
@@ -34,11 +34,7 @@ def run() -> None:
     if _METHOD.value not in calibrations.RECIPES:
         known = ", ".join(calibrations.RECIPES)
         raise ValueError(f"--method: nothing to calibrate for {_METHOD.value!r}; there are {known}.")
-    if cli.OUTPUT_DIR.value is None:
-        raise ValueError("--output_dir says where the calibration goes; it is required.")
-    folder = pathlib.Path(cli.OUTPUT_DIR.value)
-    if folder.exists() and any(folder.iterdir()) and not _REPLACE.value:
-        raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
+    folder = output_folder("calibration")
     settings = calibrations.Settings(texts=_TEXTS.value, tokens=_TOKENS.value)
     model = load_model(cli.MODEL.value or "smollm2")
     started = time.perf_counter()

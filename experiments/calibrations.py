@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
 import kvjax
 from experiments import synthetic
-from kvjax import Rope
 from kvjax.calibration import (
     Moments,
     activation_aware_svd,
@@ -30,12 +26,14 @@ from kvjax.calibration import (
     weighted_components,
 )
 from kvjax.segments.dense import unrotated
-from models import Model
+from models import Model, orbax_folder
 from models.assets import ESSAYS, cache_dir, fetch
-from models.decoder import bind, hidden_states, layer_inputs, prompt_cache
+from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
+from models.int8 import dense
 
 Calibration = Mapping[str, jax.Array]
 
+_NOT_BY_LAYER = ("rates",)
 _VERSION = "v2"  # of what recipes measure: older ones are measured again
 
 
@@ -146,7 +144,7 @@ def attention_directions(model: Model, settings: Settings) -> Calibration:
         sums = moments if sums is None else [[a + b for a, b in zip(*each)] for each in zip(sums, moments)]
     found = {name: [] for name in ("key_axes", "key_inverse", "value_axes", "value_inverse")}
     for weights, (keys, queries, outputs) in zip(model.params["layers"], sums, strict=True):
-        wo = weights["wo"].astype(jnp.float32).reshape(K, N // K, H, -1)
+        wo = dense(weights["wo"]).astype(jnp.float32).reshape(K, N // K, H, -1)
         pairs = {"key": (keys.second, queries.second), "value": (outputs.second, jnp.einsum("kghd,kgid->khi", wo, wo))}
         for name, (second, metric) in pairs.items():
             for part, array in zip(("axes", "inverse"), weighted_components(second, metric)):
@@ -165,7 +163,7 @@ def weight_directions(model: Model, settings: Settings) -> Calibration:
         inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
     axes = {"key": [], "value": []}
     for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
-        _, wk, wv = jnp.split(weights["wqkv"], (N * H, (N + K) * H), axis=1)
+        _, wk, wv = jnp.split(dense(weights["wqkv"]), (N * H, (N + K) * H), axis=1)
         for name, weight in (("key", wk), ("value", wv)):
             directions, _ = activation_aware_svd(weight, mean_abs / settings.texts)
             axes[name].append(directions.reshape(K, H, -1))
@@ -199,11 +197,11 @@ def layer_variance(model: Model, settings: Settings) -> Calibration:
 
 def key_means(model: Model, settings: Settings) -> Calibration:
     """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
-    rope = Rope.from_base(model.config.rope_base, model.config.head_dim)
+    ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
     total = 0.0
     for tokens in _progress(_texts(model, settings)):
         segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
-        keys = jnp.stack([unrotated(segment, rope).k for segment in segments])
+        keys = jnp.stack([unrotated(*each).k for each in zip(segments, ropes)])
         total = total + jnp.mean(keys.astype(jnp.float32), axis=(1, 3))
     return {"key_mean": total / settings.texts}
 
@@ -250,7 +248,7 @@ def fingerprint(model: Model) -> str:
     shape = dataclasses.asdict(model.config) | {"name": ""}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for weights in (model.params["layers"][0]["wqkv"], model.params["layers"][-1]["wo"]):
-        digest.update(np.asarray(weights[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
+        digest.update(np.asarray(dense(weights)[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -275,25 +273,14 @@ def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calib
 
 def save(folder: str | pathlib.Path, recipe: str, model: Model, data: Calibration, settings: Settings) -> None:
     """Writes a calibration with orbax, and what it is of beside it; all of it or nothing."""
-    folder = pathlib.Path(folder).absolute()
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(staging / "arrays", dict(data))
-        about = {
-            "recipe": recipe,
-            "model": model.config.name,
-            "fingerprint": fingerprint(model),
-            "settings": dataclasses.asdict(settings),
-            "shapes": {name: list(x.shape) for name, x in data.items()},
-        }
-        (staging / "calibration.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    about = {
+        "recipe": recipe,
+        "model": model.config.name,
+        "fingerprint": fingerprint(model),
+        "settings": dataclasses.asdict(settings),
+        "shapes": {name: list(x.shape) for name, x in data.items()},
+    }
+    orbax_folder.save(pathlib.Path(folder).absolute(), dict(data), "calibration.json", about)
 
 
 def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
@@ -321,10 +308,9 @@ def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
         )
     like = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for name, shape in about["shapes"].items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder / "arrays", like)
-    except Exception as error:  # orbax raises what its storage raises
-        raise ValueError(f"calibration.path: {folder} is damaged ({str(error).splitlines()[0]}).") from error
+        return orbax_folder.load(folder, like)
+    except ValueError as error:
+        raise ValueError(f"calibration.path: {error}") from error
 
 
 class Calibrations:
@@ -335,7 +321,17 @@ class Calibrations:
         self._settings = settings or Settings(tokens=min(Settings.tokens, model.config.max_positions))
 
     def __call__(self, recipe: str, path: str | None) -> Calibration:
-        """The calibration in `path`, or, for None, the one kept for this model."""
+        """The calibration in `path`, or, for None, the one kept for this model.
+
+        Where some layers have a sliding window it is of the others only, as is what `kvjax.respect_windows` transforms.
+        """
+        found, config = self._load(recipe, path), self._model.config
+        others = jnp.array([i for i in range(config.num_layers) if i not in config.local_layers], jnp.int32)
+        if len(others) in (0, config.num_layers):
+            return found
+        return {name: x if name in _NOT_BY_LAYER else x[others] for name, x in found.items()}
+
+    def _load(self, recipe: str, path: str | None) -> Calibration:
         if path is not None:
             return load(path, recipe, self._model)
         name = f"{recipe}-{_VERSION}-{fingerprint(self._model)}-{self._settings.texts}x{self._settings.tokens}"
@@ -355,7 +351,9 @@ def _texts(model: Model, settings: Settings) -> list[jax.Array]:
     if available < settings.texts:
         raise ValueError(f"--texts: there is text for {available} of {settings.tokens} tokens, got {settings.texts}.")
     starts = (index * (available // settings.texts) * settings.tokens for index in range(settings.texts))
-    return [jnp.asarray([ids[start : start + settings.tokens]], jnp.int32) for start in starts]
+    opening = model.tokenizer.opening
+    text = lambda start: [*opening, *ids[start : start + settings.tokens - len(opening)]]
+    return [jnp.asarray([text(start)], jnp.int32) for start in starts]
 
 
 def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -> kvjax.StepOutput:

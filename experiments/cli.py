@@ -13,7 +13,7 @@ from models import FetchError
 # One flag has one meaning in all programs; a program adopts them with `flags.adopt_module_key_flags(cli)`.
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
 GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win over all files.")
-MODEL = flags.DEFINE_string("model", None, "smollm2, a path, or a name on the hub.")
+MODEL = flags.DEFINE_string("model", None, "smollm2, gemma3-270m, a path, or a name on the hub.")
 METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods.")
 KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budget methods keep.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")

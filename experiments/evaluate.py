@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import gin
@@ -43,8 +44,9 @@ class Settings:
     """What an evaluation does; gin binds it as `Settings`, flags win.
 
     Attributes:
-      model: smollm2, a path, or a name on the hub.
+      model: smollm2, gemma3-270m, a path, or a name on the hub.
       dtype: of weights and cache.
+      int8_weights: store the matrices of the layers in 8 bits.
       methods: names of files in configs/methods; `full` is always run, the others are compared with it.
       keep: fraction of the context that token-budget methods keep.
       budget: the same in tokens per KV head; None: use `keep`.
@@ -60,6 +62,7 @@ class Settings:
 
     model: str = "smollm2"
     dtype: str = "float32"
+    int8_weights: bool = False
     methods: Sequence[str] = ("full", "int4", "snapkv", "streamingllm")
     keep: float = 0.5
     budget: int | None = None
@@ -224,7 +227,7 @@ def evaluate(
 def run() -> None:
     """The program."""
     settings = read_settings()
-    model = load_model(settings.model, settings.dtype)
+    model = load_model(settings.model, settings.dtype, int8=settings.int8_weights)
     methods = load_methods(settings, model)
     examples = load_examples(settings, model)
     check_fit(examples, methods, model)
@@ -256,10 +259,23 @@ def run() -> None:
             )
             sys.exit(130)
         rows = file.rows
-    _write_report(rows, command, configs)
+    _write_report(rows, command, configs, window_note(model))
 
 
-def _write_report(rows, command, configs) -> None:
+def window_note(model: Model) -> str:
+    """What was done in layers with a sliding window; empty where there are none."""
+    config = model.config
+    local, L = len(config.local_layers), config.num_layers
+    if not local:
+        return ""
+    note = f"{local} of {L} layers of {config.name} have a sliding window of {config.window} tokens. "
+    if local == L:
+        return note + "Methods compress them all; attention and scores see what is inside the window."
+    note += "Where a context is longer, every method, the full cache included, keeps just the window there, as it is"
+    return note + f"; what a method does, and its budget, is about the other {L - local}."
+
+
+def _write_report(rows, command, configs, note: str) -> None:
     folder = cli.OUTPUT_DIR.value
     gin_config = "\n".join(f"# {name}\n{config}" for name, config in configs.items())
     summary = results.write_summary(
@@ -276,6 +292,8 @@ def _write_report(rows, command, configs) -> None:
         pictures.plot_needle(rows, os.path.join(folder, "needle.png"))
         written.append("needle.png")
     print(report.table(summary["methods"]))
+    if note:
+        print("\n" + textwrap.fill(note, 120))
     print(f"\n{', '.join(written)} are in {folder}.")
 
 
@@ -291,6 +309,8 @@ def _print_plan(settings, model, methods, examples) -> None:
     print(f"contexts  up to {longest} tokens, {room} more reserved")
     sizes = [evaluator.abstract_bytes(method, longest) for method in methods]
     width = max(len(method.name) for method in methods)
+    if note := window_note(model):
+        print(textwrap.fill(note, 120, initial_indent="windows   ", subsequent_indent=" " * 10))
     print("cache bytes at that length, before anything runs:")
     for method, size in zip(methods, sizes):
         note = "" if method.transform.budget is not None else "  no token budget"

@@ -185,7 +185,7 @@ def load_method(
         raise ValueError(f"method {name}: {_first_lines(error)}") from error
     finally:
         _calibrations = _tokenizer = None
-    return Method(name, transform, chunk, gin.operative_config_str())
+    return Method(name, kvjax.respect_windows(transform), chunk, gin.operative_config_str())
 
 
 def _first_lines(error: Exception) -> str:

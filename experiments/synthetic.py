@@ -83,7 +83,7 @@ def synthetic_tasks(
         rng = random.Random(f"{seed}/{task}/{index}")
         depth = _depth(index)
         if task == "text":
-            examples.append(_text_example(held_back_ids, length, rng))
+            examples.append(_text_example(tokenizer.opening, held_back_ids, length, rng))
         elif task == "key_value":
             examples.append(_key_value_example(tokenizer, length, depth, rng))
         else:
@@ -107,7 +107,8 @@ def _depth(index: int) -> float:
     return (2 * (index - 1) - gaps + 1) / gaps
 
 
-def _text_example(ids: tuple[int, ...], length: int, rng: random.Random) -> Example:
+def _text_example(opening: tuple[int, ...], ids: tuple[int, ...], length: int, rng: random.Random) -> Example:
+    length -= len(opening)
     size = length + TEXT_ANSWER_TOKENS
     if length < 1 or size > len(ids):
         raise ValueError(
@@ -116,7 +117,7 @@ def _text_example(ids: tuple[int, ...], length: int, rng: random.Random) -> Exam
         )
     start = rng.randrange(len(ids) - size + 1)
     window = ids[start : start + size]
-    return Example("text", window[:length], (), window[length:], scored=False)
+    return Example("text", (*opening, *window[:length]), (), window[length:], scored=False)
 
 
 def _needle_example(
@@ -166,7 +167,7 @@ def _planted(
     depth: float,
 ) -> Example:
     """`facts` at their depths in as much filler as fills `length` tokens after `head`."""
-    head_ids = tokenizer.encode(head)
+    head_ids = [*(() if tokenizer.chat_template else tokenizer.opening), *tokenizer.encode(head)]
     planted = [(at, tokenizer.encode(fact)) for at, fact in facts]
     room = length - len(head_ids) - sum(len(ids) for _, ids in planted)
     if room < 0:

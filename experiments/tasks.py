@@ -14,6 +14,7 @@ class Tokenizer(Protocol):
     """What a tokenizer must offer here."""
 
     chat_template: str | None
+    opening: tuple[int, ...]  # what a text without the template must open with
 
     def encode(self, text: str) -> list[int]: ...
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
@@ -46,8 +47,9 @@ def read_tasks(
     """Reads a task file: one JSON object a line.
 
     Fields: `task`; `context` or `context_ids`; optionally `question` or `question_ids` (may be empty); optionally
-    `answer` or `answer_ids`. Texts are encoded as they stand, without a chat template. Other fields are ignored, and
-    so are blank lines. Every line is checked, also those beyond `max_examples`.
+    `answer` or `answer_ids`. Texts are encoded as they stand, without a chat template; a context opens as the
+    tokenizer says. Other fields are ignored, and so are blank lines. Every line is checked, also those beyond
+    `max_examples`.
 
     Args:
       path: the file, UTF-8.
@@ -118,7 +120,7 @@ def _ids(
     if text is not None:
         if not isinstance(text, str):
             raise ValueError(f"{where}: {field}: got {reprlib.repr(text)}, expected a string")
-        return tuple(tokenizer.encode(text))
+        return (*(tokenizer.opening if field == "context" else ()), *tokenizer.encode(text))
     if ids is None:
         return None
     if not isinstance(ids, list):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.stopwatch import seconds
-from models import Model
+from models import DecoderConfig, Model
+
+_LLAMA_FIELDS = 12  # of a config, before those that make another family
 
 
 class TransformersPeer:
@@ -15,15 +18,18 @@ class TransformersPeer:
 
     Raises:
       ImportError: torch or transformers is not installed.
+      ValueError: the model is not a plain Llama.
     """
 
     def __init__(self, model: Model, threads: int):
+        config = model.config
+        if config != DecoderConfig(*dataclasses.astuple(config)[:_LLAMA_FIELDS]):
+            raise ValueError(f"--peer: {config.name} is not a plain Llama, the one family that this peer runs.")
         import torch
         import transformers
 
         self._torch, self._new_cache = torch, transformers.DynamicCache
         torch.set_num_threads(threads)
-        config = model.config
         self._model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
                 vocab_size=config.vocab_size,

@@ -56,6 +56,7 @@ from kvjax.transforms import (
     pyramid,
     quantize,
     quantize_corrected,
+    respect_windows,
     ring,
     share_basis,
     split_heads,

@@ -12,6 +12,7 @@ from flax import struct
 from kvjax.rope import Rope
 from kvjax.segments import DenseSegment, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.slots import token_order, written_after
+from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine
 
 
@@ -30,7 +31,7 @@ class LayerCache:
         queries: Queries,
         *,
         window: int | None = None,
-        scale: float | None = None,
+        scale: Scale | None = None,
         shared: Shared | None = None,
         new: Partial | None = None,
     ) -> Partial:
@@ -39,7 +40,7 @@ class LayerCache:
         Args:
           queries: T queries of every row.
           window: tokens a query looks back over, itself included; None: all.
-          scale: multiplies the dot products; None: `H ** -0.5`.
+          scale: multiplies the dot products, and may cap them; None: `H ** -0.5`.
           shared: what layers share, `Cache.shared`.
           new: attention over tokens that are not in the cache yet, merged with the rest.
         """
@@ -57,7 +58,7 @@ class LayerCache:
         lse: jax.Array,
         *,
         window: int | None = None,
-        scale: float | None = None,
+        scale: Scale | None = None,
         shared: Shared | None = None,
     ) -> tuple[jax.Array, ...]:
         """f32[B, N, S] per segment: the probability each slot received from the queries."""

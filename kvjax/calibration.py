@@ -15,6 +15,7 @@ import numpy as np
 
 from kvjax.observation import LayerObservation
 from kvjax.segments import DenseSegment
+from pallas_kernels.logits import capped, factor
 
 
 class Moments(NamedTuple):
@@ -227,6 +228,5 @@ def _probability(keys: DenseSegment, seen: LayerObservation, query_at: jax.Array
     q = seen.queries.rotated[0, query_at].astype(jnp.float32)  # [n, N, H]
     K, H = keys.k.shape[1], keys.k.shape[-1]
     k = keys.k[0][:, key_at].astype(jnp.float32)  # [K, n, H]
-    scale = H**-0.5 if seen.scale is None else seen.scale
-    logit = scale * jnp.einsum("nkgh,knh->nkg", q.reshape(q.shape[0], K, -1, H), k)
-    return jnp.exp(logit.reshape(q.shape[:2]) - seen.lse[0, query_at])
+    logit = factor(seen.scale, H) * jnp.einsum("nkgh,knh->nkg", q.reshape(q.shape[0], K, -1, H), k)
+    return jnp.exp(capped(logit.reshape(q.shape[:2]), seen.scale) - seen.lse[0, query_at])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.segments.protocol import Queries
+from pallas_kernels.logits import Scale
 
 ALL = -1
 """`Needs.queries` for every query of the call."""
@@ -124,7 +125,7 @@ class LayerObservation:
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
     reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
     window: int | None = struct.field(pytree_node=False, default=None)
-    scale: float | None = struct.field(pytree_node=False, default=None)
+    scale: Scale | None = struct.field(pytree_node=False, default=None)
 
     def with_sums(self, moments: dict[int, QueryMoments], largest: LargestInputs | None) -> LayerObservation:
         """The same with what was seen before added to its moments and to its largest inputs."""

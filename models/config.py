@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
+
+import numpy as np
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and constants of a decoder of the Llama family.
+    """Sizes and constants of a decoder. The defaults are those of Llama; families differ in these fields only.
 
-    Letters in brackets are the axes of the legend (README, "Axes").
+    Letters in brackets are the axes of the legend (README, "Axes"). A layer is local, with a sliding window and
+    perhaps a rotary base of its own, or global.
 
     Attributes:
       name: what to call the model in tables.
@@ -19,11 +25,33 @@ class DecoderConfig:
       num_heads: [N] query heads.
       num_kv_heads: [K] key/value heads; divides `num_heads`.
       head_dim: [H].
-      ffn_width: [F], the gated feed-forward layer.
+      ffn_width: [F], the feed-forward layer, or one expert of it.
       rope_base: theta of the rotary embedding.
-      norm_eps: epsilon of every RMS norm.
+      norm_eps: epsilon of every norm.
       max_positions: the context length the model was trained for, in tokens.
       tied_embeddings: whether the output head is the embedding.
+      names: key of `models.weights.NAMES`, what the tensors of this family's files are called.
+      rotary_channels: of a head, the first ones, that rotate; None: all.
+      rope_divisors: each frequency is divided by its own (long contexts); empty: by 1.
+      rope_gain: rotated channels of queries and of keys are multiplied by it; part of the weights once they are loaded.
+      window: tokens that local layers look back over, the query's own included.
+      local_layers: their indices.
+      local_rope_base: theta of local layers, without divisors; None: as in the others.
+      query_scale: multiplies the dot products of attention; None: `H ** -0.5`.
+      attention_cap: soft cap of attention's logits.
+      output_cap: soft cap of the output logits.
+      norm: "rms", or "layer" with mean and bias.
+      qk_norm: RMS norm over each head of queries and keys, before their rotation.
+      post_norms: RMS norm of what attention and feed-forward add to the stream.
+      parallel: attention and feed-forward read the same stream.
+      activation: of the feed-forward layer.
+      gated: `W_down (f(W_gate x) * W_up x)` instead of `W_down f(W_up x)`.
+      biases: which of wqkv, wo, w_up, w_down have one.
+      embed_scale: multiplies embeddings.
+      learned_positions: rows of a table of positions that is added to embeddings; 0: none.
+      num_experts: of each feed-forward layer; 0: it is one matrix for all.
+      experts_per_token: the likeliest so many are used.
+      expert_weights_sum_to_one: their probabilities are divided by their sum.
     """
 
     name: str
@@ -38,6 +66,28 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     max_positions: int = 2048
     tied_embeddings: bool = True
+    names: str = "llama"
+    rotary_channels: int | None = None
+    rope_divisors: tuple[float, ...] = ()
+    rope_gain: float = 1.0
+    window: int | None = None
+    local_layers: tuple[int, ...] = ()
+    local_rope_base: float | None = None
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    output_cap: float | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    qk_norm: bool = False
+    post_norms: bool = False
+    parallel: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
+    biases: tuple[str, ...] = ()
+    embed_scale: float = 1.0
+    learned_positions: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_weights_sum_to_one: bool = True
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -46,3 +96,40 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        rotated = self.rotated
+        if rotated % 2 or not 0 <= rotated <= self.head_dim:
+            raise ValueError(f"rotary_channels must be even and at most {self.head_dim}, got {rotated}.")
+        if self.rope_divisors and len(self.rope_divisors) != rotated // 2:
+            raise ValueError(
+                f"rope_divisors must be {rotated // 2}, one for each pair of channels, got {len(self.rope_divisors)}."
+            )
+        if self.local_layers and (self.window is None or self.window < 1):
+            raise ValueError(f"window must be at least 1 token where layers are local, got {self.window}.")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token must be from 1 to {self.num_experts}, got {self.experts_per_token}."
+            )
+
+    @property
+    def rotated(self) -> int:
+        """Channels of a head that rotate."""
+        return self.head_dim if self.rotary_channels is None else self.rotary_channels
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer looks back over; None: all."""
+        return self.window if layer in self.local_layers else None
+
+    def frequencies(self, layer: int) -> np.ndarray:
+        """f32[H / 2], radians per token of each rotary pair of a layer.
+
+        With R rotated channels `base ** (-2 i / R) / divisor[i]` for `i < R / 2`, then zeros. The pair `i` of channels
+        is `(i, i + H / 2)`: `models.weights` puts the channels of a partly rotated head in that order.
+        """
+        own = layer in self.local_layers and self.local_rope_base is not None
+        rotated = self.rotated
+        found = np.zeros(self.head_dim // 2, np.float32)
+        exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(max(rotated, 1))
+        found[: rotated // 2] = np.float32(self.local_rope_base if own else self.rope_base) ** -exponent
+        if self.rope_divisors and not own:
+            found[: rotated // 2] /= np.float32(self.rope_divisors)
+        return found

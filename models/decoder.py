@@ -1,14 +1,15 @@
-"""A decoder of the Llama family, in one sitting: plain functions over a pytree of weights.
+"""A decoder in one sitting, for every family: plain functions over a pytree of weights.
 
-Axes: B batch, T new tokens, D width, F feed-forward width, N query heads, K key/value heads, H head
-dimension, V vocabulary. Layers are a Python tuple, unrolled: a scan over stacked layers would copy weights and
-caches at every step.
+Families differ in the fields of their config and in which weights they have. Axes: B batch, T new tokens, D width,
+F feed-forward width, E experts, N query heads, K key/value heads, H head dimension, V vocabulary. Layers are a Python
+tuple, unrolled: a scan over stacked layers would copy weights and caches at every step.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from kvjax.observation import ALL, LayerObservation, Needs, observe, take_last
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
 from models.config import DecoderConfig
+from models.int8 import grouped_matmul, matmul
+from pallas_kernels.logits import Scale, SoftCap
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -69,22 +72,22 @@ def step(
       donate: outside jit, let every layer overwrite its cache; the one passed in is gone then.
     """
     run_layer = _layer_in_place if donate else _layer
-    x = _embed(params["embed"], tokens)
+    x = _embed_tokens(params, config, tokens, positions)
     layers, seen = [], []
     last = None
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
         if last_only and index == config.num_layers - 1:
             last = _tokens_read(layer, needs, tokens.shape[1])
-        x, layer, observed = run_layer(
-            weights, x, positions, layer, cache.shared, jnp.int32(index), config=config, needs=needs, last=last
-        )
+        how = dict(config=config, kind=_kind(config, index), needs=needs, last=last)
+        x, layer, observed = run_layer(weights, x, positions, layer, cache.shared, jnp.int32(index), **how)
         layers.append(layer)
         seen.append(observed)
     new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     cache = cache.replace(layers=tuple(layers), length=cache.length + new)
     head = params["embed"] if config.tied_embeddings else params["head"]
     count = new if last is None else jnp.full_like(new, last)
-    logits = _unembed(params["final_norm"], head, x, count, config=config, last_only=last_only)
+    final = {name: params[name] for name in ("final_norm", "final_norm_bias") if name in params}
+    logits = _unembed(final, head, x, count, config=config, last_only=last_only)
     return StepOutput(logits, cache, tuple(seen))
 
 
@@ -109,10 +112,11 @@ def layer_inputs(params: dict, config: DecoderConfig, tokens: jax.Array) -> list
     """[B, T, D] for every layer: what its query, key and value projections read, for i32[B, T] tokens."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     cache = prompt_cache(config, tokens.shape[0], params["embed"].dtype)
-    x, inputs = _embed(params["embed"], tokens), []
+    x, inputs = _embed_tokens(params, config, tokens, positions), []
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        inputs.append(_norm(x, weights["attn_norm"], config.norm_eps))
-        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), config=config, needs=Needs())
+        inputs.append(_normed(x, weights, "attn_norm", config=config))
+        how = dict(config=config, kind=_kind(config, index), needs=Needs())
+        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), **how)
     return inputs
 
 
@@ -132,12 +136,37 @@ def hidden_states(
       positions: i32[B, T].
       layers: caches with room for the tokens.
     """
-    x = start if start.ndim == 3 else _embed(params["embed"], start)
+    x = start if start.ndim == 3 else _embed_tokens(params, config, start, positions)
     first, states = config.num_layers - len(layers), []
     for index, (weights, layer) in enumerate(zip(params["layers"][first:], layers, strict=True), start=first):
-        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), config=config, needs=Needs())
+        how = dict(config=config, kind=_kind(config, index), needs=Needs())
+        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), **how)
         states.append(x)
     return states
+
+
+class _Kind(NamedTuple):
+    """What may differ from layer to layer: layers of one kind share a compiled program."""
+
+    window: int | None
+    frequencies: tuple[float, ...]  # H / 2 of them
+    scale: Scale | None
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(jnp.float32(self.frequencies))
+
+
+def _kind(config: DecoderConfig, index: int) -> _Kind:
+    scale = config.query_scale
+    if config.attention_cap is not None:
+        scale = SoftCap(config.head_dim**-0.5 if scale is None else scale, config.attention_cap)
+    return _Kind(config.window_of(index), tuple(config.frequencies(index).tolist()), scale)
+
+
+def layer_rope(config: DecoderConfig, index: int) -> Rope:
+    """How a layer rotates its keys."""
+    return _kind(config, index).rope
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -147,20 +176,44 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * weight
 
 
-_norm = jax.jit(rms_norm, static_argnames="eps")
+def _norm(x: jax.Array, weights: dict, name: str, config: DecoderConfig) -> jax.Array:
+    if config.norm == "rms":
+        return rms_norm(x, weights[name], config.norm_eps)
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    return (x32 * weights[name] + weights[f"{name}_bias"]).astype(x.dtype)
 
 
-@jax.jit
-def _embed(embed: jax.Array, tokens: jax.Array) -> jax.Array:
-    return jnp.take(embed, tokens, axis=0)  # [B, T, D]
+def _linear(x: jax.Array, weights: dict, name: str) -> jax.Array:
+    y = matmul(x, weights[name])
+    bias = weights.get(f"{name}_bias")
+    return y if bias is None else y + bias
+
+
+_normed = jax.jit(_norm, static_argnames=("name", "config"))
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _embed(embed: jax.Array, table: jax.Array | None, tokens: jax.Array, positions: jax.Array, *, scale: float):
+    x = jnp.take(embed, tokens, axis=0)  # [B, T, D]
+    if scale != 1.0:
+        x = x * jnp.asarray(scale, x.dtype)
+    return x if table is None else x + jnp.take(table, jnp.maximum(positions, 0), axis=0)
+
+
+def _embed_tokens(params: dict, config: DecoderConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    return _embed(params["embed"], params.get("positions"), tokens, positions, scale=config.embed_scale)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "last_only"))
-def _unembed(norm, head, x, new, *, config: DecoderConfig, last_only: bool) -> jax.Array:
+def _unembed(norm: dict, head, x, new, *, config: DecoderConfig, last_only: bool) -> jax.Array:
     if last_only:
         x = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)
-    x = rms_norm(x, norm, config.norm_eps)
-    return jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+    x = _norm(x, norm, "final_norm", config)
+    logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
+    cap = config.output_cap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _one_layer(
@@ -172,6 +225,7 @@ def _one_layer(
     index: jax.Array,
     *,
     config: DecoderConfig,
+    kind: _Kind,
     needs: Needs,
     last: int | None = None,
 ) -> tuple[jax.Array, LayerCache, LayerObservation]:
@@ -179,15 +233,20 @@ def _one_layer(
 
     With `last`, only the last tokens of every row go on; the cache gets all of them.
     """
-    normed = rms_norm(x, weights["attn_norm"], config.norm_eps)
-    attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config, last)
-    observed = observe(queries, lse, needs, index, inputs=x)
-    x = (x if last is None else take_last(x, positions, last)) + attended
-    x = x + _feed_forward(weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
-    return x, layer, observed
+    normed = _norm(x, weights, "attn_norm", config)
+    attended, layer, queries, lse = _attention(weights, normed, positions, layer, shared, config, kind, last)
+    observed = observe(queries, lse, needs, index, inputs=x, window=kind.window, scale=kind.scale)
+    x = x if last is None else take_last(x, positions, last)
+    if config.post_norms:
+        attended = _norm(attended, weights, "attn_post_norm", config)
+    read = x if config.parallel else x + attended
+    mixed = _feed_forward(weights, _norm(read, weights, "mlp_norm", config), config)
+    if config.post_norms:
+        mixed = _norm(mixed, weights, "mlp_post_norm", config)
+    return x + attended + mixed, layer, observed
 
 
-_STATIC = ("config", "needs", "last")
+_STATIC = ("config", "kind", "needs", "last")
 _layer = jax.jit(_one_layer, static_argnames=_STATIC)
 _layer_in_place = jax.jit(_one_layer, static_argnames=_STATIC, donate_argnames="layer")
 
@@ -211,28 +270,61 @@ def _attention(
     layer: LayerCache,
     shared,
     config: DecoderConfig,
+    kind: _Kind,
     last: int | None,
 ) -> tuple[jax.Array, LayerCache, Queries, jax.Array]:
     """Attends to the cache and to the new tokens, then appends these to the cache; see `_one_layer` for `last`."""
     B, T, _ = x.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    rope = Rope.from_base(config.rope_base, H)
-    q, k, v = jnp.split((x @ weights["wqkv"]).reshape(B, T, N + 2 * K, H), (N, N + K), axis=2)
+    rope, how = kind.rope, dict(window=kind.window, scale=kind.scale)
+    q, k, v = jnp.split(_linear(x, weights, "wqkv").reshape(B, T, N + 2 * K, H), (N, N + K), axis=2)
+    if config.qk_norm:
+        q, k = (rms_norm(y, weights[name], config.norm_eps) for y, name in ((q, "q_norm"), (k, "k_norm")))
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     if last is None:
-        own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions)
-        attended = layer.attend(queries, shared=shared, new=own)
+        own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
+        attended = layer.attend(queries, shared=shared, new=own, **how)
         layer = layer.append(k, v, positions, rope, after=attended)
     else:
         queries = Queries(take_last(q, positions, last), take_last(positions, positions, last, fill=-1), rope)
         layer = layer.append(k, v, positions, rope)
-        attended = layer.attend(queries)
+        attended = layer.attend(queries, **how)
     out = attended.out.astype(x.dtype).reshape(B, -1, N * H)
-    return out @ weights["wo"], layer, queries, attended.lse
+    return _linear(out, weights, "wo"), layer, queries, attended.lse
 
 
-def _feed_forward(weights: dict, x: jax.Array) -> jax.Array:
-    """`W_down (silu(W_gate x) * W_up x)`."""
-    gate, up = jnp.split(x @ weights["w_gate_up"], 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ weights["w_down"]
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _feed_forward(weights: dict, x: jax.Array, config: DecoderConfig) -> jax.Array:
+    """`W_down (f(W_gate x) * W_up x)`, or `W_down f(W_up x)`; with experts the weighted sum of those chosen."""
+    activation = _ACTIVATIONS[config.activation]
+
+    def hidden(product):
+        if not config.gated:
+            return activation(product("w_up"))
+        gate, up = jnp.split(product("w_gate_up"), 2, axis=-1)
+        return activation(gate) * up
+
+    if not config.num_experts:
+        return _linear(hidden(lambda name: _linear(x, weights, name)), weights, "w_down")
+    tokens = x.reshape(-1, x.shape[-1])
+    p = jax.nn.softmax(_linear(tokens, weights, "router").astype(jnp.float32), axis=-1)  # [B T, E]
+    p, expert = jax.lax.top_k(p, config.experts_per_token)
+    if config.expert_weights_sum_to_one:
+        p = p / jnp.sum(p, axis=-1, keepdims=True)
+    # Every token once for each of its experts, in the order of the experts: groups of rows, one product.
+    order = jnp.argsort(expert.reshape(-1))
+    count = jnp.bincount(expert.reshape(-1), length=config.num_experts)
+    token = order // config.experts_per_token
+    rows, group = jnp.take(tokens, token, axis=0), jnp.take(expert.reshape(-1), order)
+    mixed = hidden(lambda name: grouped_matmul(rows, weights[name], group, count))
+    mixed = grouped_matmul(mixed, weights["w_down"], group, count)
+    mixed = mixed * jnp.take(p.reshape(-1), order)[:, None].astype(x.dtype)
+    return jnp.zeros_like(tokens).at[token].add(mixed).reshape(x.shape)

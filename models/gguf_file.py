@@ -11,8 +11,18 @@ import numpy as np
 from models import tokenizer as tokenizer_lib
 from models import weights
 from models.config import DecoderConfig
+from models.families import read_config
 
-ARCHITECTURES = ("llama",)
+# general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
 
 # GGUF name -> Hugging Face name, without ".weight".
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -21,38 +31,73 @@ _BLOCK = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate_inp": "mlp.gate",
+}
+_GEMMA = _BLOCK | {"ffn_norm": "pre_feedforward_layernorm"}
+_BLOCKS = {"gemma2": _GEMMA, "gemma3": _GEMMA, "phi3": _BLOCK | {"ffn_up": "mlp.gate_up_proj"}}
+# Tensors of all experts in one; name of one of them.
+_EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_MIXTRAL = {
+    "mlp.gate": "block_sparse_moe.gate",
+    "mlp.experts.{}.gate_proj": "block_sparse_moe.experts.{}.w1",
+    "mlp.experts.{}.up_proj": "block_sparse_moe.experts.{}.w3",
+    "mlp.experts.{}.down_proj": "block_sparse_moe.experts.{}.w2",
 }
 
-# Keys that `_read_config` turns into the config, without the "llama." before them.
-_USED = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "vocab_size",
+# Keys, without the architecture before them, and the fields of config.json that say the same.
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
+_INTEGERS = set(_FIELDS) - {"attention.layer_norm_rms_epsilon", "rope.freq_base"} - {
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}
+_USED = {*_FIELDS, "attention.value_length", "rope.dimension_count"}
+_SCALING = {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.finetuned"}
 # Keys that change nothing at this value; at any other they ask for something this decoder does not do.
-_NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
+_NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0}
 
 
-def load_gguf(path: str | pathlib.Path, dtype) -> tuple[DecoderConfig, dict[str, Any], tokenizer_lib.Tokenizer]:
+def load_gguf(
+    path: str | pathlib.Path, dtype, *, context: int | None = None, int8: bool = False
+) -> tuple[DecoderConfig, dict[str, Any], tokenizer_lib.Tokenizer]:
     """Loads a decoder, its weights dequantized, and its tokenizer.
 
     Args:
       path: the .gguf file.
       dtype: of the params.
+      context: tokens the caller needs, see `models.families.read_config`.
+      int8: see `models.weights.build_params`.
 
     Returns:
       The config (named after the file), the params of `models.weights`, and the tokenizer.
@@ -65,14 +110,30 @@ def load_gguf(path: str | pathlib.Path, dtype) -> tuple[DecoderConfig, dict[str,
     try:
         reader = _open(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-        config = _read_config(path.stem, metadata, tied="lm_head.weight" not in tensors)
+        architecture = _architecture(metadata)
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+        config = read_config(path.stem, _config_fields(architecture, metadata, stored), context)
+        tensors = _hf_tensors(architecture, config, stored)
         weights.check_names(config, tensors)
         tokenizer = tokenizer_lib.from_gguf(metadata)
-        params = weights.build_params(config, lambda name: _read_tensor(tensors[name], name, config), dtype)
+        halves = architecture == "llama"
+        get = lambda name: _read_tensor(*tensors[name], name, config, halves)
+        params = weights.build_params(config, get, dtype, int8=int8)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer
+
+
+class _Reader(gguf.GGUFReader):
+    """Reads the file through a plain array: indexing a `np.memmap`, a million times for a large vocabulary, is slow."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._data = mapped.view(np.ndarray)
 
 
 def _open(path: pathlib.Path) -> gguf.GGUFReader:
@@ -80,77 +141,139 @@ def _open(path: pathlib.Path) -> gguf.GGUFReader:
         if file.read(4) != b"GGUF":
             raise ValueError("This is not a GGUF file.")
     try:
-        return gguf.GGUFReader(path)
+        return _Reader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         # The reader slices past the end without a check: a short file shows as whatever breaks first.
         raise ValueError(f"The file is truncated or damaged ({error}).") from error
 
 
-def _read_config(name: str, metadata: dict[str, Any], tied: bool) -> DecoderConfig:
+def _architecture(metadata: dict[str, Any]) -> str:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"general.architecture is {architecture!r}, supported: {', '.join(ARCHITECTURES)}.")
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"split.count is {metadata['split.count']}, expected a model in one file.")
+    return architecture
+
+
+def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """The config.json that the metadata stands for."""
     prefix = f"{architecture}."
-    fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    given = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
 
-    for key, value in fields.items():
-        if key not in _USED and (key not in _NEUTRAL or value != _NEUTRAL[key]):
-            raise ValueError(f"{prefix}{key} is {value!r}, which this decoder does not support.")
+    def refuse(key: str, expected: str = "which this decoder does not support"):
+        raise ValueError(f"{prefix}{key} is {given[key]!r}, {expected}.")
 
-    def size(key: str, default: int | None = None) -> int:
-        value = fields.get(key, default)
-        if not isinstance(value, int):  # some families give one value per layer
-            raise ValueError(f"{prefix}{key} is {value!r}, expected one integer.")
-        return value
-
-    heads = size("attention.head_count")
-    head_dim = size("attention.key_length", size("embedding_length") // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if size(key, head_dim) != head_dim:
-            raise ValueError(f"{prefix}{key} is {fields[key]}, expected the head dimension, {head_dim}.")
-    if "attention.layer_norm_rms_epsilon" not in fields:
+    for key, value in given.items():
+        if key in _INTEGERS and not isinstance(value, int):  # some families give one value per layer
+            refuse(key, "expected one integer")
+        if key not in _USED | _SCALING and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+            refuse(key)
+    if "attention.layer_norm_rms_epsilon" not in given:
         raise ValueError(f"{prefix}attention.layer_norm_rms_epsilon is missing, expected a float.")
-    return DecoderConfig(
-        name=name,
-        vocab_size=size("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
-        num_layers=size("block_count"),
-        width=size("embedding_length"),
-        num_heads=heads,
-        num_kv_heads=size("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        ffn_width=size("feed_forward_length"),
-        rope_base=float(fields.get("rope.freq_base", 10000.0)),
-        norm_eps=float(fields["attention.layer_norm_rms_epsilon"]),
-        max_positions=size("context_length"),
-        tied_embeddings=tied,
-    )
+
+    fields = {field: given[key] for key, field in _FIELDS.items() if key in given}
+    fields["tie_word_embeddings"] = "output.weight" not in stored
+    fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
+    heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if heads and width:
+        head_dim = fields.setdefault("head_dim", width // heads)
+        rotated = given.get("rope.dimension_count", head_dim)
+        if given.get("attention.value_length", head_dim) != head_dim:
+            refuse("attention.value_length", f"expected the head dimension, {head_dim}")
+        if rotated != head_dim:
+            if architecture != "phi3":
+                refuse("rope.dimension_count", f"expected the head dimension, {head_dim}")
+            fields["partial_rotary_factor"] = rotated / head_dim
+    if architecture == "llama":
+        architecture = _llama_or_mistral(fields)
+    else:
+        fields["architectures"] = [ARCHITECTURES[architecture]]
+    if architecture == "qwen3moe":
+        fields["norm_topk_prob"] = True  # llama.cpp always divides
+        fields["intermediate_size"] = fields.get("intermediate_size", fields.get("moe_intermediate_size"))
+    if architecture in ("gemma2", "gemma3"):
+        # What llama.cpp derives: 1 / sqrt(H), but for the largest of each generation.
+        largest = fields.get("num_hidden_layers") == {"gemma2": 46, "gemma3": 62}[architecture]
+        fields["query_pre_attn_scalar"] = width // heads if largest else fields["head_dim"]
+    if architecture == "qwen2":
+        fields.pop("sliding_window", None)
+    scaling = _scaling(given, stored, fields.get("head_dim", 0), refuse)
+    if scaling:
+        fields["rope_scaling"] = scaling
+    return fields
 
 
-def _hf_name(name: str) -> str:
-    """Returns the Hugging Face name of a GGUF tensor, or the name as it is when it has none."""
-    if name == "rope_freqs.weight":
-        raise ValueError("Tensor rope_freqs.weight asks for rope scaling, which this decoder does not support.")
-    stem, suffix = name.rpartition(".")[::2]
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{suffix}"
-    block, _, part = stem.removeprefix("blk.").partition(".")
-    if stem.startswith("blk.") and part in _BLOCK:
-        return f"model.layers.{block}.{_BLOCK[part]}.{suffix}"
-    return name
+def _llama_or_mistral(fields: dict[str, Any]) -> str:
+    """Decides which of the architectures that llama.cpp calls llama it is."""
+    if fields.get("num_experts"):
+        fields["architectures"], fields["num_local_experts"] = ["MixtralForCausalLM"], fields["num_experts"]
+        return "mixtral"
+    fields["architectures"] = ["MistralForCausalLM" if fields.get("sliding_window") else "LlamaForCausalLM"]
+    return "llama"
 
 
-def _read_tensor(tensor: gguf.ReaderTensor, name: str, config: DecoderConfig) -> np.ndarray:
-    """Dequantizes one tensor to float32, queries and keys in the row order of Hugging Face."""
+def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refuse) -> dict[str, Any]:
+    """rope_scaling of config.json, from metadata and from the tensors that hold divisors."""
+    kind = given.get("rope.scaling.type", "none")
+    read = lambda name: np.array(stored[name].data, np.float32).reshape(-1).tolist()
+    if "rope_factors_short.weight" in stored and "rope_factors_long.weight" in stored:
+        long, short = read("rope_factors_long.weight"), read("rope_factors_short.weight")
+        gain = given.get("rope.scaling.attn_factor")
+        return {"type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": gain}
+    if kind not in ("none", "linear"):
+        refuse("rope.scaling.type")
+    if "rope_freqs.weight" in stored:  # Llama 3.1: a divisor of every frequency, whatever the context
+        divisors, pairs = read("rope_freqs.weight"), head_dim // 2
+        if len(divisors) != pairs:
+            raise ValueError(f"Tensor rope_freqs.weight has {len(divisors)} numbers, expected {pairs}.")
+        return {"type": "longrope", "long_factor": divisors, "short_factor": divisors, "attention_factor": 1.0}
+    if kind == "linear":
+        return {"type": "linear", "factor": given.get("rope.scaling.factor")}
+    if "rope.scaling.factor" in given:
+        refuse("rope.scaling.factor")
+    return {}
+
+
+def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]) -> dict[str, Any]:
+    """By the Hugging Face name of a tensor, or its own where it has none: the tensor, and which expert's part it is."""
+    parts = _BLOCKS.get(architecture, _BLOCK)
+    rename = _MIXTRAL if config.names == "mixtral" else {}
+    found = {}
+    for name, tensor in stored.items():
+        stem, _, suffix = name.rpartition(".")
+        block, _, part = stem.removeprefix("blk.").partition(".")
+        at = f"model.layers.{block}."
+        if name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"):
+            continue  # in the config
+        if stem in _TOP:
+            found[f"{_TOP[stem]}.{suffix}"] = tensor, None
+        elif stem.startswith("blk.") and part in parts:
+            found[f"{at}{rename.get(parts[part], parts[part])}.{suffix}"] = tensor, None
+        elif stem.startswith("blk.") and part in _EXPERTS:
+            of_expert = rename.get(_EXPERTS[part], _EXPERTS[part])
+            for expert in range(config.num_experts):
+                found[f"{at}{of_expert.format(expert)}.{suffix}"] = tensor, expert
+        else:
+            found[name] = tensor, None
+    return found
+
+
+def _read_tensor(
+    tensor: gguf.ReaderTensor, expert: int | None, name: str, config: DecoderConfig, halves: bool
+) -> np.ndarray:
+    """Dequantizes one tensor to float32, as Hugging Face stores it: its order of rows, its norms."""
     try:
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        data = tensor.data if expert is None else tensor.data[expert]
+        array = gguf.quants.dequantize(data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ValueError(f"Tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be dequantized.") from error
-    if name.endswith("q_proj.weight"):
+    if halves and ".q_proj." in name:
         return _halves(array, config.num_heads)
-    if name.endswith("k_proj.weight"):
+    if halves and ".k_proj." in name:
         return _halves(array, config.num_kv_heads)
+    if name.endswith("norm.weight"):
+        return array - np.float32(weights.NAMES[config.names].norm_offset)
     return array
 
 
@@ -160,6 +283,6 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     llama.cpp rotates neighbouring channels of this architecture and its converter permutes W_q and W_k to match; here
     the first half of a head rotates with the second.
     """
-    if rows.ndim != 2 or rows.shape[0] % (2 * heads):
+    if rows.shape[0] % (2 * heads):
         return rows  # a wrong shape: build_params reports it with the name
-    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -12,26 +12,14 @@ import numpy as np
 import safetensors
 import tokenizers
 
-from models import weights
+from models import sentencepiece, tekken, weights
 from models.config import DecoderConfig
+from models.families import read_config
 from models.tokenizer import Tokenizer, stop_ids
-
-ARCHITECTURES = ("LlamaForCausalLM",)
-
-# Fields that must be absent, null or have this value: any other asks for something this decoder does not do.
-_NEUTRAL = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "sliding_window": None,
-    "use_sliding_window": False,
-}
 
 
 def load_directory(
-    path: str | pathlib.Path, dtype, name: str | None = None
+    path: str | pathlib.Path, dtype, name: str | None = None, *, context: int | None = None, int8: bool = False
 ) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     """Loads a decoder, its weights and its tokenizer.
 
@@ -39,6 +27,8 @@ def load_directory(
       path: a directory with config.json, tokenizer.json and *.safetensors, in one file or sharded.
       dtype: of the params.
       name: of the model; by default the directory's.
+      context: tokens the caller needs, see `models.families.read_config`.
+      int8: see `models.weights.build_params`.
 
     Returns:
       The config, the params of `models.weights`, and the tokenizer.
@@ -50,12 +40,12 @@ def load_directory(
     path = pathlib.Path(path)
     try:
         fields = _read_json(path / "config.json")
-        config = _read_config(name or path.resolve().name, fields)
+        config = read_config(name or path.resolve().name, fields, context)
         tokenizer = _read_tokenizer(path, fields)
         with contextlib.ExitStack() as stack:
             names, get = _open_tensors(path, stack)
             weights.check_names(config, names)
-            params = weights.build_params(config, get, dtype)
+            params = weights.build_params(config, get, dtype, int8=int8)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer
@@ -70,55 +60,6 @@ def _read_json(file: pathlib.Path, required: bool = True) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file.name} is not valid JSON: {error}") from error
-
-
-def _read_config(name: str, fields: Mapping[str, Any]) -> DecoderConfig:
-    architectures = fields.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        raise ValueError(f"architectures is {architectures}, supported: {', '.join(ARCHITECTURES)}.")
-    for key, neutral in _NEUTRAL.items():
-        if fields.get(key) not in (None, neutral):
-            raise ValueError(f"{key} is {fields[key]!r}, expected {neutral!r}.")
-    if other := set(fields.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types has {sorted(other)}, expected only 'full_attention'.")
-
-    def size(key: str, default: int | None = None) -> int:
-        value = default if fields.get(key) is None else fields[key]
-        if not isinstance(value, int):
-            raise ValueError(f"{key} is {value!r}, expected an integer.")
-        return value
-
-    heads = size("num_attention_heads")
-    # Defaults are those of transformers' LlamaConfig.
-    return DecoderConfig(
-        name=name,
-        vocab_size=size("vocab_size"),
-        num_layers=size("num_hidden_layers"),
-        width=size("hidden_size"),
-        num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", size("hidden_size") // heads),
-        ffn_width=size("intermediate_size"),
-        rope_base=_rope_base(fields),
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-        max_positions=size("max_position_embeddings", 2048),
-        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
-    )
-
-
-def _rope_base(fields: Mapping[str, Any]) -> float:
-    """Reads rope_theta (transformers 4) or rope_parameters (transformers 5), and refuses any scaling."""
-    base = fields.get("rope_theta") or 10000.0
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = dict(fields.get(key) or {})
-        base = rope.pop("rope_theta", None) or base
-        kinds = {rope.pop("type", None), rope.pop("rope_type", None)}
-        others = {name: value for name, value in rope.items() if value is not None}
-        if others.get("partial_rotary_factor") == 1.0:
-            del others["partial_rotary_factor"]
-        if kinds - {None, "default"} or others:
-            raise ValueError(f"{key} is {fields[key]}, expected plain rotary positions (rope_type 'default').")
-    return float(base)
 
 
 def _open_tensors(
@@ -162,13 +103,7 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json. The tokens that end a turn
     are the union of what generation_config.json, config.json and tokenizer_config.json declare and the known ends.
     """
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError("tokenizer.json is missing (a SentencePiece tokenizer.model alone is not supported).")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    backend = _read_backend(path)
     # Some files carry the truncation and padding of a training run.
     backend.no_truncation()
     backend.no_padding()
@@ -188,9 +123,28 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    bos_id = fields.get("bos_token_id") if bos_id is None else bos_id
+    opening = backend.encode("").ids[:1]  # what the file's post-processor writes before a text
+    if not (path / "tokenizer.json").is_file() and bos_id is not None and settings.get("add_bos_token", True):
+        opening = [bos_id]
     return Tokenizer(
         backend=backend,
         chat_template=template,
-        bos_id=fields.get("bos_token_id") if bos_id is None else bos_id,
+        bos_id=bos_id,
         eos_ids=stop_ids(backend, ends),
+        opening=(bos_id,) if opening == [bos_id] else (),
     )
+
+
+def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Reads tokenizer.json, else Mistral's tekken.json, else SentencePiece's tokenizer.model."""
+    if (path / "tokenizer.json").is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer.json cannot be read: {error}") from error
+    if (path / "tekken.json").is_file():
+        return tekken.backend(_read_json(path / "tekken.json"))
+    if (path / "tokenizer.model").is_file():
+        return sentencepiece.backend(sentencepiece.read_model((path / "tokenizer.model").read_bytes()))
+    raise ValueError("tokenizer.json is missing, and so are tekken.json and tokenizer.model.")

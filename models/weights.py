@@ -1,96 +1,280 @@
 """The parameters of a decoder: one declaration of names and shapes, and three ways to fill it.
 
-Axes: V vocabulary, D width, N query heads, K key/value heads, H head dimension, F feed-forward width. Files store a
-matrix as [out, in]; parameters are [in, out], and matrices that read the same input stand side by side in one leaf:
+Axes: V vocabulary, D width, N query heads, K key/value heads, H head dimension, F feed-forward width, E experts. Files
+store a matrix as [out, in]; parameters are [in, out], and matrices that read the same input stand side by side in one
+leaf:
 
-  {"embed": [V, D], "final_norm": [D], "head": [V, D] only when untied, "layers": (layer, ...)}
+  {"embed": [V, D], "final_norm": [D], "layers": (layer, ...)}
   layer = {"attn_norm": [D], "wqkv": [D, (N + 2 K) H], "wo": [N H, D],
            "mlp_norm": [D], "w_gate_up": [D, 2 F], "w_down": [F, D]}
 
 The columns of wqkv are the query heads, then the key heads, then the value heads; those of w_gate_up the gate, then up.
+Where a config asks for it there are also "head" [V, D] (untied), "positions" [P, D], "q_norm" and "k_norm" [H],
+"attn_post_norm" and "mlp_post_norm" [D], "w_up" [D, F] in place of w_gate_up (not gated), "router" [D, E] with the
+other feed-forward matrices [E, in, out], and a NAME_bias beside a matrix or a layer norm.
+
+Loading brings every family to one convention. Norms of files that store `w - 1` hold w. In a partly rotated head the
+channels of queries and keys are reordered so that the pairs are `(i, i + H / 2)` (`DecoderConfig.frequencies`), and
+`rope_gain` is multiplied into them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from models.config import DecoderConfig
+from models.int8 import Int8Matrix, Weight
+
+_LONG = 1 << 30  # bytes of params from which loading shows a progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What the files of a family call their tensors, without `.weight` or `.bias`; those of a layer follow `layer`.
+
+    Attributes:
+      layer: what names of the i-th layer open with.
+      wqkv: one tensor, or query, key and value.
+      w_gate_up: one tensor, or gate and up.
+      w_up: where the feed-forward layer is not gated.
+      expert: what the names of expert e open with, in place of the layer's feed-forward.
+      norm_offset: added to the weights of norms.
+      heads_apart: the rows of the one wqkv tensor are, head after head, its query, key and value.
+      skipped_positions: first rows of the table of positions that no token uses.
+      ignored: ends of other tensors' names, that follow from the config.
+    """
+
+    embed: str = "model.embed_tokens"
+    positions: str = ""
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    layer: str = "model.layers.{}."
+    attn_norm: str = "input_layernorm"
+    wqkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    wo: str = "self_attn.o_proj"
+    attn_post_norm: str = "post_attention_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    w_gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    w_up: str = ""
+    w_down: str = "mlp.down_proj"
+    mlp_post_norm: str = "post_feedforward_layernorm"
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts.{}."
+    norm_offset: float = 0.0
+    heads_apart: bool = False
+    skipped_positions: int = 0
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+NAMES = {
+    "llama": Names(),
+    "qwen3_moe": Names(w_gate_up=("gate_proj", "up_proj"), w_down="down_proj"),
+    "mixtral": Names(
+        router="block_sparse_moe.gate",
+        expert="block_sparse_moe.experts.{}.",
+        w_gate_up=("w1", "w3"),
+        w_down="w2",
+    ),
+    "gemma": Names(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
+    "phi3": Names(wqkv=("self_attn.qkv_proj",), w_gate_up=("mlp.gate_up_proj",)),
+    "gpt_neox": Names(
+        embed="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        head="embed_out",
+        layer="gpt_neox.layers.{}.",
+        wqkv=("attention.query_key_value",),
+        heads_apart=True,
+        wo="attention.dense",
+        w_up="mlp.dense_h_to_4h",
+        w_down="mlp.dense_4h_to_h",
+        # The causal mask, and what it writes where nothing is seen.
+        ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    ),
+    "opt": Names(
+        embed="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        skipped_positions=2,
+        final_norm="model.decoder.final_layer_norm",
+        layer="model.decoder.layers.{}.",
+        attn_norm="self_attn_layer_norm",
+        wo="self_attn.out_proj",
+        mlp_norm="final_layer_norm",
+        w_up="fc1",
+        w_down="fc2",
+    ),
+}
+"""By `DecoderConfig.names`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """One array of the params and the file tensors it is made of, by their Hugging Face names."""
+    """One array of the params, and the file tensors it is made of."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    matmul: bool  # multiplied as x @ leaf: [out, in] tensors, concatenated over out, then transposed
+    shape: tuple[int, ...]
+    fuse: Callable[[list[np.ndarray]], np.ndarray]
+    untrained: float | None = None  # what an untrained norm or bias is filled with; None: a matrix
+    multiplied: bool = False  # as x @ leaf
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if not self.matmul:
-            return self.shapes[0]
-        return (self.shapes[0][1], sum(out for out, _ in self.shapes))
 
-    @property
-    def fan_in(self) -> int:
-        return self.shapes[0][-1]
+def _matrix(names: Iterable[str], shapes, experts: int, rows: np.ndarray | None, gain: np.ndarray | None) -> _Leaf:
+    """Multiplied as x @ leaf: tensors [out, in] side by side over out, its rows reordered and multiplied by `gain`."""
+    names, shapes = tuple(names), tuple(shapes)
 
-    def fuse(self, tensors: list[np.ndarray]) -> np.ndarray:
-        if not self.matmul:
-            return tensors[0]
-        return np.ascontiguousarray(np.concatenate([tensor.T for tensor in tensors], axis=1))
+    def fuse(tensors: list[np.ndarray]) -> np.ndarray:
+        if rows is None and gain is None:
+            return np.ascontiguousarray(np.concatenate([tensor.T for tensor in tensors], axis=1))
+        whole = np.concatenate(tensors)
+        return np.ascontiguousarray(_turned(whole, rows, gain).T)
+
+    fan_in, out = shapes[0][1], sum(shape[0] for shape in shapes)
+    if not experts:
+        return _Leaf(names, shapes, (fan_in, out), fuse, multiplied=True)
+    of_experts = tuple(name.format(e) for e in range(experts) for name in names)
+
+    def stack(tensors: list[np.ndarray]) -> np.ndarray:
+        count = len(names)
+        return np.stack([fuse(tensors[i : i + count]) for i in range(0, len(tensors), count)])
+
+    return _Leaf(of_experts, shapes * experts, (experts, fan_in, out), stack, multiplied=True)
+
+
+def _turned(tensor: np.ndarray, rows: np.ndarray | None, gain: np.ndarray | None) -> np.ndarray:
+    tensor = tensor if rows is None else tensor[rows]
+    return tensor if gain is None else tensor.astype(np.float32) * gain.reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def _plain(name: str, *shape: int) -> _Leaf:
+    return _Leaf((f"{name}.weight",), (shape,), shape, lambda tensors: tensors[0])
+
+
+def _vector(names: Iterable[str], sizes: Iterable[int], untrained: float, rows=None, gain=None, offset=0.0) -> _Leaf:
+    def fuse(tensors: list[np.ndarray]) -> np.ndarray:
+        whole = _turned(np.concatenate(tensors), rows, gain) if len(tensors) > 1 or rows is not None else tensors[0]
+        return whole.astype(np.float32) + np.float32(offset) if offset else whole
+
+    sizes = tuple(sizes)
+    return _Leaf(tuple(names), tuple((size,) for size in sizes), (sum(sizes),), fuse, untrained)
+
+
+def _head_channels(config: DecoderConfig) -> np.ndarray | None:
+    """i32[H]: which channel of a file's head comes where, in queries and keys; None: each in its place."""
+    H, R = config.head_dim, config.rotated
+    if R in (0, H):
+        return None
+    channel, half = np.arange(H), R // 2
+    still = (H - R) // 2
+    return np.concatenate([channel[:half], channel[R : R + still], channel[half:R], channel[R + still :]])
+
+
+def _qkv_rows(config: DecoderConfig, heads_apart: bool) -> np.ndarray | None:
+    """i32[(N + 2 K) H]: which row of the file's tensors comes where in wqkv; None: as they are."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    channels = _head_channels(config)
+    if channels is None and not heads_apart:
+        return None
+    rows = np.arange((N + 2 * K) * H)
+    rows = rows.reshape(N, 3, H).swapaxes(0, 1).reshape(-1, H) if heads_apart else rows.reshape(-1, H)
+    if channels is not None:
+        rows = np.concatenate([rows[: N + K][:, channels], rows[N + K :]])
+    return rows.reshape(-1)
+
+
+def _rotary_gain(config: DecoderConfig) -> np.ndarray | None:
+    """f32[H]: what a head of queries or keys is multiplied by, in the order of the params."""
+    if config.rope_gain == 1.0:
+        return None
+    gain = np.where(np.arange(config.head_dim) < config.rotated, config.rope_gain, 1.0).astype(np.float32)
+    channels = _head_channels(config)
+    return gain if channels is None else gain[channels]
 
 
 def _declare(config: DecoderConfig) -> dict[str, Any]:
-    width, ffn = config.width, config.ffn_width
-    q_out = config.num_heads * config.head_dim
-    kv_out = config.num_kv_heads * config.head_dim
+    names = NAMES[config.names]
+    D, F, N, K, H = config.width, config.ffn_width, config.num_heads, config.num_kv_heads, config.head_dim
+    E = config.num_experts
+    rows, gain = _qkv_rows(config, names.heads_apart), _rotary_gain(config)
+    qkv_gain = None
+    if gain is not None and not config.qk_norm:
+        qkv_gain = np.concatenate([np.tile(gain, N + K), np.ones(K * H, np.float32)])
 
-    def plain(name: str, *shape: int) -> _Leaf:
-        return _Leaf((f"{name}.weight",), (shape,), matmul=False)
+    def norm(key: str, name: str) -> dict[str, _Leaf]:
+        leaves = {key: _vector([f"{name}.weight"], [D], 1.0, offset=names.norm_offset)}
+        if config.norm == "layer":
+            leaves[f"{key}_bias"] = _vector([f"{name}.bias"], [D], 0.0)
+        return leaves
 
-    def matrix(fan_in: int, **parts: int) -> _Leaf:
-        names = tuple(f"{name}.weight" for name in parts)
-        return _Leaf(names, tuple((out, fan_in) for out in parts.values()), matmul=True)
+    def matrix(key: str, parts: Iterable[str], outs: Iterable[int], fan_in: int, *, experts=0, rows=None, gain=None):
+        parts, outs = tuple(parts), tuple(outs)
+        outs = outs if len(parts) > 1 else (sum(outs),)
+        weights = [f"{name}.weight" for name in parts]
+        leaves = {key: _matrix(weights, [(out, fan_in) for out in outs], experts, rows, gain)}
+        if key in config.biases:
+            leaves[f"{key}_bias"] = _vector([f"{name}.bias" for name in parts], outs, 0.0, rows, gain)
+        return leaves
 
     def layer(i: int) -> dict[str, _Leaf]:
-        at = f"model.layers.{i}"
-        attn, mlp = f"{at}.self_attn", f"{at}.mlp"
-        return {
-            "attn_norm": plain(f"{at}.input_layernorm", width),
-            "wqkv": matrix(
-                width, **{f"{attn}.q_proj": q_out, f"{attn}.k_proj": kv_out, f"{attn}.v_proj": kv_out}
-            ),
-            "wo": matrix(q_out, **{f"{attn}.o_proj": width}),
-            "mlp_norm": plain(f"{at}.post_attention_layernorm", width),
-            "w_gate_up": matrix(width, **{f"{mlp}.gate_proj": ffn, f"{mlp}.up_proj": ffn}),
-            "w_down": matrix(ffn, **{f"{mlp}.down_proj": width}),
-        }
+        at = names.layer.format(i)
+        full = lambda parts: [at + (names.expert if E else "") + part for part in parts]
+        leaves = norm("attn_norm", at + names.attn_norm)
+        qkv = [at + part for part in names.wqkv]
+        leaves |= matrix("wqkv", qkv, (N * H, K * H, K * H), D, rows=rows, gain=qkv_gain)
+        if config.qk_norm:
+            for key, name in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
+                channels = _head_channels(config)
+                channels = np.arange(H) if channels is None and gain is not None else channels
+                head = dict(rows=channels, gain=gain, offset=names.norm_offset)
+                leaves[key] = _vector([f"{at}{name}.weight"], [H], 1.0, **head)
+        leaves |= matrix("wo", [at + names.wo], [D], N * H)
+        leaves |= norm("mlp_norm", at + names.mlp_norm)
+        if config.post_norms:
+            leaves |= norm("attn_post_norm", at + names.attn_post_norm)
+            leaves |= norm("mlp_post_norm", at + names.mlp_post_norm)
+        if E:
+            leaves |= matrix("router", [at + names.router], [E], D)
+        if config.gated:
+            leaves |= matrix("w_gate_up", full(names.w_gate_up), (F, F), D, experts=E)
+        else:
+            leaves |= matrix("w_up", full([names.w_up]), [F], D, experts=E)
+        return leaves | matrix("w_down", full([names.w_down]), [D], F, experts=E)
 
-    leaves = {
-        "embed": plain("model.embed_tokens", config.vocab_size, width),
-        "final_norm": plain("model.norm", width),
-        "layers": tuple(layer(i) for i in range(config.num_layers)),
-    }
+    leaves = {"embed": _plain(names.embed, config.vocab_size, D)} | norm("final_norm", names.final_norm)
+    if config.learned_positions:
+        skipped = names.skipped_positions
+        table = _plain(names.positions, config.learned_positions + skipped, D)
+        leaves["positions"] = dataclasses.replace(
+            table, shape=(config.learned_positions, D), fuse=lambda tensors: tensors[0][skipped:]
+        )
+    leaves["layers"] = tuple(layer(i) for i in range(config.num_layers))
     if not config.tied_embeddings:
-        leaves["head"] = plain("lm_head", config.vocab_size, width)
+        leaves["head"] = _plain(names.head, config.vocab_size, D)
     return leaves
 
 
-def build_params(config: DecoderConfig, get: Callable[[str], np.ndarray], dtype) -> dict[str, Any]:
+def build_params(
+    config: DecoderConfig, get: Callable[[str], np.ndarray], dtype, *, int8: bool = False
+) -> dict[str, Any]:
     """Assembles the params from tensors found by name, one leaf at a time.
+
+    At most one leaf and its tensors are held beside the params.
 
     Args:
       config: the decoder's shape.
-      get: returns a tensor by its Hugging Face name (`model.layers.3.self_attn.q_proj.weight`, [out, in]);
-        raises KeyError when there is none.
+      get: returns a tensor by the name that `NAMES[config.names]` gives it (`model.layers.3.self_attn.q_proj.weight`,
+        [out, in]); raises KeyError when there is none.
       dtype: of every leaf.
+      int8: store the matrices of the layers as `models.int8.Int8Matrix`; embeddings, norms and biases stay as they are.
 
     Returns:
       The params, as the module describes them, on the default device.
@@ -110,11 +294,22 @@ def build_params(config: DecoderConfig, get: Callable[[str], np.ndarray], dtype)
             raise ValueError(f"Tensor {name} is {tensor.dtype}, expected floating point of 16 bits or more.")
         return tensor
 
-    def build(leaf: _Leaf) -> jax.Array:
-        # A copy, never an alias: the tensor may be a view of a memory-mapped file.
-        return jnp.array(leaf.fuse([take(*part) for part in zip(leaf.names, leaf.shapes)]), dtype)
+    def build(leaf: _Leaf) -> Weight:
+        fused = leaf.fuse([take(*part) for part in zip(leaf.names, leaf.shapes)])
+        if int8 and leaf.multiplied:
+            progress.update(fused.size)
+            return Int8Matrix.of(fused)
+        # Never an alias of a memory-mapped file, which is read-only; and no copy too many of the largest leaf.
+        array = jnp.asarray(fused.astype(dtype, copy=not fused.flags.writeable))
+        progress.update(array.nbytes)
+        return array
 
-    return jax.tree.map(build, _declare(config))
+    declared = _declare(config)
+    size = lambda leaf: math.prod(leaf.shape) * (1 if int8 and leaf.multiplied else jnp.dtype(dtype).itemsize)
+    total = sum(map(size, jax.tree.leaves(declared)))
+    bar = dict(desc=f"loading {config.name}", total=total, unit="B", unit_scale=True, leave=False)
+    with tqdm.tqdm(**bar, disable=None if total >= _LONG else True) as progress:
+        return jax.tree.map(build, declared)
 
 
 def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
@@ -127,22 +322,29 @@ def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
     Raises:
       ValueError: naming tensors that `build_params` would never ask for.
     """
+    names = NAMES[config.names]
     known = {name for leaf in jax.tree.leaves(_declare(config)) for name in leaf.names}
-    known.add("lm_head.weight")  # a second copy of tied embeddings
-    # Old checkpoints store the rotary frequencies, which follow from rope_base.
-    unknown = sorted(name for name in set(found) - known if not name.endswith("rotary_emb.inv_freq"))
+    known.add(f"{names.head}.weight")  # a second copy of tied embeddings
+    unknown = sorted(name for name in set(found) - known if not name.endswith(names.ignored))
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(f"Tensors this decoder does not use: {', '.join(unknown[:3])}{more}.")
 
 
-def abstract_params(config: DecoderConfig, dtype) -> dict[str, Any]:
-    """Returns the params as `jax.ShapeDtypeStruct`s: nothing is allocated."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), _declare(config))
+def abstract_params(config: DecoderConfig, dtype, *, int8: bool = False) -> dict[str, Any]:
+    """Returns the params as `jax.ShapeDtypeStruct`s: nothing is allocated. Arguments as `build_params`."""
+
+    def shape(leaf: _Leaf):
+        if int8 and leaf.multiplied:
+            scale = jax.ShapeDtypeStruct((*leaf.shape[:-2], leaf.shape[-1]), jnp.float32)
+            return Int8Matrix(jax.ShapeDtypeStruct(leaf.shape, jnp.int8), scale)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+
+    return jax.tree.map(shape, _declare(config))
 
 
 def random_params(config: DecoderConfig, key: jax.Array, dtype) -> dict[str, Any]:
-    """Returns untrained params: norms are one, matrices are normal with variance 1 / fan_in.
+    """Returns untrained params: norms are one, biases zero, matrices normal with variance 1 / fan_in.
 
     Args:
       config: the decoder's shape.
@@ -152,9 +354,9 @@ def random_params(config: DecoderConfig, key: jax.Array, dtype) -> dict[str, Any
     leaves, treedef = jax.tree.flatten(_declare(config))
 
     def draw(i: int, leaf: _Leaf) -> jax.Array:
-        if len(leaf.shape) == 1:
-            return jnp.ones(leaf.shape, dtype)
+        if leaf.untrained is not None:
+            return jnp.full(leaf.shape, leaf.untrained, dtype)
         normal = jax.random.normal(jax.random.fold_in(key, i), leaf.shape, jnp.float32)
-        return (normal * leaf.fan_in**-0.5).astype(dtype)
+        return (normal * leaf.shapes[0][-1] ** -0.5).astype(dtype)
 
     return jax.tree.unflatten(treedef, [draw(i, leaf) for i, leaf in enumerate(leaves)])

@@ -14,6 +14,7 @@ class Words:
     """A tokenizer that gives every word an id below 800, and knows no chat."""
 
     chat_template = None
+    opening = ()
 
     def encode(self, text: str) -> list[int]:
         """One id a word; a line break is a word."""

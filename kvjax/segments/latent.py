@@ -15,6 +15,7 @@ from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from pallas_kernels.attention_mass import Reduce
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.logits import Scale, SoftCap
 from pallas_kernels.partial import Partial
 
 
@@ -250,10 +251,12 @@ class LatentSegment:
         q = _by_kv_head(queries.rotated, self.kv_heads)
         return Queries(_by_token(self.key_basis.coordinates_of_queries(q), queries.pos.shape[1]), queries.pos, None)
 
-    def _mean_logit(self, queries: Queries, scale: float) -> jax.Array:
+    def _mean_logit(self, queries: Queries, scale: Scale) -> jax.Array:
         """f32[B, T, N]: what the mean key adds to every logit of a query."""
         if self.key_basis is None or self.key_basis.mean is None:
             return jnp.zeros((), jnp.float32)
+        if isinstance(scale, SoftCap):
+            raise TypeError("Where logits are capped, keys cannot be read in a basis around their mean: leave it out.")
         q = _by_kv_head(queries.rotated.astype(jnp.float32), self.kv_heads)
         logit = scale * jnp.einsum("bkrh,kh->bkr", q, self.key_basis.mean.astype(jnp.float32))
         return _by_token(logit[..., None], queries.pos.shape[1])[..., 0]

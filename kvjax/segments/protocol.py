@@ -9,6 +9,7 @@ import jax
 
 from kvjax.rope import Rope, rotate
 from pallas_kernels.attention_mass import Reduce
+from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
 
 KeyRope = Literal["stored", "at_attend", "rank"]
@@ -67,7 +68,7 @@ class Segment(Protocol):
         queries: Queries,
         *,
         window: int | None,
-        scale: float | None,
+        scale: Scale | None,
         ranks: Ranks | None = None,
     ) -> Partial:
         """Attention of the queries over this segment's slots."""
@@ -78,7 +79,7 @@ class Segment(Protocol):
         lse: jax.Array,
         *,
         window: int | None,
-        scale: float | None,
+        scale: Scale | None,
         ranks: Ranks | None = None,
         reduce: Reduce = "sum",
     ) -> jax.Array:

@@ -17,6 +17,7 @@ from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.ring import ring
 from kvjax.transforms.share_basis import share_basis
+from kvjax.transforms.sliding_windows import bounded_layers, respect_windows
 from kvjax.transforms.split_heads import split_heads
 from kvjax.transforms.split_slots import split_slots
 from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, when_full
@@ -29,6 +30,7 @@ __all__ = [
     "adaptive",
     "at_prefill_end",
     "balance_channels",
+    "bounded_layers",
     "by_rank",
     "by_variance",
     "cast",
@@ -54,6 +56,7 @@ __all__ = [
     "pyramid",
     "quantize",
     "quantize_corrected",
+    "respect_windows",
     "ring",
     "share_basis",
     "split_heads",

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import jax
 
 from pallas_kernels.attention_mass import reference
+from pallas_kernels.logits import Scale
 
 Reduce = Literal["sum", "max", "squares", "entropy"]
 """What is made of a slot's probabilities: their sum, the largest, the sum of their squares, or `-sum p log p`."""
@@ -21,7 +22,7 @@ def attention_mass(
     *,
     bias: jax.Array | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
     reduce: Reduce = "sum",
 ) -> jax.Array:
     """The attention probability that every slot received from the given queries, summed over them.
@@ -37,7 +38,7 @@ def attention_mass(
       lse: f32[B, T, N], log-sum-exp of each query's logits over everything it attended to.
       bias: f32[B, K, S] added to the logits. Optional.
       window: tokens a query looks back over, itself included. None: all.
-      scale: multiplies the dot products. None: `H ** -0.5`.
+      scale: multiplies the dot products; with a `SoftCap` they are capped then. None: `H ** -0.5`.
       reduce: "sum", "max", "squares" (`sum_t p^2`) or "entropy" (`-sum_t p log p`).
 
     Returns:

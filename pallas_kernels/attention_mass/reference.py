@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.logits import Scale, capped, factor
 from pallas_kernels.visibility import visible
 
 _BLOCK = 256  # queries
@@ -19,22 +20,22 @@ def attention_mass(
     *,
     bias: jax.Array | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
     reduce: str = "sum",
 ) -> jax.Array:
     """See `pallas_kernels.attention_mass.api.attention_mass`."""
     B, T, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
     G = N // K
-    scale = H**-0.5 if scale is None else scale
     k = k.astype(q.dtype) if k.dtype.itemsize == 1 else k
 
     def block(q, q_pos, lse):
         t = q.shape[1]
-        qs = (q.reshape(B, t, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 3, 1, 4)
+        qs = (q.reshape(B, t, K, G, H) * jnp.asarray(factor(scale, H), q.dtype)).transpose(0, 2, 3, 1, 4)
         logits = jnp.einsum(
             "bkgth,bksh->bkgts", qs.astype(k.dtype), k, preferred_element_type=jnp.float32
         )
+        logits = capped(logits, scale)
         if bias is not None:
             logits += bias.astype(jnp.float32)[:, :, None, None]
         total = lse.reshape(B, t, K, G).transpose(0, 2, 3, 1)[..., None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.decode_attention import reference
+from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
 
 
@@ -17,7 +18,7 @@ def decode_attention(
     *,
     bias: jax.Array | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
 ) -> Partial:
     """Softmax attention of T queries over S slots per KV head, as a mergeable part.
 
@@ -32,7 +33,7 @@ def decode_attention(
       k_pos: i32[B, K, S] token positions, -1 for empty slots, whose k and v must be finite.
       bias: f32[B, K, S] added to the logits: the log of how many tokens a slot stands for. Optional.
       window: tokens a query looks back over, itself included. None: all.
-      scale: multiplies the dot products. None: `H ** -0.5`.
+      scale: multiplies the dot products; with a `SoftCap` they are capped then. None: `H ** -0.5`.
 
     Returns:
       `Partial(out f32[B, T, N, H'], lse f32[B, T, N])`.

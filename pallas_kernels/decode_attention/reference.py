@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.logits import Scale, capped, factor
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.visibility import visible
 
@@ -20,7 +21,7 @@ def decode_attention(
     *,
     bias: jax.Array | None = None,
     window: int | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
 ) -> Partial:
     """See `pallas_kernels.decode_attention.api.decode_attention`."""
     if k.dtype.itemsize == 1:
@@ -28,8 +29,7 @@ def decode_attention(
     B, T, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
     G = N // K
-    scale = H**-0.5 if scale is None else scale
-    qs = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4)
+    qs = (q.reshape(B, T, K, G, H) * jnp.asarray(factor(scale, H), q.dtype)).transpose(0, 2, 1, 3, 4)
     qs = qs.reshape(B, K, T * G, H).astype(k.dtype)
     # For one token slots lead the product: XLA's CPU backend runs [S, H] @ [H, G] up to 1.7 times faster than
     # [G, H] @ [H, S]. The softmax wants slots minor, or its loops do not vectorise (experiments/bench_decode.py).
@@ -37,7 +37,7 @@ def decode_attention(
         logits = jnp.einsum("bksh,bkrh->bksr", k, qs, preferred_element_type=jnp.float32).swapaxes(-1, -2)
     else:
         logits = jnp.einsum("bkrh,bksh->bkrs", qs, k, preferred_element_type=jnp.float32)
-    logits = logits.reshape(B, K, T, G, S)
+    logits = capped(logits.reshape(B, K, T, G, S), scale)
     if bias is not None:
         logits += bias.astype(jnp.float32)[:, :, None, None]
     mask = visible(q_pos[:, None], k_pos, window)[:, :, :, None]  # [B, K, T, 1, S]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
 from pallas_kernels.prefill_attention import reference
 
@@ -15,7 +16,7 @@ def prefill_attention(
     pos: jax.Array,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
 ) -> Partial:
     """Causal attention of a chunk of T tokens over itself, as a mergeable part.
 
@@ -25,7 +26,7 @@ def prefill_attention(
       v: [B, K, T, H] values.
       pos: i32[B, T] token positions, increasing along T, padding (-1) at the end of the row.
       window: tokens a query looks back over, itself included. None: all.
-      scale: multiplies the dot products. None: `H ** -0.5`.
+      scale: multiplies the dot products; with a `SoftCap` they are capped then. None: `H ** -0.5`.
 
     Returns:
       `Partial(out f32[B, T, N, H], lse f32[B, T, N])`; padding rows are `(0, -inf)`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.logits import Scale, capped, factor
 from pallas_kernels.partial import Partial
 from pallas_kernels.visibility import visible
 
@@ -18,20 +19,20 @@ def prefill_attention(
     pos: jax.Array,
     *,
     window: int | None = None,
-    scale: float | None = None,
+    scale: Scale | None = None,
 ) -> Partial:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`."""
     T, H = q.shape[1], q.shape[3]
-    q = q * jnp.asarray(H**-0.5 if scale is None else scale, q.dtype)
+    q = q * jnp.asarray(factor(scale, H), q.dtype)
     blocks = []
     for start in range(0, T, _BLOCK):
         block = slice(start, min(start + _BLOCK, T))
         older = slice(0 if window is None else max(0, start - window + 1), start)
-        blocks.append(_block(q, k, v, pos, block, older, window))
+        blocks.append(_block(q, k, v, pos, block, older, window, scale))
     return Partial(*(jnp.concatenate(parts, axis=1) for parts in zip(*blocks)))
 
 
-def _block(q, k, v, pos, block: slice, older: slice, window) -> Partial:
+def _block(q, k, v, pos, block: slice, older: slice, window, scale) -> Partial:
     """A block of queries over its own keys and over older ones, with one softmax over both."""
     B, _, N, H = q.shape
     K = k.shape[1]
@@ -41,6 +42,7 @@ def _block(q, k, v, pos, block: slice, older: slice, window) -> Partial:
     parts = []
     for keys in (older, block) if older.start < older.stop else (block,):
         logits = jnp.einsum("bkgth,bksh->bkgts", qs, k[:, :, keys], preferred_element_type=jnp.float32)
+        logits = capped(logits, scale)
         if keys is block or window is not None:
             mask = visible(q_pos, pos[:, keys], window)[:, None, None]  # [B, 1, 1, T, S]
             logits = jnp.where(mask, logits, -jnp.inf)

@@ -114,13 +114,14 @@ def test_more_examples_or_fewer_tasks_change_no_other(tokenizer, essays, example
 def test_model_without_chat_template_gets_plain_text(essays):
     class Letters:
         chat_template = None
+        opening = (1,)
 
         def encode(self, text):
             return [ord(letter) for letter in text]
 
     (example,) = synthetic_tasks(Letters(), essays, length=900, count=1, seed=0, tasks=["needle_noise"])
     context, question = ("".join(map(chr, ids)) for ids in (example.context_ids, example.question_ids))
-    assert len(context) == 900 and context.startswith("A special magic number is hidden")
+    assert len(context) == 900 and context.startswith("\x01A special magic number is hidden")
     assert re.fullmatch(r"\n\nWhat is .*\?\nThe special magic number for \w+ mentioned in .* is:", question)
 
 

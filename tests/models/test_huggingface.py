@@ -116,13 +116,9 @@ def test_both_spellings_of_the_rope_base(tiny, tmp_path, fields):
     [
         ("architectures", ["MambaForCausalLM"]),
         ("architectures", None),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 4.0}),
-        ("rope_parameters", {"rope_theta": 5000.0, "rope_type": "default", "partial_rotary_factor": 0.5}),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_theta": 5000.0, "rope_type": "default", "stretched_by": 2.0}),
+        ("partial_rotary_factor", 0.5),
+        ("hidden_act", "xielu"),
         ("sliding_window", 4096),
         ("layer_types", ["full_attention", "sliding_attention"]),
         ("quantization_config", {"quant_method": "gptq"}),
@@ -136,9 +132,24 @@ def test_fields_this_decoder_does_not_follow_are_named(tiny, tmp_path, key, valu
         load_directory(tiny.write_directory(tmp_path / "tiny"), jnp.float32)
 
 
+@pytest.mark.parametrize(
+    "scaling, message",
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope_type is 'dynamic', supported: default, linear, llama3, yarn"),
+        ({"type": "linear"}, "'linear' needs factor, a positive number; got None"),
+        ({"rope_type": "llama3", "factor": 8.0}, "'llama3' needs low_freq_factor, a positive number; got None"),
+        ({"type": "longrope", "short_factor": [1.0]}, "'longrope' needs 3 numbers in short_factor and in long_factor"),
+    ],
+)
+def test_rope_scaling_that_is_unknown_or_incomplete_is_refused(tiny, tmp_path, scaling, message):
+    tiny.hf_config["rope_scaling"] = scaling
+    with pytest.raises(ValueError, match=message):
+        load_directory(tiny.write_directory(tmp_path / "tiny"), jnp.float32)
+
+
 def test_unknown_architecture_lists_the_supported(tiny, tmp_path):
     tiny.hf_config["architectures"] = ["MambaForCausalLM"]
-    with pytest.raises(ValueError, match="MambaForCausalLM.*supported: LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="MambaForCausalLM.*supported: LlamaForCausalLM, MistralForCausalLM.*OPTFor"):
         load_directory(tiny.write_directory(tmp_path / "tiny"), jnp.float32)
 
 

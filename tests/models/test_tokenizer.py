@@ -142,6 +142,25 @@ def test_missing_metadata_is_named(tiny, key):
 
 
 def test_unknown_pre_tokenizer_lists_the_supported(tiny):
-    tiny.gguf_fields["tokenizer.ggml.pre"] = "tekken"
-    with pytest.raises(ValueError, match="'tekken', supported: 'smollm', 'gpt-2', 'llama-bpe'"):
+    tiny.gguf_fields["tokenizer.ggml.pre"] = "falcon"
+    with pytest.raises(ValueError, match="'falcon', supported: 'smollm', 'gpt-2', 'llama-bpe', 'qwen2', 'tekken'"):
         tokenizer.from_gguf(tiny.gguf_fields)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("llama-bpe", ["Hello", " World", "It", "'s", " ", "123", "4", ".\n", " x"]),
+        ("qwen2", ["Hello", " World", "It", "'s", " ", "1", "2", "3", "4", ".\n", " x"]),
+        # A capital after a small letter opens a word.
+        ("tekken", ["Hello", " World", "It", "'s", " ", "1", "2", "3", "4", ".\n", " x"]),
+    ],
+)
+def test_pre_tokenizers_cut_as_their_models_were_trained(tiny, name, words):
+    tiny.gguf_fields["tokenizer.ggml.pre"] = name
+    split = tokenizer.from_gguf(tiny.gguf_fields).backend.pre_tokenizer
+    text = "Hello WorldIt's 1234.\n x"
+    cut = [text[a:b] for _, (a, b) in split.pre_tokenize_str(text)]
+    if name != "tekken":
+        words = ["Hello", " WorldIt", *words[3:]]
+    assert cut == words

@@ -1,0 +1,37 @@
+"""Writes a model as an orbax checkpoint, which loads without conversion: `--model=FOLDER` in every program.
+
+    python -m experiments.convert --model=gemma3-270m --dtype=bfloat16 --output_dir=out/gemma3
+
+GGUF tensors are dequantized and tensors of a family brought to this decoder's layout once, instead of at every start.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from experiments import cli
+from experiments.output_folder import output_folder
+from experiments.report import human_bytes
+from kvjax import nbytes
+from models import load_model
+from models.checkpoint import save_checkpoint
+
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the params.")
+_INT8 = flags.DEFINE_bool("int8", False, "Store the matrices of the layers in 8 bits.")
+flags.declare_key_flag("model")
+flags.declare_key_flag("output_dir")
+flags.declare_key_flag("replace")
+
+
+def run() -> None:
+    """The program."""
+    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP)
+    folder = output_folder("checkpoint")
+    model = load_model(cli.MODEL.value or "smollm2", _DTYPE.value, int8=_INT8.value)
+    save_checkpoint(folder, model.config, model.params, model.tokenizer)
+    kind = f"{_DTYPE.value}, matrices in 8 bits" if _INT8.value else _DTYPE.value
+    print(f"{model.config.name} as {kind}: {human_bytes(nbytes(model.params))} in {folder}")
+
+
+if __name__ == "__main__":
+    cli.start(run)

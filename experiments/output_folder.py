@@ -1,0 +1,28 @@
+"""The folder that a program fills, and that it does not empty unasked."""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from experiments import cli
+
+_REPLACE = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
+
+
+def output_folder(what: str) -> pathlib.Path:
+    """Where --output_dir points.
+
+    Args:
+      what: the program writes, for messages.
+
+    Raises:
+      ValueError: --output_dir is missing, or holds something and --replace is not given.
+    """
+    if cli.OUTPUT_DIR.value is None:
+        raise ValueError(f"--output_dir says where the {what} goes; it is required.")
+    folder = pathlib.Path(cli.OUTPUT_DIR.value)
+    if folder.exists() and any(folder.iterdir()) and not _REPLACE.value:
+        raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
+    return folder

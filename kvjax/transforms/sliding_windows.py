@@ -1,0 +1,77 @@
+"""Leaves layers with a sliding window to their window."""
+
+from __future__ import annotations
+
+import jax
+
+from kvjax.cache import Cache
+from kvjax.observation import Observation
+from kvjax.segments.dense import dense_tail
+from kvjax.transforms.base import CacheTransform, State, keep
+from kvjax.transforms.ring import as_ring
+
+
+def respect_windows(transform: CacheTransform) -> CacheTransform:
+    """Applies a transform to the layers that see everything; the others become rings of as many slots as they see.
+
+    A layer with a sliding window never reads what is older: a ring of its window gives exactly the output of the full
+    cache, and nothing is evicted or rounded there. The transform sees a cache of the other layers only, so budgets are
+    of those, what layers share is shared among those, and what it holds per layer must be of as many.
+
+    Where the prompt fits into the window, and where all layers have one, there is nothing to leave out: the transform
+    gets every layer, of which attention and scores see what is inside the window.
+
+    Args:
+      transform: what compresses the other layers.
+
+    Returns:
+      A transform; `transform` itself does the same for a decoder without windows.
+    """
+
+    @jax.jit
+    def bound(layer, seen):
+        return layer.with_tail(as_ring(dense_tail(layer, "respect_windows"), seen.window, 0))
+
+    def on_global(act):
+        """`act(cache, ..., observation)` on the layers that are not bounded, with the others as they are."""
+
+        def run(cache: Cache, *rest):
+            observation, local = rest[-1], bounded_layers(rest[-1])
+            others = [i for i in range(len(cache.layers)) if i not in local]
+            seen = observation.replace(layers=tuple(observation.layers[i] for i in others))
+            part = cache.replace(layers=tuple(cache.layers[i] for i in others))
+            after = act(part, *rest[:-1], seen)
+            after, *state = after if isinstance(after, tuple) else (after,)
+            layers = list(cache.layers)
+            for i, layer in zip(others, after.layers, strict=True):
+                layers[i] = layer
+            whole = after.replace(layers=tuple(layers))
+            return (whole, *state) if state else whole
+
+        return run
+
+    def start(act):
+        def run(cache: Cache, observation: Observation) -> tuple[Cache, State]:
+            cache, state = on_global(act)(cache, observation)
+            layers = list(cache.layers)
+            for i in bounded_layers(observation):
+                layers[i] = bound(layers[i], observation.layers[i])
+            return cache.replace(layers=tuple(layers)), state
+
+        return run
+
+    return transform._replace(
+        init=start(transform.init),
+        begin=None if transform.begin is None else start(transform.begin),
+        update=transform.update if transform.update is keep else on_global(transform.update),
+        observe=transform.observe if transform.observe is keep else on_global(transform.observe),
+        collect=None if transform.collect is None else on_global(transform.collect),
+    )
+
+
+def bounded_layers(observation: Observation) -> tuple[int, ...]:
+    """Indices of the layers that `respect_windows` makes rings of."""
+    windows = [seen.window for seen in observation.layers]
+    if None not in windows:
+        return ()
+    return tuple(i for i, window in enumerate(windows) if window is not None and window < observation.prompt_slots)

@@ -1,0 +1,328 @@
+"""What config.json of each supported architecture means: one short function a family, from its fields to a config.
+
+Defaults are those of the architecture's configuration class in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from models.config import DecoderConfig
+from models.rope_scaling import read_scaling
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+_ROPE_FIELDS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "short_factor",
+    "long_factor",
+}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+class Fields:
+    """The fields of a config.json; null is absent, and what a family does not follow must have its neutral value."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        self._fields = fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or the default."""
+        value = self._fields.get(key)
+        return default if value is None else value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """An integer."""
+        value = self.get(key, default)
+        if not isinstance(value, int):
+            raise ValueError(f"{key} is {value!r}, expected an integer.")
+        return value
+
+    def activation(self, key: str, default: str) -> str:
+        """The name that `DecoderConfig.activation` has for a function."""
+        value = self.get(key, default)
+        if value not in _ACTIVATIONS:
+            raise ValueError(f"{key} is {value!r}, expected one of {', '.join(_ACTIVATIONS)}.")
+        return _ACTIVATIONS[value]
+
+    def expect(self, **neutral: Any) -> None:
+        """Refuses fields that ask for something the decoder does not do."""
+        for key, value in neutral.items():
+            if self.get(key, value) != value:
+                raise ValueError(f"{key} is {self._fields[key]!r}, expected {value!r}.")
+
+    def layer_types(self, default: Callable[[int], str]) -> tuple[int, ...]:
+        """Indices of the local layers, from `layer_types` or from a rule."""
+        kinds = self.get("layer_types") or [default(i) for i in range(self.size("num_hidden_layers"))]
+        if other := set(kinds) - {_LOCAL, _GLOBAL}:
+            raise ValueError(f"layer_types has {sorted(other)}, expected only {_GLOBAL!r} and {_LOCAL!r}.")
+        return tuple(i for i, kind in enumerate(kinds) if kind == _LOCAL)
+
+    def rope(self, kind: str | None = None) -> dict[str, Any]:
+        """The fields of rotary positions: transformers 4 keeps them in two places, transformers 5 in one.
+
+        Args:
+          kind: of a layer, where every kind has rotary positions of its own.
+        """
+        found = {"rope_theta": self.get("rope_theta")}
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = self.get(key) or {}
+            if set(rope) <= {_LOCAL, _GLOBAL}:
+                rope = rope.get(kind) or {}
+            rope = {name: value for name, value in rope.items() if value is not None}
+            if other := set(rope) - _ROPE_FIELDS:
+                raise ValueError(f"{key} is {self._fields[key]}, of which {sorted(other)} are not supported.")
+            found.update(rope)
+        return found
+
+
+def read_config(name: str, fields: Mapping[str, Any], context: int | None = None) -> DecoderConfig:
+    """The config that a config.json describes.
+
+    Args:
+      name: of the model.
+      fields: of the file.
+      context: tokens that the caller needs, for models whose rotary frequencies depend on them; None: as many as the
+        model takes with those of short contexts.
+
+    Raises:
+      ValueError: an unknown architecture, or a field this decoder does not follow.
+    """
+    architecture = (fields.get("architectures") or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise ValueError(
+            f"architectures is {fields.get('architectures')}, supported: {', '.join(FAMILIES)}."
+        )
+    given = Fields(fields)
+    given.expect(quantization_config=None)
+    return DecoderConfig(name=name, **FAMILIES[architecture](given, context))
+
+
+def _common(f: Fields, context: int | None, *, rope_base: float = 10000.0, tied: bool = False) -> dict[str, Any]:
+    """What Llama and all that came after it have in common."""
+    heads = f.size("num_attention_heads")
+    head_dim = f.size("head_dim", f.size("hidden_size") // heads)
+    return {
+        "vocab_size": f.size("vocab_size"),
+        "num_layers": f.size("num_hidden_layers"),
+        "width": f.size("hidden_size"),
+        "num_heads": heads,
+        "num_kv_heads": f.size("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "ffn_width": f.size("intermediate_size"),
+        "norm_eps": float(f.get("rms_norm_eps", 1e-6)),
+        "activation": f.activation("hidden_act", "silu"),
+        "tied_embeddings": bool(f.get("tie_word_embeddings", tied)),
+        **_rotary(f, context, head_dim, rope_base, f.size("max_position_embeddings", 2048)),
+    }
+
+
+def _rotary(f: Fields, context: int | None, head_dim: int, base: float, longest: int, kind: str | None = None):
+    rope = f.rope(kind or _GLOBAL)
+    base = float(rope["rope_theta"] or base)
+    channels = int(head_dim * rope.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0)))
+    scaling = read_scaling(
+        rope,
+        base=base,
+        channels=channels,
+        trained=f.size("original_max_position_embeddings", longest),
+        longest=longest,
+        context=context,
+    )
+    return {
+        "rope_base": base,
+        "rotary_channels": None if channels == head_dim else channels,
+        "rope_divisors": scaling.rope_divisors,
+        "rope_gain": scaling.rope_gain,
+        "max_positions": scaling.max_positions or longest,
+    }
+
+
+def _window(f: Fields, layers: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """A sliding window, in all layers unless told otherwise."""
+    if f.get("sliding_window") is None or layers == ():
+        return {}
+    every = tuple(range(f.size("num_hidden_layers")))
+    return {"window": f.size("sliding_window"), "local_layers": every if layers is None else layers}
+
+
+def _llama(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(sliding_window=None, partial_rotary_factor=1.0)
+    if f.layer_types(lambda i: _GLOBAL):
+        raise ValueError(f"layer_types has {_LOCAL!r}, expected only {_GLOBAL!r}.")
+    biases = (("wqkv", "wo") if f.get("attention_bias") else ()) + (
+        ("w_gate_up", "w_down") if f.get("mlp_bias") else ()
+    )
+    return _common(f, context) | {"biases": biases}
+
+
+def _mistral(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(attention_bias=False, mlp_bias=False)
+    return _common(f, context) | _window(f)
+
+
+def _qwen2(f: Fields, context: int | None) -> dict[str, Any]:
+    return _common(f, context) | _qwen_window(f) | {"biases": ("wqkv",)}
+
+
+def _qwen3(f: Fields, context: int | None) -> dict[str, Any]:
+    biases = ("wqkv", "wo") if f.get("attention_bias") else ()
+    return _common(f, context) | _qwen_window(f) | {"qk_norm": True, "biases": biases}
+
+
+def _qwen_window(f: Fields) -> dict[str, Any]:
+    if not f.get("use_sliding_window", False):
+        return {}
+    first = f.size("max_window_layers", 28)
+    return _window(f, f.layer_types(lambda i: _LOCAL if i >= first else _GLOBAL))
+
+
+def _qwen3_moe(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(decoder_sparse_step=1, mlp_only_layers=[])
+    return _qwen3(f, context) | {
+        "names": "qwen3_moe",
+        "ffn_width": f.size("moe_intermediate_size"),
+        "num_experts": f.size("num_experts"),
+        "experts_per_token": f.size("num_experts_per_tok"),
+        "expert_weights_sum_to_one": bool(f.get("norm_topk_prob", False)),
+    }
+
+
+def _mixtral(f: Fields, context: int | None) -> dict[str, Any]:
+    return _common(f, context, rope_base=1e6) | _window(f) | {
+        "names": "mixtral",
+        "num_experts": f.size("num_local_experts"),
+        "experts_per_token": f.size("num_experts_per_tok"),
+    }
+
+
+def _gemma(f: Fields, context: int | None, *, rope_base: float) -> dict[str, Any]:
+    f.expect(attention_bias=False, use_bidirectional_attention=False)
+    return _common(f, context, rope_base=rope_base, tied=True) | {
+        "names": "gemma",
+        "activation": f.activation("hidden_activation", "gelu_pytorch_tanh"),
+        "query_scale": float(f.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "embed_scale": float(f.size("hidden_size")) ** 0.5,
+        "post_norms": True,
+    }
+
+
+def _gemma2(f: Fields, context: int | None) -> dict[str, Any]:
+    local = f.layer_types(lambda i: _GLOBAL if i % 2 else _LOCAL)
+    return _gemma(f, context, rope_base=10000.0) | _window(f, local) | {
+        "attention_cap": float(f.get("attn_logit_softcapping", 50.0)),
+        "output_cap": float(f.get("final_logit_softcapping", 30.0)),
+    }
+
+
+def _gemma3(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(attn_logit_softcapping=None)
+    every = f.size("sliding_window_pattern", 6)
+    local = f.layer_types(lambda i: _LOCAL if (i + 1) % every else _GLOBAL)
+    cap = f.get("final_logit_softcapping")
+    of_local = Fields({key: f.get(key) for key in ("rope_parameters",)}).rope(_LOCAL)
+    return _gemma(f, context, rope_base=1e6) | _window(f, local) | {
+        "qk_norm": True,
+        "local_rope_base": float(of_local["rope_theta"] or f.get("rope_local_base_freq", 10000.0)),
+        "output_cap": None if cap is None else float(cap),
+    }
+
+
+def _phi3(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(attention_bias=False)
+    return _common(f, context) | _window(f) | {"names": "phi3"}
+
+
+def _gpt_neox(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(attention_bias=True)
+    heads, width = f.size("num_attention_heads"), f.size("hidden_size")
+    rope = f.rope(_GLOBAL)
+    head_dim = width // heads
+    share = rope.get("partial_rotary_factor", f.get("rotary_pct", 0.25))
+    return {
+        "vocab_size": f.size("vocab_size"),
+        "num_layers": f.size("num_hidden_layers"),
+        "width": width,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": head_dim,
+        "ffn_width": f.size("intermediate_size"),
+        "norm": "layer",
+        "norm_eps": float(f.get("layer_norm_eps", 1e-5)),
+        "activation": f.activation("hidden_act", "gelu"),
+        "gated": False,
+        "parallel": bool(f.get("use_parallel_residual", True)),
+        "biases": ("wqkv", "wo", "w_up", "w_down"),
+        "tied_embeddings": bool(f.get("tie_word_embeddings", False)),
+        "names": "gpt_neox",
+        "rope_base": float(rope["rope_theta"] or f.get("rotary_emb_base", 10000.0)),
+        "rotary_channels": int(head_dim * share),
+        "max_positions": f.size("max_position_embeddings", 2048),
+    }
+
+
+def _opt(f: Fields, context: int | None) -> dict[str, Any]:
+    width, heads = f.size("hidden_size"), f.size("num_attention_heads")
+    f.expect(
+        do_layer_norm_before=True,
+        _remove_final_layer_norm=False,
+        word_embed_proj_dim=width,
+        enable_bias=True,
+        layer_norm_elementwise_affine=True,
+    )
+    positions = f.size("max_position_embeddings", 2048)
+    return {
+        "vocab_size": f.size("vocab_size"),
+        "num_layers": f.size("num_hidden_layers"),
+        "width": width,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": width // heads,
+        "ffn_width": f.size("ffn_dim"),
+        "norm": "layer",
+        "activation": f.activation("activation_function", "relu"),
+        "gated": False,
+        "biases": ("wqkv", "wo", "w_up", "w_down"),
+        "tied_embeddings": bool(f.get("tie_word_embeddings", True)),
+        "names": "opt",
+        "rotary_channels": 0,
+        "learned_positions": positions,
+        "max_positions": positions,
+    }
+
+
+FAMILIES: dict[str, Callable[[Fields, int | None], dict[str, Any]]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+    "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "Phi3ForCausalLM": _phi3,
+    "GPTNeoXForCausalLM": _gpt_neox,
+    "OPTForCausalLM": _opt,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+}
+"""By the name in `architectures` of config.json."""

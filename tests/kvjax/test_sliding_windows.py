@@ -1,0 +1,87 @@
+"""Layers with a sliding window keep their window and nothing else, and what comes out is what the full cache gives."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax.transforms import bounded_layers
+from tests.kvjax import tiny_model
+from tests.quick_jit import quick_jit
+
+WINDOW, PROMPT, AFTER = 8, 40, 6
+CONFIG = dataclasses.replace(tiny_model.CONFIG, window=WINDOW, local_layers=(0,), local_rope_base=1000.0)
+TOKENS = tiny_model.prompt(2, PROMPT + AFTER)
+
+
+def run(transform, chunk=None, config=CONFIG, compiled=quick_jit):
+    """Logits of the tokens after the prompt, one by one, and the cache at the end."""
+    lengths = jnp.array([PROMPT, PROMPT - 3])
+
+    @compiled
+    def all_of_it(params):
+        step = tiny_model.bind(params, config)
+        after = kvjax.prefill(
+            step, transform, TOKENS[:, :PROMPT], lengths, tiny_model.empty(2, config), room=AFTER, chunk=chunk
+        )
+
+        def one(after, token):
+            after, logits = kvjax.extend(step, transform, after, token[:, None], jnp.ones(2, int), prompt_slots=PROMPT)
+            return after, logits[:, 0]
+
+        after, logits = jax.lax.scan(one, after, TOKENS[:, PROMPT:].T)
+        return logits, after.cache
+
+    return all_of_it(tiny_model.params(config))
+
+
+@functools.cache
+def full_cache():
+    return run(kvjax.identity())
+
+
+@pytest.mark.parametrize("chunk", [None, 12])
+def test_rings_of_the_window_give_the_logits_of_the_full_cache(chunk):
+    full, whole = full_cache()
+    logits, cache = run(kvjax.respect_windows(kvjax.identity()), chunk)
+    # float32, and a ring holds its slots in another order.
+    np.testing.assert_allclose(logits, full, atol=2e-5)
+    assert [layer.segments[-1].pos.shape[-1] for layer in cache.layers] == [WINDOW, PROMPT + AFTER]
+    last = np.array([PROMPT, PROMPT - 3]) + AFTER - 1
+    expected = last[:, None] - np.arange(WINDOW)[::-1]
+    np.testing.assert_array_equal(np.sort(cache.layers[0].segments[0].pos[:, 1]), expected)
+    assert kvjax.nbytes(cache) < kvjax.nbytes(whole)
+
+
+def test_other_layers_are_transformed_and_local_ones_are_not():
+    cache = jax.eval_shape(lambda: run(kvjax.respect_windows(kvjax.methods.kivi(2, 8, 16)), compiled=jax.jit)[1])
+    dtypes = [{x.dtype.name for x in jax.tree.leaves(layer)} for layer in cache.layers]
+    assert dtypes == [{"float32", "int32"}, {"float32", "int32", "uint32", "bfloat16"}]
+
+
+def test_an_eviction_that_acts_in_decoding_and_in_chunks_goes_on_beside_the_rings():
+    evict = kvjax.every_step(kvjax.evict(kvjax.scores.negative_key_norm(), 16))
+    logits, cache = run(kvjax.respect_windows(evict), chunk=12)
+    assert np.isfinite(logits).all()
+    held = [int(jnp.sum(layer.segments[-1].pos >= 0, axis=-1).max()) for layer in cache.layers]
+    assert held == [WINDOW, 16]
+
+
+@pytest.mark.parametrize("change", [dict(window=PROMPT), dict(local_layers=(0, 1)), dict(local_layers=())])
+def test_without_a_layer_that_its_window_bounds_the_transform_gets_all_layers(change):
+    config = dataclasses.replace(CONFIG, **change)
+    evict = kvjax.at_prefill_end(kvjax.evict(kvjax.scores.negative_key_norm(), 16))
+    cache = jax.eval_shape(lambda: run(kvjax.respect_windows(evict), config=config, compiled=jax.jit)[1])
+    assert [layer.segments[-1].pos.shape[-1] for layer in cache.layers] == [16 + AFTER] * 2
+
+
+def test_bounded_layers_are_those_with_a_shorter_window_than_the_prompt():
+    step = tiny_model.bind(tiny_model.params(CONFIG), CONFIG)
+    empty = tiny_model.empty(2, CONFIG)
+    out = jax.eval_shape(lambda: step(TOKENS, jnp.zeros_like(TOKENS), empty, needs=kvjax.Needs(), last_only=True))
+    seen = lambda slots: kvjax.Observation(out.layers, jnp.array([1, 1]), jnp.array([1, 1]), slots)
+    assert bounded_layers(seen(WINDOW)) == () and bounded_layers(seen(WINDOW + 1)) == (0,)

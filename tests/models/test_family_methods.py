@@ -1,0 +1,94 @@
+"""The flagship methods on every family, layers with a sliding window and softly capped logits included."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from models.decoder import bind, forward, prompt_cache
+from models.families import read_config
+from models.weights import abstract_params, build_params
+from tests.golden.tiny_weights import ROWS, weights
+from tests.models.test_families import CHECKPOINTS
+from tests.quick_jit import quick_jit
+
+PROMPT, AFTER = 20, 3
+LENGTHS = np.array([PROMPT, PROMPT - 4])
+STRUCTURES = sorted(set(CHECKPOINTS) - {"qwen2_yarn"})  # another qwen2
+
+# Each as it compresses, and with settings that lose nothing of so short a prompt.
+METHODS = {
+    "snapkv": (kvjax.methods.snapkv(8, window=4), kvjax.methods.snapkv(PROMPT + AFTER, window=4)),
+    "int4": (kvjax.methods.kivi(4, 8, 8), kvjax.methods.kivi(4, 8, 32)),
+    "kivi2": (kvjax.methods.kivi(2, 8, 16), kvjax.methods.kivi(2, 8, 32)),
+    "streamingllm": (
+        kvjax.methods.streamingllm(8, sinks=2),
+        kvjax.methods.streamingllm(PROMPT + AFTER, sinks=2, reindex=False),
+    ),
+    "think": (kvjax.methods.think(0.5, window=4), kvjax.methods.think(0.0, window=4)),
+}
+
+
+def logits_after_prompt(params, config, transform, tokens, lengths):
+    """f32[2, AFTER, V], of the tokens after two prompts of unequal length, one by one; and the cache."""
+    step, T = bind(params, config), tokens.shape[1] - AFTER
+    transform = kvjax.respect_windows(transform)
+    run = kvjax.prefill(step, transform, tokens[:, :T], lengths, prompt_cache(config, 2), room=AFTER)
+
+    def one(run, i):
+        token = jnp.take_along_axis(tokens, lengths[:, None] + i, axis=1)
+        run, logits = kvjax.extend(step, transform, run, token, jnp.ones(2, int), prompt_slots=T)
+        return run, logits[:, 0]
+
+    run, logits = jax.lax.scan(one, run, jnp.arange(AFTER))
+    return logits.swapaxes(0, 1), run.cache
+
+
+@functools.cache
+def config_of(name):
+    """One layer of each kind is enough here."""
+    config = read_config(name, CHECKPOINTS[name]["config"])
+    mixed = 0 < len(config.local_layers) < config.num_layers
+    return dataclasses.replace(config, num_layers=2 if mixed else 1, local_layers=config.local_layers[:1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_method_compresses_every_family(name, method):
+    config = config_of(name)
+    params = abstract_params(config, jnp.float32)
+    tokens, lengths = jax.ShapeDtypeStruct((2, 60), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    of = lambda *arrays: logits_after_prompt(arrays[0], config, METHODS[method][0], *arrays[1:])
+    logits, cache = jax.eval_shape(of, params, tokens, lengths)
+    assert logits.shape == (2, AFTER, config.vocab_size)
+    assert kvjax.nbytes(cache) < kvjax.nbytes(jax.eval_shape(lambda: prompt_cache(config, 2).reserve(60)))
+
+
+@pytest.mark.parametrize("name, method", [("gemma2", "snapkv"), ("phi4_mini", "think"), ("opt", "int4")])
+def test_methods_that_lose_nothing_give_the_logits_of_the_full_cache(name, method):
+    """Gemma 2 has capped logits and local layers, Phi-4-mini rotates a part of each head, OPT nothing."""
+    tokens = jnp.int32([row[: PROMPT + AFTER] for row in ROWS])
+    run = quick_jit(logits_after_prompt, static_argnums=(1, 2))
+    logits, _ = run(params_of(name), config_of(name), METHODS[method][1], tokens, jnp.asarray(LENGTHS))
+    # float32, summed over slots in another order.
+    np.testing.assert_allclose(logits, full_logits(name), atol=5e-5)
+
+
+@functools.cache
+def params_of(name):
+    return build_params(config_of(name), weights(CHECKPOINTS[name]["shapes"]).__getitem__, jnp.float32)
+
+
+@functools.cache
+def full_logits(name):
+    """f32[2, AFTER, V] of one call for the whole text."""
+    ids = jnp.int32([row[: PROMPT + AFTER] for row in ROWS])
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    logits, _ = quick_jit(forward, static_argnums=1)(
+        params_of(name), config_of(name), ids, positions, prompt_cache(config_of(name), 2)
+    )
+    return np.stack([np.asarray(row)[n : n + AFTER] for row, n in zip(logits, LENGTHS)])

@@ -1,0 +1,156 @@
+"""GGUF files of every supported architecture give the config and params of the same model in a directory."""
+
+import dataclasses
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.gguf_file import ARCHITECTURES, load_gguf
+from models.huggingface import load_directory
+from tests.golden.tiny_weights import weights
+from tests.models.conftest import interleave
+from tests.models.test_families import CHECKPOINTS, write
+
+# What llama.cpp's converter calls tensors, and the keys it writes beside those that all architectures have.
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+}
+EXPERTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+FILES = {
+    "llama2": ("llama", {}),
+    "mistral": ("llama", {"attention.sliding_window": 6}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"attention.key_length": 16}),
+    "qwen3_moe": (
+        "qwen3moe",
+        {
+            "attention.key_length": 16,
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 24,
+        },
+    ),
+    "mixtral": ("llama", {"expert_count": 4, "expert_used_count": 2}),
+    "gemma2": (
+        "gemma2",
+        {
+            "attention.key_length": 16,
+            "attention.sliding_window": 6,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3",
+        {
+            "attention.key_length": 16,
+            "attention.sliding_window": 6,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
+    "phi4_mini": (
+        "phi3",
+        {
+            "rope.dimension_count": 12,
+            "rope.scaling.original_context_length": 16,
+            "attention.head_count": 2,
+            "attention.head_count_kv": 1,
+        },
+    ),
+}
+
+
+def write_gguf(name: str, path) -> None:
+    architecture, more = FILES[name]
+    config, shapes = CHECKPOINTS[name]["config"], CHECKPOINTS[name]["shapes"]
+    fields = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": 64,
+        "embedding_length": 32,
+        "feed_forward_length": 48,
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": config.get("rope_theta", 10000.0),
+        "vocab_size": 64,
+    } | more
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in fields.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{architecture}.{key}", value)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "qwen2")
+    writer.add_array("tokenizer.ggml.tokens", [*map(chr, range(97, 160)), "ab"])
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
+    writer.add_array("tokenizer.ggml.token_type", [1] * 64)
+    tensors, experts = weights(shapes), {}
+    for key, tensor in tensors.items():
+        stem, _, suffix = key.rpartition(".")
+        if "experts" in stem:
+            at, expert, part = stem.rsplit(".", 2)
+            block = at.removeprefix("model.layers.").partition(".")[0]
+            experts.setdefault(f"blk.{block}.ffn_{EXPERTS[part]}_exps.weight", {})[int(expert)] = tensor
+            continue
+        if stem in TOP:
+            named = TOP[stem]
+        else:
+            block, _, part = stem.removeprefix("model.layers.").partition(".")
+            gemma = architecture.startswith("gemma")
+            parts = PARTS | {"post_attention_layernorm": "post_attention_norm" if gemma else "ffn_norm"}
+            named = f"blk.{block}.{parts[part]}"
+            if architecture == "llama" and part.endswith(("q_proj", "k_proj")):
+                heads = config["num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"]
+                tensor = interleave(tensor, heads)
+        if architecture.startswith("gemma") and stem.endswith("norm"):
+            tensor = tensor + np.float32(1)
+        writer.add_tensor(f"{named}.{suffix}", tensor)
+    for named, parts in experts.items():
+        writer.add_tensor(named, np.stack([parts[i] for i in sorted(parts)]))
+    if "short_factor" in (scaling := config.get("rope_scaling") or {}):
+        for kind in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.float32(scaling[f"{kind}_factor"]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_config_and_params_are_those_of_the_directory(name, tmp_path, monkeypatch):
+    write_gguf(name, tmp_path / "model.gguf")
+    folder = tmp_path / "folder"
+    if name.startswith("gemma"):
+        # llama.cpp derives these: the scale from the head dimension, the layers from the family's own pattern.
+        fields = CHECKPOINTS[name]["config"] | {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6}
+        monkeypatch.setitem(CHECKPOINTS, name, CHECKPOINTS[name] | {"config": fields})
+    config, params, _ = load_directory(write(name, folder), jnp.float32)
+    found, read, _ = load_gguf(tmp_path / "model.gguf", jnp.float32)
+    expected = dataclasses.asdict(dataclasses.replace(config, name="model"))
+    for key, value in dataclasses.asdict(found).items():
+        metadata = isinstance(value, float) or key == "rope_divisors"  # float32
+        assert value == (pytest.approx(expected[key], rel=1e-6) if metadata else expected[key]), key
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7), read, params)
+
+
+def test_every_architecture_is_tested():
+    assert {architecture for architecture, _ in FILES.values()} == set(ARCHITECTURES)
