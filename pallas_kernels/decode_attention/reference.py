@@ -17,8 +17,8 @@ def decode_attention(
     v: jax.Array,
     q_pos: jax.Array,
     k_pos: jax.Array,
-    *,
     bias: jax.Array | None = None,
+    *,
     window: int | None = None,
     scale: float | None = None,
 ) -> Partial:
