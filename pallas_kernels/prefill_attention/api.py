@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.dispatch import Implementation, Kernel, Op
 from pallas_kernels.partial import Partial
-from pallas_kernels.prefill_attention import reference
+from pallas_kernels.prefill_attention import mosaic_tpu, reference
+
+_OP = Op(
+    "prefill_attention",
+    reference.prefill_attention,
+    mosaic_tpu=Kernel(mosaic_tpu.prefill_attention, mosaic_tpu.unsupported),
+)
 
 
 def prefill_attention(
@@ -16,6 +23,7 @@ def prefill_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    implementation: Implementation | None = None,
 ) -> Partial:
     """Causal attention of a chunk of T tokens over itself, as a mergeable part.
 
@@ -26,8 +34,12 @@ def prefill_attention(
       pos: i32[B, T] token positions, increasing along T, padding (-1) at the end of the row.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
 
     Returns:
       `Partial(out f32[B, T, N, H], lse f32[B, T, N])`; padding rows are `(0, -inf)`.
+
+    Raises:
+      NotImplementedError: the implementation asked for does not take these shapes.
     """
-    return reference.prefill_attention(q, k, v, pos, window=window, scale=scale)
+    return _OP(implementation, q, k, v, pos, window=window, scale=scale)
