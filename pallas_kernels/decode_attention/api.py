@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import mosaic_tpu, reference
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
 
-_OP = Op("decode_attention", reference.decode_attention)
+_OP = Op("decode_attention", reference.decode_attention, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def decode_attention(

@@ -1,0 +1,72 @@
+"""Shapes at which decode kernels are checked, timed and tuned, and random inputs of these shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """Queries over slots, in the letters of every op."""
+
+    B: int = 1
+    T: int = 1
+    K: int = 1
+    G: int = 1
+    S: int = 128
+    H: int = 128
+    dtype: str = "float32"  # of queries, and of keys and values where they are not packed
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{value}" for name, value in dataclasses.asdict(self).items()).replace("dtype", "")
+
+    def abstract(self, *, bias: bool = False) -> tuple:
+        """`(q, k, v, q_pos, k_pos, bias)` without numbers, for what is compiled only."""
+        at = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+        slots = (self.B, self.K, self.S)
+        return (
+            at(self.dtype, self.B, self.T, self.K * self.G, self.H),
+            at(self.dtype, *slots, self.H),
+            at(self.dtype, *slots, self.H),
+            at(jnp.int32, self.B, self.T),
+            at(jnp.int32, *slots),
+            at(jnp.float32, *slots) if bias else None,
+        )
+
+    def draw(self, seed: int) -> tuple[jax.Array, ...]:
+        """`(q, k, v, q_pos, k_pos)` of normal numbers, slots in no order, an eighth of them empty.
+
+        The last query of the first row is padding if there are several. Of several rows of heads the last is empty
+        and the one before it has one slot.
+        """
+        rng = np.random.default_rng(seed)
+        q = rng.normal(size=(self.B, self.T, self.K * self.G, self.H))
+        k, v = rng.normal(size=(2, self.B, self.K, self.S, self.H))
+        k_pos = np.tile(np.arange(self.S), (self.B * self.K, 1))
+        k_pos = np.where(rng.random(k_pos.shape) < 0.125, -1, k_pos)
+        if len(k_pos) > 2:
+            k_pos[-1] = -1
+            k_pos[-2, 1:] = -1
+        k_pos = rng.permuted(k_pos, axis=1).reshape(self.B, self.K, self.S)
+        q_pos = np.sort(rng.integers(self.S // 2, self.S + 1, size=(self.B, self.T)), axis=1)
+        if self.T > 1:
+            q_pos[0, -1] = -1
+        return (*(jnp.asarray(x, self.dtype) for x in (q, k, v)), jnp.int32(q_pos), jnp.int32(k_pos))
+
+
+CHECKED = (
+    DecodeShape(K=3, S=37, H=64),
+    DecodeShape(T=4, K=2, G=3, S=300, H=64, dtype="bfloat16"),
+    DecodeShape(B=2, K=2, G=4, S=512, dtype="bfloat16"),
+    DecodeShape(T=4, G=16, S=129),
+    DecodeShape(B=2, T=2, K=2, S=1),
+    DecodeShape(G=2, S=250, H=256),
+)
+"""Small ones for every head size, groups from 1 to 16, odd lengths, one token and several, empty and one-slot heads."""
+
+SMOLLM2 = DecodeShape(K=3, G=3, S=2048, H=64, dtype="bfloat16")
+LLAMA_8B = DecodeShape(K=8, G=4, S=32768, H=128, dtype="bfloat16")
