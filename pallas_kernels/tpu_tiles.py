@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 LANES, SUBLANES = 128, 8
 """A register: the last two axes of an array in HBM are padded to whole ones."""
 
@@ -16,19 +13,6 @@ def kv_heads_per_block(K: int, G: int, H: int) -> int:
     """
     fits = (heads for heads in range(1, K) if K % heads == 0 and _whole(heads * G, H))
     return next(fits, K)
-
-
-def slots_are_minor(H: int) -> bool:
-    """Whether keys and values [B, K, S, H] are to be read as [B, K, H, S].
-
-    XLA keeps narrow heads so, because lanes would be half empty; a kernel that wants H minor makes it copy them.
-    """
-    return H % LANES != 0
-
-
-def product_precision(dtype) -> jax.lax.Precision:
-    """float32 stays float32: the default of the TPU rounds the operands of a product to bfloat16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _whole(rows: int, H: int) -> bool:

@@ -7,16 +7,12 @@ from typing import Literal, get_args
 import jax
 
 from pallas_kernels.attention_mass import mosaic_tpu, reference
-from pallas_kernels.dispatch import Implementation, Kernel, Op
+from pallas_kernels.dispatch import Implementation, Op
 
 Reduce = Literal["sum", "max", "squares", "entropy"]
 """What is made of a slot's probabilities: their sum, the largest, the sum of their squares, or `-sum p log p`."""
 
-_OP = Op(
-    "attention_mass",
-    reference.attention_mass,
-    mosaic_tpu=Kernel(mosaic_tpu.attention_mass, mosaic_tpu.unsupported),
-)
+_OP = Op("attention_mass", reference.attention_mass, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def attention_mass(

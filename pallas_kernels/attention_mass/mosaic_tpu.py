@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import result_like
-from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block, product_precision, slots_are_minor
+from pallas_kernels.decode_attention.mosaic_tpu import product, slots_minor
+from pallas_kernels.dispatch import Kernel, result_like
+from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block
 from pallas_kernels.visibility import visible
 
 _QUERIES = 256  # of a tile
@@ -19,7 +20,7 @@ _SLOTS = 512  # of a tile at most; float32 logits of 256 queries are 512 KB
 _KEY_BYTES = 2**21  # of a tile at most; Pallas holds two of them, and 16 MB of VMEM is what every generation has
 
 
-def unsupported(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, reduce="sum") -> str | None:
+def _unsupported(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, reduce="sum") -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del q_pos, k_pos, lse, bias, window, scale, reduce
     if 0 in q.shape or 0 in k.shape:
@@ -34,7 +35,7 @@ def unsupported(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, 
     return None
 
 
-def attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, reduce="sum"):
+def _attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, reduce="sum"):
     """See `pallas_kernels.attention_mass.api.attention_mass`.
 
     The grid is (B, KV heads, tiles of slots, tiles of queries). The last axis runs in order and adds into one block of
@@ -58,26 +59,26 @@ def attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=Non
         pl.BlockSpec((1, heads * G, queries), lambda b, h, s, t: (b, h, t)),
     ]
     operands = [q.reshape(B, T, N * H), k, q_pos[:, None], k_pos, lse.astype(jnp.float32).swapaxes(1, 2)]
-    slots_minor = slots_are_minor(H)
-    if slots_minor:
+    keys_minor = slots_minor(k)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
+    if keys_minor:
         specs[1] = pl.BlockSpec((1, heads, H, slots), lambda b, h, s, t: (b, h, 0, s))
         operands[1] = k.swapaxes(2, 3)
     if bias is not None:
         specs.append(of_slots)
         operands.append(bias.astype(jnp.float32))
-    kernel = functools.partial(
+    body = functools.partial(
         _kernel,
         total=T,
         group=G,
         heads=heads,
         head_dim=H,
-        slots_minor=slots_minor,
+        keys_minor=keys_minor,
         window=window,
         scale=H**-0.5 if scale is None else scale,
         reduce=reduce,
     )
     return pl.pallas_call(
-        kernel,
+        body,
         grid=(B, K // heads, pl.cdiv(S, slots), pl.cdiv(T, queries)),
         in_specs=specs,
         out_specs=pl.BlockSpec((1, heads * G, slots), lambda b, h, s, t: (b, h, s)),
@@ -100,7 +101,7 @@ def _kernel(
     group: int,
     heads: int,
     head_dim: int,
-    slots_minor: bool,
+    keys_minor: bool,
     window: int | None,
     scale: float,
     reduce: str,
@@ -136,13 +137,7 @@ def _kernel(
                 lanes = [slice(n * head_dim, (n + 1) * head_dim) for n in members]
                 qs = jnp.concatenate([q_ref[0, :, at] for at in lanes], axis=0)
                 qs = (qs * jnp.asarray(scale, qs.dtype)).astype(k_ref.dtype)
-                logits = jax.lax.dot_general(
-                    qs,
-                    k_ref[0, h],
-                    (((1,), (0 if slots_minor else 1,)), ((), ())),
-                    precision=product_precision(k_ref.dtype),
-                    preferred_element_type=jnp.float32,
-                )
+                logits = product(qs, k_ref[0, h], (1, 0 if keys_minor else 1))
                 if bias_ref is not None:
                     logits += bias_ref[0, pl.ds(kv_head, 1)]
                 for i, n in enumerate(members):
@@ -164,3 +159,6 @@ def _add(mass_ref, log_p: jax.Array, mask: jax.Array, reduce: str) -> None:
     elif reduce == "entropy":
         p = jnp.where(mask, -p * log_p, 0.0)
     mass_ref[...] += jnp.sum(p, axis=0, keepdims=True)
+
+
+kernel = Kernel(_attention_mass, _unsupported)

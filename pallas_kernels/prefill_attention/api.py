@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.dispatch import Implementation, Kernel, Op
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
 from pallas_kernels.prefill_attention import mosaic_tpu, reference
 
-_OP = Op(
-    "prefill_attention",
-    reference.prefill_attention,
-    mosaic_tpu=Kernel(mosaic_tpu.prefill_attention, mosaic_tpu.unsupported),
-)
+_OP = Op("prefill_attention", reference.prefill_attention, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def prefill_attention(

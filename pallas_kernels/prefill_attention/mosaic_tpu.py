@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import result_like
+from pallas_kernels.decode_attention.mosaic_tpu import product, slots_minor
+from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.partial import Partial
-from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block, product_precision, slots_are_minor
+from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block
 from pallas_kernels.visibility import visible
 
 _QUERIES, _KEYS = 256, 512  # of a tile at most
@@ -26,7 +27,7 @@ _QUERY_BYTES = 2**23  # of queries and results in VMEM, twice each; every genera
 _KEY_BYTES = 2**20  # of a tile of keys, and of values; Pallas holds two of each
 
 
-def unsupported(q, k, v, pos, *, window=None, scale=None) -> str | None:
+def _unsupported(q, k, v, pos, *, window=None, scale=None) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del pos, window, scale
     if 0 in q.shape:
@@ -42,7 +43,7 @@ def unsupported(q, k, v, pos, *, window=None, scale=None) -> str | None:
     return None
 
 
-def prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
+def _prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
     """See `pallas_kernels.prefill_attention.api.prefill_attention`.
 
     The grid is (B, KV heads, tiles of queries, tiles of keys), the last axis in order. Positions increase along T, so
@@ -61,25 +62,25 @@ def prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
         return jnp.clip(j, first, jnp.minimum(last, pl.cdiv(T, keys) - 1))
 
     of_queries = pl.BlockSpec((1, queries, heads * G * H), lambda b, h, i, j: (b, i, h))
-    slots_minor = slots_are_minor(H)
-    if slots_minor:
+    keys_minor = slots_minor(k)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
+    if keys_minor:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
         of_keys = pl.BlockSpec((1, heads, H, keys), lambda b, h, i, j: (b, h, 0, read(i, j)))
     else:
         of_keys = pl.BlockSpec((1, heads, keys, H), lambda b, h, i, j: (b, h, read(i, j), 0))
-    kernel = functools.partial(
+    body = functools.partial(
         _kernel,
         tiles=tiles,
         total=T,
         group=G,
         heads=heads,
         head_dim=H,
-        slots_minor=slots_minor,
+        keys_minor=keys_minor,
         window=window,
         scale=H**-0.5 if scale is None else scale,
     )
     out, lse = pl.pallas_call(
-        kernel,
+        body,
         grid=(B, K // heads, pl.cdiv(T, queries), pl.cdiv(T, keys)),
         in_specs=[
             of_queries,
@@ -135,17 +136,14 @@ def _kernel(
     group: int,
     heads: int,
     head_dim: int,
-    slots_minor: bool,
+    keys_minor: bool,
     window: int | None,
     scale: float,
 ):
     j = pl.program_id(3)
     keys = k_pos_ref.shape[-1]
     of_head = lambda n: slice(n * head_dim, (n + 1) * head_dim)
-    slots, channels = (1, 0) if slots_minor else (0, 1)  # axes of a head's keys and values
-    product = functools.partial(
-        jax.lax.dot_general, precision=product_precision(q_ref.dtype), preferred_element_type=jnp.float32
-    )
+    slots, channels = (1, 0) if keys_minor else (0, 1)  # axes of a head's keys and values
 
     @pl.when(j == 0)
     def _():
@@ -170,7 +168,7 @@ def _kernel(
             for n in range(h * group, (h + 1) * group):
                 q = q_ref[0, :, of_head(n)]
                 q = q * jnp.asarray(scale, q.dtype)
-                logits = product(q, k, (((1,), (channels,)), ((), ())))
+                logits = product(q, k, (1, channels))
                 logits = jnp.where(mask, logits, -math.inf)
                 before = m_ref[:, n : n + 1]
                 m = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
@@ -179,7 +177,7 @@ def _kernel(
                 p = jnp.exp(logits - m)
                 shrink = jnp.exp(before - m)
                 total_ref[:, n : n + 1] = shrink * total_ref[:, n : n + 1] + jnp.sum(p, axis=1, keepdims=True)
-                mixed = product(p.astype(v.dtype), v, (((1,), (slots,)), ((), ())))
+                mixed = product(p.astype(v.dtype), v, (1, slots))
                 out_ref[0, :, of_head(n)] = shrink * out_ref[0, :, of_head(n)] + mixed
 
     @pl.when(j == pl.num_programs(3) - 1)
@@ -190,3 +188,6 @@ def _kernel(
             out_ref[0, :, of_head(n)] = out_ref[0, :, of_head(n)] * inverse[:, n : n + 1]
         lse = jnp.where(weights == 0.0, -math.inf, m_ref[...] + jnp.log(weights))
         lse_ref[0] = lse.T
+
+
+kernel = Kernel(_prefill_attention, _unsupported)

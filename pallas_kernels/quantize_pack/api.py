@@ -7,17 +7,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, Kernel, Op
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.quantize_pack import mosaic_tpu, reference
 from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed
 
 Axis = Literal["channel", "token"]
 
-_OP = Op(
-    "quantize_pack",
-    reference.quantize_pack,
-    mosaic_tpu=Kernel(mosaic_tpu.quantize_pack, mosaic_tpu.unsupported),
-)
+_OP = Op("quantize_pack", reference.quantize_pack, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def quantize_pack(

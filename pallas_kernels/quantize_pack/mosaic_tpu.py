@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import result_like
+from pallas_kernels.decode_attention.mosaic_tpu import slots_minor
+from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, affine, nearest_code
-from pallas_kernels.tpu_tiles import LANES, SUBLANES, slots_are_minor
+from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
 _SLOTS = 512  # of a tile at least, unless there are fewer
 _BYTES = 2**20  # of float32 in a tile at most; a tile is held several times while it is worked on
 
 
-def unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str | None:
+def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del valid, clip
     if 0 in x.shape:
@@ -36,7 +37,7 @@ def unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str | 
     return None
 
 
-def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Packed:
+def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Packed:
     """See `pallas_kernels.quantize_pack.api.quantize_pack`.
 
     The grid is (B, K, tiles of slots). Groups lie along sublanes while their extremes are sought: of a tile [s, H] for
@@ -46,8 +47,8 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Pack
     slots = _tile(S, bits, group, axis)
     whole = lambda b, h, s: (b, h, s, 0)
     minor = lambda b, h, s: (b, h, 0, s)
-    slots_minor = slots_are_minor(H)
-    if slots_minor:
+    transposed = slots_minor(x)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
+    if transposed:
         x, of_x = x.swapaxes(2, 3), pl.BlockSpec((1, 1, H, slots), minor)
     else:
         of_x = pl.BlockSpec((1, 1, slots, H), whole)
@@ -58,7 +59,7 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Pack
     per = WORD_BITS // bits
     words, scale, zero = pl.pallas_call(
         functools.partial(
-            _kernel, bits=bits, group=group, axis=axis, clip=clip, slots_minor=slots_minor
+            _kernel, bits=bits, group=group, axis=axis, clip=clip, transposed=transposed
         ),
         grid=(B, K, pl.cdiv(S, slots)),
         in_specs=[of_x, pl.BlockSpec((1, K, slots), lambda b, h, s: (b, 0, s))],
@@ -91,12 +92,12 @@ def _kernel(
     group: int,
     axis: str,
     clip: float,
-    slots_minor: bool,
+    transposed: bool,
 ):
     x = x_ref[0, 0].astype(jnp.float32)
     occupied = valid_ref[0, pl.ds(pl.program_id(1), 1)]  # [1, s]
     by_channel = axis == "channel"
-    if slots_minor == by_channel:
+    if transposed == by_channel:
         x = x.T
     if by_channel:
         occupied = occupied.reshape(-1, 1)
@@ -115,3 +116,6 @@ def _kernel(
     shift = jax.lax.broadcasted_iota(jnp.int32, (1, per, 1), 1) * bits
     # Fields do not overlap: the sum is their union, the sign bit included.
     words_ref[0, 0] = jnp.sum(fields << shift, axis=1).astype(jnp.uint32)
+
+
+kernel = Kernel(_quantize_pack, _unsupported)

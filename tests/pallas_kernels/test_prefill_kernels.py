@@ -11,13 +11,8 @@ from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import quantize_pack
 from tests.pallas_kernels.attention_numpy import attention
+from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
-
-# float32: products of up to 256 terms, and sums of up to 600 probabilities below one.
-FLOAT32 = dict(rtol=3e-5, atol=3e-5)
-# bfloat16: scaled queries and probabilities are rounded to 8 bits, which XLA may leave out where it fuses.
-BFLOAT16 = dict(rtol=2e-2, atol=2e-2)
-
 
 def both(op, arrays, **static):
     """(kernel, reference). What the kernel never wrote would be NaN."""
@@ -28,7 +23,7 @@ def both(op, arrays, **static):
 
 
 def close(got, want, dtype):
-    np.testing.assert_allclose(got, want, **(FLOAT32 if dtype == jnp.float32 else BFLOAT16))
+    np.testing.assert_allclose(got, want, **tolerance(jnp.dtype(dtype).name))
 
 
 def _queries_and_slots(seed, dtype, B, T, K, G, H, S):
