@@ -14,6 +14,7 @@ from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
 
+
 def both(op, arrays, **static):
     """(kernel, reference). What the kernel never wrote would be NaN."""
     run = lambda implementation: quick_jit(functools.partial(op, implementation=implementation, **static))(*arrays)
