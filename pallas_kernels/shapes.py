@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeShape:
@@ -58,6 +60,45 @@ class DecodeShape:
         return (*(jnp.asarray(x, self.dtype) for x in (q, k, v)), jnp.int32(q_pos), jnp.int32(k_pos))
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizedShape:
+    """Queries over packed slots."""
+
+    decode: DecodeShape
+    bits: int
+    key_axis: Axis = "channel"
+    key_group: int = 32
+    value_group: int = 32
+    scale_dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.bits}bit-{self.key_axis}{self.key_group}-{self.value_group}-{self.decode}"
+
+    def abstract(self, *, bias: bool = False) -> tuple:
+        """As `DecodeShape.abstract`."""
+        at, x = jax.ShapeDtypeStruct, self.decode
+        q, _, _, *rest = x.abstract(bias=bias)
+
+        def packed(axis, group):
+            scale = (x.S // group, x.H) if axis == "channel" else (x.H // group, x.S)
+            scale = at((x.B, x.K, *scale), self.scale_dtype)
+            return Packed(at((x.B, x.K, x.S * self.bits // WORD_BITS, x.H), jnp.uint32), scale, scale)
+
+        return q, packed(self.key_axis, self.key_group), packed("token", self.value_group), *rest
+
+    def draw(self, seed: int) -> tuple:
+        """As `DecodeShape.draw`, with keys and values packed."""
+        q, k, v, q_pos, k_pos = self.decode.draw(seed)
+        how = dict(bits=self.bits, scale_dtype=self.scale_dtype)
+
+        @jax.jit
+        def packed(k, v, valid):
+            k = quantize_pack(k, valid, axis=self.key_axis, group=self.key_group, **how)
+            return k, quantize_pack(v, valid, axis="token", group=self.value_group, **how)
+
+        return q, *packed(k, v, k_pos >= 0), q_pos, k_pos
+
+
 CHECKED = (
     DecodeShape(K=3, S=37, H=64),
     DecodeShape(T=4, K=2, G=3, S=300, H=64, dtype="bfloat16"),
@@ -67,6 +108,15 @@ CHECKED = (
     DecodeShape(G=2, S=250, H=256),
 )
 """Small ones for every head size, groups from 1 to 16, odd lengths, one token and several, empty and one-slot heads."""
+
+CHECKED_QUANTIZED = (
+    QuantizedShape(DecodeShape(K=3, G=3, S=32, H=64), 8, key_group=16, value_group=64, scale_dtype="float32"),
+    QuantizedShape(DecodeShape(T=4, G=4, S=288), 4),
+    QuantizedShape(DecodeShape(B=2, K=2, S=512, dtype="bfloat16"), 2, key_group=16),
+    QuantizedShape(DecodeShape(G=16, S=272, dtype="bfloat16"), 2, key_axis="token", value_group=128),
+    QuantizedShape(DecodeShape(T=2, G=2, S=144, H=256), 8, key_axis="token", key_group=64),
+)
+"""Small ones for all bits and both axes."""
 
 SMOLLM2 = DecodeShape(K=3, G=3, S=2048, H=64, dtype="bfloat16")
 LLAMA_8B = DecodeShape(K=8, G=4, S=32768, H=128, dtype="bfloat16")

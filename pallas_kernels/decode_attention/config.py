@@ -40,7 +40,9 @@ def blocks(heads: int, slots: int, slot_bytes: float, step: int = 1) -> Blocks |
         if slots <= fits:
             return Blocks(some, slots, 1)
         if fits >= step:
-            size = fits // step * step
+            sizes = range(fits // step * step, 0, -step)
+            # A last tile that reaches over the end has to be masked: one that does not may be up to half as large.
+            size = next((size for size in sizes if slots % size == 0 and 2 * size >= sizes[0]), sizes[0])
             tiles = -(-slots // size)
             # Two cores share the slots of a single row; where there is one core, a second part costs nothing.
             return Blocks(some, size, 2 if tiles % 2 == 0 else 1)

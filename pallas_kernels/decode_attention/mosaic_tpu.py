@@ -19,6 +19,8 @@ from pallas_kernels.visibility import visible
 MOST_ROWS = 128
 """Queries of a KV head: one pass of the matrix unit, which holds the slots."""
 
+_ROWS = 16  # a register of bfloat16
+
 
 class Stored(NamedTuple):
     """An array of which every tile of slots needs a part: [B, K or 1, ...]."""
@@ -77,10 +79,13 @@ def attend(
     S = k_pos.shape[2]
     K = max(x.array.shape[1] for x in (*keys.stored, *values.stored))
     G = N // K
-    R = T * G
     scale = H**-0.5 if scale is None else scale
-    rows = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4).reshape(B, K, R, H)
-    row_pos = jnp.repeat(q_pos, G, axis=1)[..., None]  # [B, R, 1]
+    rows = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    row_pos = jnp.repeat(q_pos, G, axis=1)[..., None]
+    # Whole registers of rows, which VMEM holds anyway, so that loaders may stack them.
+    R = -(-T * G // _ROWS) * _ROWS
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
+    row_pos = jnp.pad(row_pos, ((0, 0), (0, R - T * G), (0, 0)), constant_values=-1)
     per_slot = [Stored(k_pos, 2)] + ([] if bias is None else [Stored(bias.astype(jnp.float32), 2)])
     stored = [*per_slot, *keys.stored, *values.stored]
 
@@ -114,7 +119,11 @@ def attend(
         ),
         name="decode_attention",
     )(rows, row_pos, *(x.array for x in stored))
-    by_token = lambda x: x.reshape(splits, B, K, T, G, -1).transpose(0, 1, 3, 2, 4, 5).reshape(splits, B, T, N, -1)
+
+    def by_token(x):
+        x = x[..., : T * G, :].reshape(splits, B, K, T, G, -1)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(splits, B, T, N, -1)
+
     out, lse = by_token(out), by_token(lse)[..., 0]
     return combine([Partial(out[i], lse[i]) for i in range(splits)])
 
@@ -202,6 +211,8 @@ def _within(tile, left, stored: Stored):
     """The tile with zeros where it reaches beyond the last slot; integers hold no NaN."""
     if stored.axis is None or not jnp.issubdtype(tile.dtype, jnp.floating):
         return tile
+    if stored.axis == 3:
+        tile = tile.astype(jnp.float32)  # Mosaic does not broadcast a mask over 16-bit rows
     index = jax.lax.broadcasted_iota(jnp.int32, tile.shape, stored.axis - 2) * stored.slots
     return jnp.where(index < left, tile, jnp.zeros_like(tile))
 

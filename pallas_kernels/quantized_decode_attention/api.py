@@ -7,9 +7,9 @@ import jax
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import Axis, Packed
-from pallas_kernels.quantized_decode_attention import reference
+from pallas_kernels.quantized_decode_attention import mosaic_tpu, reference
 
-_OP = Op("quantized_decode_attention", reference.quantized_decode_attention)
+_OP = Op("quantized_decode_attention", reference.quantized_decode_attention, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def quantized_decode_attention(

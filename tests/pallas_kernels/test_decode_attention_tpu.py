@@ -21,7 +21,8 @@ def several_tiles(monkeypatch):
 
 
 def check(args, dtype="float32", **how) -> Partial:
-    run = lambda implementation: quick_jit(functools.partial(api.decode_attention, implementation=implementation, **how))
+    op = functools.partial(api.decode_attention, **how)
+    run = lambda implementation: quick_jit(functools.partial(op, implementation=implementation))
     with pltpu.force_tpu_interpret_mode():
         got = run("mosaic_tpu")(*args)
     want = run("xla")(*args)
