@@ -13,7 +13,8 @@ import jax
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 """The jnp reference, the Pallas kernel for TPU (Mosaic), the Pallas kernel for Hopper GPUs (Mosaic GPU)."""
 
-_PLATFORM = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+# What None may choose. The GPU kernels were never run on a GPU: they must be asked for by name.
+_PLATFORM = {"mosaic_tpu": "tpu"}
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +41,7 @@ class Op:
         Args:
           implementation: which one, and no other. None: the kernel of the platform that the program is lowered for,
             which need not be the one it is traced on; the reference on other platforms, and for shapes that the
-            kernel does not take (said in one log line while tracing).
+            kernel does not take (said in one log line while tracing). Never "mosaic_gpu": no GPU has run it yet.
           *arrays: positional arguments of the reference; pytrees of arrays, or None.
           **static: its keyword arguments; hashable.
 

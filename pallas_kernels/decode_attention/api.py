@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.decode_attention import mosaic_tpu, reference
+from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
 
-_OP = Op("decode_attention", reference.decode_attention, mosaic_tpu=mosaic_tpu.kernel)
+_OP = Op(
+    "decode_attention", reference.decode_attention, mosaic_tpu=mosaic_tpu.kernel, mosaic_gpu=mosaic_gpu.kernel
+)
 
 
 def decode_attention(
@@ -37,7 +39,8 @@ def decode_attention(
       bias: f32[B, K, S] added to the logits: the log of how many tokens a slot stands for. Optional.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
-      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`; never
+        "mosaic_gpu", which was lowered for Hopper GPUs and never run on one.
 
     Returns:
       `Partial(out f32[B, T, N, H'], lse f32[B, T, N])`.
