@@ -4,12 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.mosaic_gpu import SLOTS, as_rows, by_token, parts
 from pallas_kernels.partial import Partial
+from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.shapes import DecodeShape
+from tests.quick_jit import quick_jit
 
 SHAPES = (
     DecodeShape(B=8, K=8, G=4, S=4096, dtype="bfloat16"),
@@ -36,19 +40,54 @@ def test_dense_lowers_for_cuda(shape):
     assert got.lse.shape == got.out.shape[:3] and got.lse.dtype == jnp.float32
 
 
+def quantized(shape: DecodeShape, bits: int, axis: str, group=32, channels=32, scale_dtype="bfloat16") -> tuple:
+    """Abstract `(q, k, v, q_pos, k_pos)`."""
+    q, k, v, q_pos, k_pos, _ = shape.abstract()
+    valid = jax.ShapeDtypeStruct(k_pos.shape, bool)
+    pack = lambda group, axis: jax.eval_shape(
+        functools.partial(quantize_pack, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype), k, valid
+    )
+    return q, pack(group if axis == "channel" else channels, axis), pack(channels, "token"), q_pos, k_pos
+
+
+@pytest.mark.parametrize(
+    "bits, shape, axis, group, channels",
+    [
+        (8, DecodeShape(B=2, K=8, G=4, S=4096, dtype="bfloat16"), "channel", 32, 128),
+        (4, DecodeShape(K=8, G=4, S=4096 + 64, dtype="bfloat16"), "channel", 32, 32),
+        (2, DecodeShape(K=3, T=2, G=3, S=4096, H=64, dtype="bfloat16"), "channel", 64, 64),
+        (4, DecodeShape(K=3, G=3, S=2048, H=64, dtype="bfloat16"), "token", None, 32),
+    ],
+)
+def test_quantized_lowers_for_cuda(bits, shape, axis, group, channels):
+    arrays = quantized(shape, bits, axis, group, channels)
+    bias = jax.ShapeDtypeStruct(arrays[4].shape, jnp.float32)
+    op = lambda *arrays, **how: quantized_decode_attention(*arrays[:5], bias=arrays[5], **how)
+    how = dict(bits=bits, key_axis=axis, window=100, implementation="mosaic_gpu")
+    text = for_cuda(op, *arrays, bias, **how)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    assert ("dot_general" in text) == (shape.S % (SLOTS * (group or 32)) != 0)
+    got = jax.eval_shape(functools.partial(op, **how), *arrays, bias)
+    assert got.out.shape == (shape.B, shape.T, shape.K * shape.G, shape.H)
+
+
 def test_nobody_gets_a_gpu_kernel_who_did_not_ask():
     *arrays, _ = SHAPES[0].abstract()
     assert "mosaic_gpu" not in for_cuda(decode_attention, *arrays)
+    arrays = quantized(DecodeShape(S=2048, dtype="bfloat16"), 4, "channel")
+    assert "mosaic_gpu" not in for_cuda(quantized_decode_attention, *arrays, bits=4)
 
 
 def test_rows_and_tokens_are_inverse():
     q, _, _, q_pos, _ = DecodeShape(B=2, T=3, K=2, G=4, H=64).draw(0)
-    rows, pos = as_rows(q, q_pos, 2, scale=1.0)
+    rows, pos = quick_jit(lambda *x: as_rows(*x, 2, scale=1.0))(q, q_pos)
     assert rows.shape == (4, 64, 64) and pos.shape == (4, 64)
-    assert (pos[:, 12:] == -1).all() and not rows[:, 12:].any()
-    assert (pos[0, :12] == jnp.repeat(q_pos[0], 4)).all()
-    back = by_token(Partial(rows, rows[..., 0]), 2, 3, 8)
-    assert (back.out == q).all() and (back.lse == q[..., 0]).all()
+    rows_, pos, q, q_pos = map(np.asarray, (rows, pos, q, q_pos))
+    assert (pos[:, 12:] == -1).all() and not rows_[:, 12:].any()
+    assert (pos[0, :12] == np.repeat(q_pos[0], 4)).all()
+    back = quick_jit(lambda rows: by_token(Partial(rows, rows[..., 0]), 2, 3, 8))(rows)
+    np.testing.assert_array_equal(back.out, q)
+    np.testing.assert_array_equal(back.lse, q[..., 0])
 
 
 def test_tiles_are_shared_out_to_fill_the_device():
@@ -69,3 +108,21 @@ def test_unsupported_shapes_are_named(shape, reason):
     *arrays, _ = shape.abstract()
     with pytest.raises(NotImplementedError, match=f"decode_attention: mosaic_gpu {reason}"):
         jax.eval_shape(functools.partial(decode_attention, implementation="mosaic_gpu"), *arrays)
+
+
+@pytest.mark.parametrize(
+    "shape, how, reason",
+    [
+        (DecodeShape(S=2048), {}, "takes bfloat16 queries and scales, got float32 and bfloat16"),
+        (DecodeShape(S=2048, H=256, dtype="bfloat16"), {}, "takes heads of 64 or 128 in q, k and v alike, got 256"),
+        (DecodeShape(S=1024, dtype="bfloat16"), {}, "takes whole groups of 32 slots, 64 or more, got S = 1024"),
+        (DecodeShape(S=8192, dtype="bfloat16"), dict(group=128), "holds 64 groups of .* too much in groups of 128"),
+        (DecodeShape(S=2048, dtype="bfloat16"), dict(channels=16), "takes values with a scale for a multiple of 32"),
+        (DecodeShape(S=2048, dtype="bfloat16"), dict(group=4), "takes groups of whole words and a multiple of 8"),
+    ],
+)
+def test_unsupported_packed_shapes_are_named(shape, how, reason):
+    arrays = quantized(shape, 4, "channel", **how)
+    op = functools.partial(quantized_decode_attention, bits=4, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=f"quantized_decode_attention: mosaic_gpu {reason}"):
+        jax.eval_shape(op, *arrays)
