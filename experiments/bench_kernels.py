@@ -183,10 +183,7 @@ def _compile_only(cases, shapes, generations) -> None:
 
 def _time(cases, shapes) -> None:
     device = jax.devices()[0]
-    implementation = _IMPLEMENTATION.get(device.platform)
-    if implementation is None:
-        found = f"found {device.platform} only; --compile_only needs neither"
-        raise ValueError(f"timing kernels needs a GPU or a TPU, {found}.")
+    implementation = _implementation(device)
     folder = _folder(cli.OUTPUT_DIR.value or _RESULTS)
     seed = secrets.randbits(31) if _SEED.value is None else _SEED.value
     copy = kernel_timing.copy_gigabytes_per_second()
@@ -216,6 +213,18 @@ def _time(cases, shapes) -> None:
     wrong = [f"{row.name} {row.batch} x {row.context}" for row in rows if row.wrong]
     if wrong:
         raise ValueError(f"kernels that differ from their reference: {', '.join(wrong)}.")
+
+
+def _implementation(device) -> str:
+    """The kernels of a device."""
+    name = _IMPLEMENTATION.get(device.platform)
+    if name is None:
+        found = f"found {device.platform} only; --compile_only needs neither"
+        raise ValueError(f"timing kernels needs a GPU or a TPU, {found}.")
+    if name == "mosaic_gpu" and device.compute_capability != "9.0":
+        found = f"found {device.device_kind} of {device.compute_capability}"
+        raise ValueError(f"the GPU kernels are for Hopper, compute capability 9.0, {found}.")
+    return name
 
 
 def _timings(cases, shapes, implementation: str, seed: int) -> Iterator[Timing]:

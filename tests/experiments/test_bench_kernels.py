@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import re
+import types
 from unittest import mock
 
 import jax
@@ -81,6 +82,13 @@ def test_timing_needs_an_accelerator():
     code, _, err = bench()
     assert code == 2
     assert err == "error: timing kernels needs a GPU or a TPU, found cpu only; --compile_only needs neither.\n"
+
+
+def test_gpu_kernels_are_timed_on_hopper_alone():
+    gpu = lambda **about: types.SimpleNamespace(platform="gpu", **about)
+    assert program._implementation(gpu(device_kind="NVIDIA H100", compute_capability="9.0")) == "mosaic_gpu"
+    with pytest.raises(ValueError, match="for Hopper, compute capability 9.0, found NVIDIA A100 of 8.0"):
+        program._implementation(gpu(device_kind="NVIDIA A100", compute_capability="8.0"))
 
 
 @pytest.fixture
