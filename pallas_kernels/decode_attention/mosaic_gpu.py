@@ -58,44 +58,70 @@ def _decode_attention(q, k, v, q_pos, k_pos, bias=None, *, window=None, scale=No
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     rows, row_pos = as_rows(q, q_pos, K, scale)
-    tiles = S // SLOTS
-    splits = parts(B * K, tiles)
-    flat = lambda x: x.reshape(B * K, *x.shape[2:])
-    operands = [rows, row_pos, flat(k), flat(v), flat(k_pos)]
-    if bias is not None:
-        operands.append(flat(bias.astype(jnp.float32)))
+    flat = lambda x: None if x is None else x.reshape(B * K, *x.shape[2:])
+    partials = attend(rows, T * N // K, flat(k), flat(v), row_pos, flat(k_pos), flat(bias), window=window)
+    partials = [by_token(partial, B, T, N) for partial in partials]
+    rest = S // SLOTS * SLOTS
+    if rest < S:
+        of_rest = lambda x: None if x is None else x[:, :, rest:]
+        slots = (q, of_rest(k), of_rest(v), q_pos, of_rest(k_pos), of_rest(bias))
+        partials.append(reference.decode_attention(*slots, window=window, scale=scale))
+    return combine(partials)
+
+
+def attend(rows, used, k, v, row_pos, k_pos, bias=None, row_owner=None, owner=None, *, window) -> list[Partial]:
+    """Attention of 64 rows a head over its whole tiles of slots, in parts that are still to be merged.
+
+    Args:
+      rows: bf16[heads, 64, H], scaled.
+      used: how many of the rows are queries.
+      k: bf16[heads, S, H].
+      v: bf16[heads, S, H].
+      row_pos: i32[heads, 64].
+      k_pos: i32[heads, S].
+      bias: f32[heads, S] or None.
+      row_owner: i32[heads, 64], with `owner`: whose slots a row sees. None: all.
+      owner: i32[heads, S].
+      window: tokens, or None.
+
+    Returns:
+      Parts with `out` f32[heads, used or a few more, H] and `lse` f32[heads, the same].
+    """
+    heads, H, tiles = k.shape[0], k.shape[2], k.shape[1] // SLOTS
+    splits = parts(heads, tiles)
+    of_rows = [row_pos] + ([] if owner is None else [row_owner])
+    of_slots = [k_pos] + ([] if owner is None else [owner]) + ([] if bias is None else [bias.astype(jnp.float32)])
     buffers = _BUFFERS if H <= 128 else 1  # and the float32 result of 64 rows takes 64 KB
     tiled = dict(transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-    of_slots = plgpu.SMEM((buffers, SLOTS, H), jnp.bfloat16, **tiled)
-    per_slot = [plgpu.SMEM((buffers, SLOTS), x.dtype) for x in operands[4:]]
-    written = -(-T * N // K // 8) * 8  # rows
+    ring = plgpu.SMEM((buffers, SLOTS, H), jnp.bfloat16, **tiled)
+    written = -(-used // 8) * 8
     out, lse = plgpu.kernel(
-        functools.partial(_kernel, tiles=tiles, splits=splits, buffers=buffers, window=window),
+        functools.partial(
+            _kernel,
+            tiles=tiles,
+            splits=splits,
+            buffers=buffers,
+            window=window,
+            owned=owner is not None,
+            biased=bias is not None,
+        ),
         out_type=[
-            jax.ShapeDtypeStruct((splits, B * K, written, H), jnp.float32),
-            jax.ShapeDtypeStruct((splits, B * K, written), jnp.float32),
+            jax.ShapeDtypeStruct((splits, heads, written, H), jnp.float32),
+            jax.ShapeDtypeStruct((splits, heads, written), jnp.float32),
         ],
         scratch_types=[
             plgpu.SMEM((ROWS, H), jnp.bfloat16, **tiled),
-            plgpu.SMEM((ROWS,), jnp.int32),
-            [of_slots, of_slots, *per_slot],
+            [plgpu.SMEM((ROWS,), jnp.int32)] * len(of_rows),
+            [ring, ring, *(plgpu.SMEM((buffers, SLOTS), x.dtype) for x in of_slots)],
             plgpu.SMEM((ROWS, H), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2 + len(per_slot), num_barriers=buffers),
+            plgpu.Barrier(num_arrivals=1 + len(of_rows)),
+            plgpu.Barrier(num_arrivals=2 + len(of_slots), num_barriers=buffers),
         ],
-        grid=(splits, B * K),
+        grid=(splits, heads),
         grid_names=("split", "head"),
-    )(*operands)
-    partials = [by_token(Partial(out[i], lse[i]), B, T, N) for i in range(splits)]
-    rest = slice(tiles * SLOTS, S)
-    if rest.start < S:
-        of_rest = lambda x: None if x is None else x[:, :, rest]
-        left = reference.decode_attention(
-            q, of_rest(k), of_rest(v), q_pos, of_rest(k_pos), of_rest(bias), window=window, scale=scale
-        )
-        partials.append(left)
-    return combine(partials)
+    )(rows, *of_rows, k, v, *of_slots)
+    return [Partial(out[i], lse[i]) for i in range(splits)]
 
 
 def as_rows(q: jax.Array, q_pos: jax.Array, K: int, scale: float | None) -> tuple[jax.Array, jax.Array]:
@@ -122,41 +148,46 @@ def parts(heads: int, tiles: int) -> int:
     return max(1, min(tiles, _PROGRAMS // heads))
 
 
-def _kernel(q_ref, row_pos_ref, k_ref, v_ref, *refs, tiles, splits, buffers, window):
-    """k_ref, v_ref [B * K, S, H]; refs: i32[B * K, S] positions, the bias if there is one, results, scratch."""
-    *per_slot, out_ref, lse_ref, q_smem, row_pos_smem, rings, out_smem, lse_smem, ready, filled = refs
+def _kernel(q_ref, *refs, tiles, splits, buffers, window, owned, biased):
+    """q_ref bf16[heads, 64, H]; refs: what `attend` has of rows, k, v and what it has of slots; results; scratch."""
+    row_refs, refs = refs[: 1 + owned], refs[1 + owned :]
+    slot_refs, refs = refs[: 3 + owned + biased], refs[3 + owned + biased :]
+    out_ref, lse_ref, q_smem, row_smem, rings, out_smem, lse_smem, ready, filled = refs
     head, split = jax.lax.axis_index("head"), jax.lax.axis_index("split")
     first = jax.lax.div(split * tiles, splits)
     count = jax.lax.div((split + 1) * tiles, splits) - first
 
-    plgpu.copy_gmem_to_smem(q_ref.at[head], q_smem, ready)
-    plgpu.copy_gmem_to_smem(row_pos_ref.at[head], row_pos_smem, ready)
+    for source, target in zip((q_ref, *row_refs), (q_smem, *row_smem), strict=True):
+        plgpu.copy_gmem_to_smem(source.at[head], target, ready)
 
     def fetch(tile, buffer):
         slots = pl.ds((first + tile) * SLOTS, SLOTS)
-        for source, ring in zip((k_ref, v_ref, *per_slot), rings, strict=True):
+        for source, ring in zip(slot_refs, rings, strict=True):
             plgpu.copy_gmem_to_smem(source.at[head, slots], ring.at[buffer], filled.at[buffer])
 
     for buffer in range(buffers):
         pl.when(buffer < count)(functools.partial(fetch, buffer, buffer))
     plgpu.barrier_wait(ready)
     of_rows, of_columns = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-    row_pos = spread(plgpu.load(row_pos_smem, (), layout=of_rows), 0)
+    row_pos, *row_owner = (spread(plgpu.load(x, (), layout=of_rows), 0) for x in row_smem)
 
     def attend(tile, carry):
         acc, m, total = carry
         buffer = jax.lax.rem(tile, jnp.int32(buffers))
         plgpu.barrier_wait(filled.at[buffer])
-        keys, values, pos, *bias = (ring.at[buffer] for ring in rings)
+        keys, values, *columns = (ring.at[buffer] for ring in rings)
 
         def logits(ref):
             plgpu.wgmma(ref, q_smem, plgpu.transpose_ref(keys, (1, 0)))
             return ref[...]
 
         s = pl.run_scoped(logits, plgpu.ACC((ROWS, SLOTS), jnp.float32))
-        if bias:
-            s += spread(plgpu.load(bias[0], (), layout=of_columns), 1)
-        seen = visible_rows(row_pos, spread(plgpu.load(pos, (), layout=of_columns), 1), window)
+        pos, *columns = (spread(plgpu.load(x, (), layout=of_columns), 1) for x in columns)
+        seen = visible_rows(row_pos, pos, window)
+        if owned:
+            seen &= columns[0] == row_owner[0]
+        if biased:
+            s += columns[-1]
         p, m, shrink = softmax_step(jnp.where(seen, s, -jnp.inf), m)
         total = total * shrink + jnp.sum(p, axis=1)
         acc = acc * jax.lax.broadcast_in_dim(shrink, acc.shape, (0,))
