@@ -99,6 +99,38 @@ class QuantizedShape:
         return q, *packed(k, v, k_pos >= 0), q_pos, k_pos
 
 
+@dataclasses.dataclass(frozen=True)
+class RaggedShape:
+    """Queries over pages that belong to KV heads; `decode.S` is left unused."""
+
+    decode: DecodeShape
+    P: int
+    page: int = 16
+
+    def __str__(self) -> str:
+        return f"P{self.P}-page{self.page}-{self.decode}"
+
+    def abstract(self) -> tuple:
+        """`(q, k, v, owner, q_pos, k_pos)` without numbers."""
+        at, x = jax.ShapeDtypeStruct, self.decode
+        q, _, _, q_pos, _, _ = x.abstract()
+        pages = (x.B, self.P, self.page)
+        kv = at((*pages, x.H), x.dtype)
+        return q, kv, kv, at((x.B, self.P), jnp.int32), q_pos, at(pages, jnp.int32)
+
+    def draw(self, seed: int) -> tuple[jax.Array, ...]:
+        """Half of the pages belong to head 0; pages of a head lie together, and the last ones are empty."""
+        rng = np.random.default_rng(seed)
+        x = dataclasses.replace(self.decode, K=self.P, G=1, S=self.page)
+        _, k, v, _, k_pos = x.draw(seed)
+        q = jnp.asarray(rng.normal(size=(x.B, x.T, self.decode.K * self.decode.G, x.H)), x.dtype)
+        owner = np.sort(np.where(rng.random((x.B, self.P)) < 0.5, 0, rng.integers(0, self.decode.K, (x.B, self.P))))
+        owner[:, -2:] = 0
+        k_pos = k_pos.at[:, -2:].set(-1)
+        q_pos = rng.integers(self.page // 2, self.page + 1, size=(x.B, x.T))
+        return q, k, v, jnp.int32(owner), jnp.int32(q_pos), k_pos
+
+
 CHECKED = (
     DecodeShape(K=3, S=37, H=64),
     DecodeShape(T=4, K=2, G=3, S=300, H=64, dtype="bfloat16"),
@@ -117,6 +149,12 @@ CHECKED_QUANTIZED = (
     QuantizedShape(DecodeShape(T=2, G=2, S=144, H=256), 8, key_axis="token", key_group=64),
 )
 """Small ones for all bits and both axes."""
+
+CHECKED_RAGGED = (
+    RaggedShape(DecodeShape(T=2, K=3, G=2, H=64), P=7),
+    RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=160, page=8),
+)
+"""Small ones: a tile, and several of which the last reaches over the end."""
 
 SMOLLM2 = DecodeShape(K=3, G=3, S=2048, H=64, dtype="bfloat16")
 LLAMA_8B = DecodeShape(K=8, G=4, S=32768, H=128, dtype="bfloat16")
