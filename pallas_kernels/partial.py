@@ -79,6 +79,14 @@ def combine_by_owner(partial: Partial, owner: jax.Array, owners: int) -> Partial
     return Partial(out=merged(summed), lse=merged(m + jnp.log(total)))
 
 
+def spread_to_owned(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+    """[B, T, K * G, ...] -> [B, T, P * G, ...]: to each of P parts what belongs to its owner i32[B, P] of K."""
+    B, T, N = x.shape[:3]
+    grouped = x.reshape(B, T, owners, N // owners, *x.shape[3:])
+    index = owner.reshape(B, 1, -1, *(1,) * (grouped.ndim - 3))
+    return jnp.take_along_axis(grouped, index, axis=2).reshape(B, T, -1, *x.shape[3:])
+
+
 def fold(attend: Callable[[jax.Array | int], Partial], count: jax.Array | int) -> Partial:
     """Merges `attend(0) .. attend(count - 1)`, one after the other; `count` may be data."""
     like = jax.eval_shape(lambda: attend(0))

@@ -12,6 +12,7 @@ from kvjax.segments.slots import LAST, fold_slots, keep_highest, token_order, wr
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.partial import Partial
+from pallas_kernels.ragged_decode_attention import ragged_decode_attention
 
 
 @struct.dataclass
@@ -65,6 +66,30 @@ class DenseSegment:
             q, k, self.v, q_pos, self.pos, bias=self.bias, window=window, scale=scale
         )
         return Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
+
+    def attend_pages(
+        self,
+        queries: Queries,
+        owner: jax.Array,
+        kv_heads: int,
+        *,
+        only: jax.Array | None = None,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Partial:
+        """Attention of the queries of K heads, where this segment's "heads" are pages that belong to them.
+
+        Args:
+          queries: of K * G heads.
+          owner: i32[B, P], the KV head of every page.
+          kv_heads: [K].
+          only: bool[B, P], the pages to attend to. None: all.
+          window: see `attend`.
+          scale: see `attend`.
+        """
+        q, k = self._rotated(queries, None)
+        how = dict(kv_heads=kv_heads, bias=self.bias, only=only, window=window, scale=scale)
+        return ragged_decode_attention(q, k, self.v, owner, queries.pos, self.pos, **how)
 
     def mass(
         self,

@@ -12,7 +12,8 @@ from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import counts_by_owner
-from pallas_kernels.partial import Partial, combine_by_owner
+from pallas_kernels.partial import Partial, spread_to_owned
+from pallas_kernels.ragged_decode_attention.reference import merged
 
 
 class SlotList(NamedTuple):
@@ -46,7 +47,8 @@ class RaggedSegment:
 
     The pages are a segment of any representation whose "heads" are the pages, so they may be dense or
     packed. Attention treats a page as a KV head, then merges the pages of a head: the work is that of the
-    pages, however unequal the heads are. Unused pages are empty and belong to head 0.
+    pages, however unequal the heads are. Unused pages are empty and belong to head 0. Pages that can be read with
+    their owners (`attend_pages`) are.
 
     Bytes: those of the pages, and `4 * B * P`.
     """
@@ -102,11 +104,10 @@ class RaggedSegment:
 
     def attend(self, queries: Queries, *, only: jax.Array | None = None, **how) -> Partial:
         """See `Segment.attend`; of the pages where bool[B, P] `only` is true, or of all."""
+        if hasattr(self.pages, "attend_pages"):
+            return self.pages.attend_pages(queries, self.owner, self.kv_heads, only=only, **how)
         partial = self.pages.attend(self._of_pages(queries), **how)
-        if only is not None:
-            group = partial.lse.shape[2] // only.shape[1]
-            partial = partial._replace(lse=jnp.where(jnp.repeat(only, group, axis=1)[:, None], partial.lse, -jnp.inf))
-        return combine_by_owner(partial, self.owner, self.kv_heads)
+        return merged(partial, self.owner, self.kv_heads, only)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`; f32[B, P * G, page], the G query heads of a page's owner."""
@@ -142,11 +143,7 @@ class RaggedSegment:
         return queries._replace(raw=self._heads(queries.raw))
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        """[B, T, K * G, ...] -> [B, T, P * G, ...]: to each page what belongs to its head."""
-        B, T, N = x.shape[:3]
-        grouped = x.reshape(B, T, self.kv_heads, N // self.kv_heads, *x.shape[3:])
-        index = self.owner.reshape(B, 1, -1, *(1,) * (grouped.ndim - 3))
-        return jnp.take_along_axis(grouped, index, axis=2).reshape(B, T, -1, *x.shape[3:])
+        return spread_to_owned(x, self.owner, self.kv_heads)
 
 
 def split_pages(layer, transform: str) -> tuple[tuple[Segment, ...], RaggedSegment | None, DenseSegment]:

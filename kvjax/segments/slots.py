@@ -13,6 +13,7 @@ LAST = jnp.iinfo(jnp.int32).max
 """A position after every real one."""
 
 _TILE = 512  # slots that are expanded at a time
+_SUBLANES, _LANES = 8, 128  # of a TPU's memory: slots and channels that fill them make a matrix without a copy
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
@@ -138,6 +139,14 @@ def write_windows(
       on: bool[B, K]; where false, `old` stays as it is.
       axis: of the slots.
     """
+    B, K = start.shape
+    fills_tiles = axis == 2 and old.ndim == 4 and old.shape[2] % _SUBLANES == 0 and old.shape[3] % _LANES == 0
+    if fills_tiles and B * K <= _UNROLL:
+        return jax.lax.platform_dependent(old, new, start, on, tpu=_write_rows, default=_write_slices)
+    return _write_slices(old, new, start, on, axis)
+
+
+def _write_slices(old, new, start, on, axis=2):
     size, at = new.shape[axis], axis - 2
 
     def one(old, new, start, on):
@@ -157,3 +166,19 @@ def write_windows(
             fresh = jnp.where(on[b, k], new[b : b + 1, k : k + 1], kept)
             old = jax.lax.dynamic_update_slice(old, fresh, origin)
     return old
+
+
+def _write_rows(old, new, start, on):
+    """`write_windows` of slots that are rows of a matrix.
+
+    XLA:TPU lays out a buffer that is written at a dynamic index with that axis outermost. Kernels read slots next to
+    channels, so every step would copy the buffer there and back; a matrix has no other axis to move.
+    """
+    B, K, S, H = old.shape
+    rows = old.reshape(B * K * S, H)
+    for b in range(B):
+        for k in range(K):
+            at = (b * K + k) * S + start[b, k]
+            kept = jax.lax.dynamic_slice_in_dim(rows, at, new.shape[2])
+            rows = jax.lax.dynamic_update_slice_in_dim(rows, jnp.where(on[b, k], new[b, k], kept), at, axis=0)
+    return rows.reshape(old.shape)

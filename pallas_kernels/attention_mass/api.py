@@ -6,11 +6,14 @@ from typing import Literal, get_args
 
 import jax
 
-from pallas_kernels.attention_mass import reference
+from pallas_kernels.attention_mass import mosaic_tpu, reference
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.logits import Scale
 
 Reduce = Literal["sum", "max", "squares", "entropy"]
 """What is made of a slot's probabilities: their sum, the largest, the sum of their squares, or `-sum p log p`."""
+
+_OP = Op("attention_mass", reference.attention_mass, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def attention_mass(
@@ -24,6 +27,7 @@ def attention_mass(
     window: int | None = None,
     scale: Scale | None = None,
     reduce: Reduce = "sum",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The attention probability that every slot received from the given queries, summed over them.
 
@@ -40,15 +44,15 @@ def attention_mass(
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products; with a `SoftCap` they are capped then. None: `H ** -0.5`.
       reduce: "sum", "max", "squares" (`sum_t p^2`) or "entropy" (`-sum_t p log p`).
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
 
     Returns:
       f32[B, N, S]; 0 where no query sees the slot.
 
     Raises:
       ValueError: another `reduce`.
+      NotImplementedError: the implementation asked for does not take these shapes.
     """
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}.")
-    return reference.attention_mass(
-        q, k, q_pos, k_pos, lse, bias=bias, window=window, scale=scale, reduce=reduce
-    )
+    return _OP(implementation, q, k, q_pos, k_pos, lse, bias, window=window, scale=scale, reduce=reduce)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
+
+_OP = Op(
+    "decode_attention", reference.decode_attention, mosaic_tpu=mosaic_tpu.kernel, mosaic_gpu=mosaic_gpu.kernel
+)
 
 
 def decode_attention(
@@ -19,6 +24,7 @@ def decode_attention(
     bias: jax.Array | None = None,
     window: int | None = None,
     scale: Scale | None = None,
+    implementation: Implementation | None = None,
 ) -> Partial:
     """Softmax attention of T queries over S slots per KV head, as a mergeable part.
 
@@ -34,8 +40,13 @@ def decode_attention(
       bias: f32[B, K, S] added to the logits: the log of how many tokens a slot stands for. Optional.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products; with a `SoftCap` they are capped then. None: `H ** -0.5`.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`; never
+        "mosaic_gpu", which was lowered for Hopper GPUs and never run on one.
 
     Returns:
       `Partial(out f32[B, T, N, H'], lse f32[B, T, N])`.
+
+    Raises:
+      NotImplementedError: the implementation asked for does not take these shapes.
     """
-    return reference.decode_attention(q, k, v, q_pos, k_pos, bias=bias, window=window, scale=scale)
+    return _OP(implementation, q, k, v, q_pos, k_pos, bias, window=window, scale=scale)

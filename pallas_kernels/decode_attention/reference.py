@@ -18,8 +18,8 @@ def decode_attention(
     v: jax.Array,
     q_pos: jax.Array,
     k_pos: jax.Array,
-    *,
     bias: jax.Array | None = None,
+    *,
     window: int | None = None,
     scale: Scale | None = None,
 ) -> Partial:

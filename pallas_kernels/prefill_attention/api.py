@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
-from pallas_kernels.prefill_attention import reference
+from pallas_kernels.prefill_attention import mosaic_tpu, reference
+
+_OP = Op("prefill_attention", reference.prefill_attention, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def prefill_attention(
@@ -17,6 +20,7 @@ def prefill_attention(
     *,
     window: int | None = None,
     scale: Scale | None = None,
+    implementation: Implementation | None = None,
 ) -> Partial:
     """Causal attention of a chunk of T tokens over itself, as a mergeable part.
 
@@ -27,8 +31,12 @@ def prefill_attention(
       pos: i32[B, T] token positions, increasing along T, padding (-1) at the end of the row.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products; with a `SoftCap` they are capped then. None: `H ** -0.5`.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
 
     Returns:
       `Partial(out f32[B, T, N, H], lse f32[B, T, N])`; padding rows are `(0, -inf)`.
+
+    Raises:
+      NotImplementedError: the implementation asked for does not take these shapes.
     """
-    return reference.prefill_attention(q, k, v, pos, window=window, scale=scale)
+    return _OP(implementation, q, k, v, pos, window=window, scale=scale)

@@ -7,10 +7,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize_pack import reference
+from pallas_kernels.dispatch import Implementation, Op
+from pallas_kernels.quantize_pack import mosaic_tpu, reference
 from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed
 
 Axis = Literal["channel", "token"]
+
+_OP = Op("quantize_pack", reference.quantize_pack, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def quantize_pack(
@@ -22,6 +25,7 @@ def quantize_pack(
     axis: Axis,
     scale_dtype,
     clip: float = 1.0,
+    implementation: Implementation | None = None,
 ) -> Packed:
     """Quantizes and packs keys or values group by group, in one pass.
 
@@ -39,12 +43,14 @@ def quantize_pack(
         token and group of `group` channels (KIVI's values).
       scale_dtype: floating dtype of `scale` and `zero`.
       clip: fraction of the range that codes span; below 1 outermost entries become less exact and all others more so.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
 
     Returns:
       `Packed`.
 
     Raises:
       ValueError: bits are unsupported, S or H is not a multiple of what the layout needs, or clip is outside (0, 1].
+      NotImplementedError: the implementation asked for does not take these shapes.
 
     Source: Liu et al., KIVI (2024), section 3.
     """
@@ -58,9 +64,8 @@ def quantize_pack(
     length = S if axis == "channel" else H
     if length % group:
         raise ValueError(f"group must divide the {axis} group axis of length {length}, got {group}.")
-    return reference.quantize_pack(
-        x, valid, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip
-    )
+    how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip)
+    return _OP(implementation, x, valid, **how)
 
 
 def dequantize(packed: Packed, *, bits: int, axis: Axis, dtype=jnp.float32) -> jax.Array:

@@ -32,6 +32,17 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0):
     mask = jnp.broadcast_to(valid[..., None], x.shape).reshape(grouped_shape)
     lo = jnp.min(jnp.where(mask, grouped, jnp.inf), axis=reduce_axis)
     hi = jnp.max(jnp.where(mask, grouped, -jnp.inf), axis=reduce_axis)
+    scale, zero = affine(lo, hi, bits=bits, scale_dtype=scale_dtype, clip=clip)
+    code = nearest_code(grouped, jnp.expand_dims(scale, reduce_axis), jnp.expand_dims(zero, reduce_axis), bits)
+    code = code.astype(jnp.uint32)
+    code = jnp.where(mask, code, 0).reshape(B, K, S, H)
+    if axis == "token":  # [B, K, S, H / group] -> slots minor
+        scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
+    return Packed(words=pack(code, bits), scale=scale, zero=zero)
+
+
+def affine(lo: jax.Array, hi: jax.Array, *, bits: int, scale_dtype, clip: float) -> tuple[jax.Array, jax.Array]:
+    """The `(scale, zero)` of groups whose entries lie between the float32 `lo` and `hi`; empty ones have `lo > hi`."""
     empty = lo > hi
     lo, hi = jnp.where(empty, 0.0, lo), jnp.where(empty, 0.0, hi)
     if clip < 1:
@@ -43,15 +54,13 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0):
     zero = (lo - jnp.abs(lo) * margin).astype(scale_dtype)
     span = hi - zero.astype(jnp.float32)
     scale = (span * (1.0 + margin) / (2**bits - 1)).astype(scale_dtype)
-    scale = jnp.where(scale == 0, 1, scale).astype(scale_dtype)
-    code = (grouped - jnp.expand_dims(zero.astype(jnp.float32), reduce_axis)) / jnp.expand_dims(
-        scale.astype(jnp.float32), reduce_axis
-    )
-    code = jnp.clip(jnp.round(code), 0, 2**bits - 1).astype(jnp.uint32)
-    code = jnp.where(mask, code, 0).reshape(B, K, S, H)
-    if axis == "token":  # [B, K, S, H / group] -> slots minor
-        scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
-    return Packed(words=pack(code, bits), scale=scale, zero=zero)
+    return jnp.where(scale == 0, jnp.ones_like(scale), scale), zero
+
+
+def nearest_code(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
+    """The code of float32 `x`, as a whole float32 between 0 and `2**bits - 1`."""
+    code = (x - zero.astype(jnp.float32)) / scale.astype(jnp.float32)
+    return jnp.clip(jnp.round(code), 0, 2**bits - 1)
 
 
 def dequantize(packed, *, bits, axis, dtype=jnp.float32):

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import Axis, Packed
-from pallas_kernels.quantized_decode_attention import reference
+from pallas_kernels.quantized_decode_attention import mosaic_gpu, mosaic_tpu, reference
+
+_OP = Op(
+    "quantized_decode_attention",
+    reference.quantized_decode_attention,
+    mosaic_tpu=mosaic_tpu.kernel,
+    mosaic_gpu=mosaic_gpu.kernel,
+)
 
 
 def quantized_decode_attention(
@@ -21,6 +29,7 @@ def quantized_decode_attention(
     key_axis: Axis = "channel",
     window: int | None = None,
     scale: float | None = None,
+    implementation: Implementation | None = None,
 ) -> Partial:
     """`decode_attention` over quantized keys, and values quantized per token.
 
@@ -37,10 +46,15 @@ def quantized_decode_attention(
       key_axis: "channel" or "token", what shares a scale with what in the keys.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`; never
+        "mosaic_gpu", which was lowered for Hopper GPUs and never run on one.
 
     Returns:
       `Partial(out f32[B, T, N, H], lse f32[B, T, N])`.
+
+    Raises:
+      NotImplementedError: the implementation asked for does not take these shapes.
     """
-    return reference.quantized_decode_attention(
-        q, k, v, q_pos, k_pos, bits=bits, bias=bias, key_axis=key_axis, window=window, scale=scale
+    return _OP(
+        implementation, q, k, v, q_pos, k_pos, bias, bits=bits, key_axis=key_axis, window=window, scale=scale
     )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize_pack import api as quantize_pack
+from pallas_kernels.quantize_pack import Packed
+from pallas_kernels.quantize_pack import api as packing
 from pallas_kernels.quantized_decode_attention import api as op
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
@@ -18,6 +19,10 @@ quantized_decode_attention = quick_jit(
     op.quantized_decode_attention, static_argnames=("bits", "key_axis", "window", "scale")
 )
 
+# One program of many operations compiles in a fraction of the time.
+quantize_pack = quick_jit(packing.quantize_pack, static_argnames=("bits", "group", "axis", "scale_dtype"))
+dequantize = quick_jit(packing.dequantize, static_argnames=("bits", "axis"))
+
 
 def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16, key_axis="channel"):
     rng = np.random.default_rng(seed)
@@ -27,8 +32,8 @@ def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16, key_axis="channel")
     k_pos = jnp.int32(rng.permuted(np.where(rng.random(k_pos.shape) < 0.125, -1, k_pos), axis=2))
     q_pos = jnp.int32(np.sort(rng.integers(S // 2, S + 1, size=(B, T)), axis=1))
     how = dict(bits=bits, group=group, scale_dtype="bfloat16")
-    k = quantize_pack.quantize_pack(k, k_pos >= 0, axis=key_axis, **how)
-    v = quantize_pack.quantize_pack(v, k_pos >= 0, axis="token", **how)
+    k = quantize_pack(k, k_pos >= 0, axis=key_axis, **how)
+    v = quantize_pack(v, k_pos >= 0, axis="token", **how)
     return q, k, v, q_pos, k_pos
 
 
@@ -36,8 +41,8 @@ def _check(args, bits, tolerance=FLOAT32, key_axis="channel", **how):
     q, k, v, q_pos, k_pos = args
     got = quantized_decode_attention(q, k, v, q_pos, k_pos, bits=bits, key_axis=key_axis, **how)
     dense = (
-        quantize_pack.dequantize(k, bits=bits, axis=key_axis),
-        quantize_pack.dequantize(v, bits=bits, axis="token"),
+        dequantize(k, bits=bits, axis=key_axis),
+        dequantize(v, bits=bits, axis="token"),
     )
     want = attention(q, *dense, q_pos, k_pos, **how)
     assert got.out.dtype == got.lse.dtype == jnp.float32
@@ -85,7 +90,7 @@ def test_empty_slots_make_an_empty_part(S):
     q, k, v, q_pos, k_pos = _draw(4, max(S, 16), 4)
     if S == 0:
         k = jax.tree.map(lambda x: x[:, :, :0], k)
-        v = quantize_pack.Packed(v.words[:, :, :0], v.scale[..., :0], v.zero[..., :0])
+        v = Packed(v.words[:, :, :0], v.scale[..., :0], v.zero[..., :0])
         k_pos = k_pos[:, :, :0]
     part = quantized_decode_attention(q, k, v, q_pos, jnp.full_like(k_pos, -1), bits=4)
     assert not part.out.any()

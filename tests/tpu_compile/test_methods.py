@@ -1,13 +1,11 @@
 """Every method's prefill and decode programs go through the real TPU compiler, on a machine without a TPU."""
 
 import dataclasses
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import kvjax
@@ -25,22 +23,6 @@ PROMPT = 128  # sorting twice as many takes twice as long to compile
 NEW_TOKENS = 64
 ACROSS_LAYERS = {"minicache": 3, "xkv": 2}
 """Layers of the model for methods that need several."""
-
-
-@pytest.fixture(scope="session")
-def devices():
-    """Compile-only devices by topology name; libtpu reads its settings from the environment when it loads."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        }.items():
-            patch.setenv(name, value)
-        yield functools.cache(
-            lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,311 @@
+"""Speed of the kernels beside the bandwidth of the device, XLA and others' attention; or their bytes, without a device.
+
+    python -m experiments.bench_kernels --compile_only
+    python -m experiments.bench_kernels
+
+The first needs no accelerator. It compiles every kernel for four TPU generations, at 8 KV heads of 128 with 4 queries
+each, and prints what a decode step reads, the time that takes at the published bandwidth, and what the compilers needed
+besides. The second needs a GPU or a TPU: it checks every kernel against its reference on fresh random inputs, times
+both in one run with a plain copy on the device, and writes the raw figures to experiments/results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import re
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+from absl import flags
+
+from experiments import cli, kernel_timing
+from experiments.kernel_cases import CASES, DENSE, KernelCase
+from experiments.kernel_timing import Timing
+from experiments.report import human_bytes
+from experiments.stopwatch import seconds
+from experiments.tpu_compiler import GENERATIONS, Generation, compile_for, compile_only_device
+from pallas_kernels.shapes import LLAMA_8B, DecodeShape
+
+flags.adopt_module_key_flags(cli)
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile for TPUs and count bytes; needs no accelerator.")
+_KERNELS = flags.DEFINE_list("kernels", None, f"Of {', '.join(case.name for case in CASES)}; all without it.")
+_CONTEXTS = flags.DEFINE_list("contexts", ["4096", "32768", "131072"], "Slots of the cache.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Sequences.")
+_GENERATIONS = flags.DEFINE_list("generations", [g.name for g in GENERATIONS], "Of TPUs, for --compile_only.")
+_SEED = flags.DEFINE_integer("seed", None, "Of the inputs; without it, another one in every run.")
+
+_RESULTS = pathlib.Path(__file__).parent / "results"
+_NAMES = f"{'kernel':<12}{'batch':>6}{'context':>9}"
+_IMPLEMENTATION = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+_PACKAGES = ("jax", "jaxlib", "libtpu", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What the TPU compilers say of one kernel at one shape.
+
+    Attributes:
+      name: of the case.
+      batch: sequences.
+      context: slots.
+      argument_bytes: all arguments in HBM, padding included; what a step reads. None where no kernel was compiled.
+      temporary_bytes: by generation.
+      compile_seconds: by generation.
+      refused: by generation, why there is no program.
+    """
+
+    name: str
+    batch: int
+    context: int
+    argument_bytes: int | None
+    temporary_bytes: dict[str, int]
+    compile_seconds: dict[str, float]
+    refused: dict[str, str]
+
+
+def footprints(cases: Sequence[KernelCase], shapes: Sequence[DecodeShape], generations: Sequence[Generation]):
+    """Yields a `Footprint` for every case at every shape that it is run at; progress goes to stderr."""
+    runs = [(case, shape) for case in cases for shape in shapes if case.longest is None or shape.S <= case.longest]
+    for done, (case, shape) in enumerate(runs):
+        arguments = case.abstract(shape)
+        size, temporary, took, refused = None, {}, {}, {}
+        for generation in generations:
+            _show(f"[{done + 1}/{len(runs)}] compiling {case.name}, {shape.B} x {shape.S}, for {generation.name}")
+            device = compile_only_device(generation.topology)
+            program = lambda *arrays: case.op(*arrays, implementation="mosaic_tpu")
+            try:
+                took[generation.name], compiled = seconds(lambda: compile_for(device, program, *arguments))
+            except NotImplementedError as error:
+                refused[generation.name] = str(error)
+                continue
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                took.pop(generation.name, None)
+                refused[generation.name] = "does not fit one chip"
+                continue
+            memory = compiled.memory_analysis()
+            size = size or memory.argument_size_in_bytes
+            temporary[generation.name] = memory.temp_size_in_bytes
+        _show("")
+        yield Footprint(case.name, shape.B, shape.S, size, temporary, took, refused)
+
+
+def footprint_header(generations: Sequence[Generation]) -> str:
+    """Titles of `footprint_line`."""
+    bounds = "".join(f"{generation.name:>10}" for generation in generations)
+    return f"{_NAMES}{'reads':>11}{'of dense':>10}{bounds}{'temporaries':>13}{'compiled':>10}"
+
+
+def footprint_line(row: Footprint, case: KernelCase, dense: int | None, generations: Sequence[Generation]) -> str:
+    """One row: `dense` is what the dense kernel reads at this shape, if it is known."""
+    start = f"{row.name:<12}{row.batch:>6}{row.context:>9}"
+    if row.argument_bytes is None:
+        return f"{start}  {next(iter(row.refused.values()))}"
+    ratio = f"{row.argument_bytes / dense:.3f}" if dense and case.every_step else ""
+    bounds = ""
+    for generation in generations:
+        bound = _duration(row.argument_bytes / generation.gigabytes_per_second / 1e9) if case.bandwidth_bound else ""
+        bounds += f"{'no room' if generation.name in row.refused else bound:>10}"
+    return (
+        f"{start}{human_bytes(row.argument_bytes):>11}{ratio:>10}{bounds}"
+        f"{human_bytes(max(row.temporary_bytes.values())):>13}{max(row.compile_seconds.values()):>8.1f} s"
+    )
+
+
+def timing_header() -> str:
+    """Titles of `timing_line`."""
+    titles = f"{_NAMES}{'time':>10}{'GB/s':>8}{'of copy':>9}{'of dense':>10}{'error':>10}"
+    return titles + "".join(f"{name:>9}" for name in ("XLA", "jax", "torch"))
+
+
+def timing_line(row: Timing, case: KernelCase, dense: float | None, copy: float) -> str:
+    """One row; the last columns say how many times as long others took.
+
+    Args:
+      row: of one kernel.
+      case: what was run.
+      dense: seconds of the dense kernel at this shape, if it was run.
+      copy: GB/s of a plain copy.
+    """
+    start = f"{row.name:<12}{row.batch:>6}{row.context:>9}"
+    if row.seconds is None:
+        return f"{start}  {row.problem}"
+    rate = row.read_bytes / row.seconds / 1e9
+    others = (row.xla_seconds, row.jax_seconds, row.torch_seconds)
+    ratios = "".join(f"{'' if other is None else f'{other / row.seconds:.2f}x':>9}" for other in others)
+    of_dense = f"{row.seconds / dense:.3f}" if dense and case.every_step else ""
+    speed = f"{_duration(row.seconds):>10}{rate:>8.0f}" + (f"{rate / copy:>9.0%}" if case.bandwidth_bound else " " * 9)
+    line = f"{start}{speed}{of_dense:>10}{row.error:>10.1e}{ratios}"
+    return line if row.problem is None else f"{line}  {row.problem}"
+
+
+def run() -> None:
+    """The program."""
+    cli.refuse(cli.MODEL, cli.METHODS, cli.KEEP, cli.GIN_FILE, cli.GIN_BINDINGS)
+    cases = _chosen(_KERNELS, CASES)
+    generations = _chosen(_GENERATIONS, GENERATIONS)
+    shapes = [
+        dataclasses.replace(LLAMA_8B, B=batch, S=slots)
+        for slots in _whole_numbers(_CONTEXTS, multiple_of=32)
+        for batch in _whole_numbers(_BATCHES)
+    ]
+    if _COMPILE_ONLY.value:
+        _compile_only(cases, shapes, generations)
+    else:
+        _time(cases, shapes)
+
+
+def _compile_only(cases, shapes, generations) -> None:
+    compile_only_device(generations[0].topology)  # or says what is missing
+    folder = cli.OUTPUT_DIR.value and _folder(cli.OUTPUT_DIR.value)
+    print(
+        f"{_heads(shapes)}; TPU compilers of {_versions_line()}\n"
+        f"Under a generation: reading that once at {_bandwidths(generations)}.\n\n{footprint_header(generations)}"
+    )
+    rows, dense, by_name = [], {}, {case.name: case for case in cases}
+    for row in footprints(cases, shapes, generations):
+        rows.append(row)
+        if row.name == DENSE:
+            dense[row.batch, row.context] = row.argument_bytes
+        print(footprint_line(row, by_name[row.name], dense.get((row.batch, row.context)), generations), flush=True)
+    if folder:
+        bandwidths = {g.name: g.gigabytes_per_second for g in generations}
+        report = {"published_gigabytes_per_second": bandwidths, "footprints": list(map(dataclasses.asdict, rows))}
+        _write(folder / "kernel_footprints.json", report)
+
+
+def _time(cases, shapes) -> None:
+    device = jax.devices()[0]
+    implementation = _implementation(device)
+    folder = _folder(cli.OUTPUT_DIR.value or _RESULTS)
+    seed = secrets.randbits(31) if _SEED.value is None else _SEED.value
+    copy = kernel_timing.copy_gigabytes_per_second()
+    print(
+        f"{device.device_kind}, {_versions_line()}\n{_heads(shapes)}; {implementation}, inputs of seed {seed}\n"
+        f"A plain copy on the device: {copy:.0f} GB/s, bytes read plus bytes written.\n\n{timing_header()}"
+    )
+    rows, dense, by_name = [], {}, {case.name: case for case in cases}
+    for row in _timings(cases, shapes, implementation, seed):
+        rows.append(row)
+        if row.name == DENSE and row.seconds is not None:
+            dense[row.batch, row.context] = row.seconds
+        print(timing_line(row, by_name[row.name], dense.get((row.batch, row.context)), copy), flush=True)
+    print(
+        "\nGB/s: arguments over time. error: the largest difference from the reference. XLA, jax, torch: how many\n"
+        "times as long the reference, jax.nn.dot_product_attention and torch's scaled_dot_product_attention took."
+    )
+    report = {
+        "device": device.device_kind,
+        "implementation": implementation,
+        "seed": seed,
+        "copy_gigabytes_per_second": copy,
+        "timings": list(map(dataclasses.asdict, rows)),
+    }
+    kind = re.sub(r"[^a-z0-9]+", "_", device.device_kind.lower()).strip("_")
+    _write(folder / f"kernels_{kind}_{datetime.datetime.now(datetime.timezone.utc):%Y%m%d_%H%M}.json", report)
+    wrong = [f"{row.name} {row.batch} x {row.context}" for row in rows if row.wrong]
+    if wrong:
+        raise ValueError(f"kernels that differ from their reference: {', '.join(wrong)}.")
+
+
+def _implementation(device) -> str:
+    """The kernels of a device."""
+    name = _IMPLEMENTATION.get(device.platform)
+    if name is None:
+        found = f"found {device.platform} only; --compile_only needs neither"
+        raise ValueError(f"timing kernels needs a GPU or a TPU, {found}.")
+    if name == "mosaic_gpu" and device.compute_capability != "9.0":
+        found = f"found {device.device_kind} of {device.compute_capability}"
+        raise ValueError(f"the GPU kernels are for Hopper, compute capability 9.0, {found}.")
+    return name
+
+
+def _timings(cases, shapes, implementation: str, seed: int) -> Iterator[Timing]:
+    runs = [(case, shape) for case in cases for shape in shapes if case.longest is None or shape.S <= case.longest]
+    for done, (case, shape) in enumerate(runs):
+        _show(f"[{done + 1}/{len(runs)}] timing {case.name}, {shape.B} x {shape.S}")
+        key = jax.random.key(seed + done, impl="rbg")  # the default takes longer to compile than the kernels
+        timing = kernel_timing.time_kernel(case, shape, implementation, key)
+        _show("")
+        yield timing
+
+
+def _chosen(flag: flags.FlagHolder, known: Sequence) -> list:
+    """The entries of a flag's names, in the order of `known`."""
+    names = [entry.name for entry in known] if flag.value is None else flag.value
+    for name in names:
+        if name not in [entry.name for entry in known]:
+            raise ValueError(f"--{flag.name} must be of {', '.join(entry.name for entry in known)}, got {name!r}.")
+    if not names:
+        raise ValueError(f"--{flag.name} must name at least one of {', '.join(entry.name for entry in known)}.")
+    return [entry for entry in known if entry.name in names]
+
+
+def _whole_numbers(flag: flags.FlagHolder, multiple_of: int = 1) -> list[int]:
+    try:
+        numbers = [int(text) for text in flag.value]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or any(n % multiple_of for n in numbers):
+        what = "whole numbers of at least 1" if multiple_of == 1 else f"multiples of {multiple_of}"
+        raise ValueError(f"--{flag.name} must be {what}, got {','.join(flag.value)!r}.")
+    return sorted(set(numbers))
+
+
+def _heads(shapes: Sequence[DecodeShape]) -> str:
+    shape = shapes[0]
+    return f"{shape.K} KV heads of {shape.H}, {shape.G} queries each, {shape.dtype}"
+
+
+def _bandwidths(generations: Sequence[Generation]) -> str:
+    return ", ".join(f"{g.gigabytes_per_second:.0f} GB/s ({g.name})" for g in generations)
+
+
+def _duration(time: float) -> str:
+    return f"{time * 1e6:.1f} us" if time < 1e-3 else f"{time * 1e3:.2f} ms"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _versions_line() -> str:
+    return ", ".join(f"{name} {version}" for name, version in _versions().items())
+
+
+def _folder(path) -> pathlib.Path:
+    """Made before anything takes time."""
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(path: pathlib.Path, report: dict) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    path.write_text(json.dumps({"date": now, "versions": _versions(), **report}, indent=1) + "\n", encoding="utf-8")
+    print(f"\nWrote {path}.")
+
+
+def _show(what: str) -> None:
+    """Progress, in a line that the next one replaces; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+    elif what:
+        print(what, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.start(run)

@@ -1,0 +1,136 @@
+"""What the kernel benchmark runs: every kernel, at one shape, on numbers drawn on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack
+from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+from pallas_kernels.shapes import DecodeShape
+
+DENSE = "dense"
+"""The case that the others' bytes and times are compared with."""
+
+_GROUP = 32  # slots of a key's scale, channels of a value's, as in configs/methods/int4.gin
+_QUERIES = 32  # the observation window of which `attention_mass` is asked
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase:
+    """One kernel and its inputs.
+
+    Attributes:
+      name: in the tables.
+      op: `(*arrays, implementation=...)`.
+      draw: `(shape, key) -> arrays`, random.
+      every_step: whether a decode step runs it; the others run once for a prompt.
+      bandwidth_bound: whether bytes, not products, decide how long it takes.
+      longest: slots beyond which the case is not run; None for no limit.
+    """
+
+    name: str
+    op: Callable
+    draw: Callable[[DecodeShape, jax.Array], tuple]
+    every_step: bool = True
+    bandwidth_bound: bool = True
+    longest: int | None = None
+
+    def abstract(self, shape: DecodeShape) -> tuple:
+        """The arrays' shapes."""
+        return jax.eval_shape(lambda: self.draw(shape, jax.random.key(0)))
+
+
+def _normal(key, dtype, *shape) -> jax.Array:
+    # 16 bits at a time: the largest caches leave no room for a float32 copy of themselves.
+    return jax.random.normal(key, shape, jnp.bfloat16 if jnp.dtype(dtype).itemsize < 4 else dtype).astype(dtype)
+
+
+def _queries(shape: DecodeShape, key, T: int) -> tuple[jax.Array, jax.Array]:
+    """The last T tokens of the context."""
+    q = _normal(key, shape.dtype, shape.B, T, shape.K * shape.G, shape.H)
+    return q, jnp.broadcast_to(shape.S - T + jnp.arange(T, dtype=jnp.int32), (shape.B, T))
+
+
+def _positions(shape: DecodeShape, key) -> jax.Array:
+    """Slots in order, one in 16 empty."""
+    slots = (shape.B, shape.K, shape.S)
+    occupied = jax.random.bits(key, slots, jnp.uint8) >= 16
+    return jnp.where(occupied, jnp.arange(shape.S, dtype=jnp.int32), -1)
+
+
+def _draw_dense(shape: DecodeShape, key, dtype=None) -> tuple:
+    keys = jax.random.split(key, 4)
+    q, q_pos = _queries(shape, keys[0], 1)
+    k, v = (_normal(i, dtype or shape.dtype, shape.B, shape.K, shape.S, shape.H) for i in keys[1:3])
+    return q, k, v, q_pos, _positions(shape, keys[3])
+
+
+def _packed(shape: DecodeShape, key, bits: int, axis: str) -> Packed:
+    """Codes of every value, in groups about 3 wide around 0."""
+    B, K, S, H = shape.B, shape.K, shape.S, shape.H
+    words, scale, zero = jax.random.split(key, 3)
+    groups = (B, K, S // _GROUP, H) if axis == "channel" else (B, K, H // _GROUP, S)
+    step = 3.0 / (2**bits - 1)
+    return Packed(
+        jax.random.bits(words, (B, K, S * bits // WORD_BITS, H), jnp.uint32),
+        jax.random.uniform(scale, groups, jnp.bfloat16, 0.5 * step, step),
+        jax.random.uniform(zero, groups, jnp.bfloat16, -1.5, -0.5),
+    )
+
+
+def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:
+    keys = jax.random.split(key, 4)
+    q, q_pos = _queries(shape, keys[0], 1)
+    k, v = _packed(shape, keys[1], bits, "channel"), _packed(shape, keys[2], bits, "token")
+    return q, k, v, q_pos, _positions(shape, keys[3])
+
+
+def _draw_observed(shape: DecodeShape, key) -> tuple:
+    keys = jax.random.split(key, 3)
+    q, q_pos = _queries(shape, keys[0], min(_QUERIES, shape.S))
+    k = _normal(keys[1], shape.dtype, shape.B, shape.K, shape.S, shape.H)
+    # Logits of normal numbers have variance one: about the log-sum-exp of as many.
+    lse = jnp.full(q.shape[:3], jnp.log(shape.S) + 0.5, jnp.float32)
+    return q, k, q_pos, _positions(shape, keys[2]), lse
+
+
+def _draw_prompt(shape: DecodeShape, key) -> tuple:
+    keys = jax.random.split(key, 3)
+    q, pos = _queries(shape, keys[0], shape.S)
+    return (q, *(_normal(i, shape.dtype, shape.B, shape.K, shape.S, shape.H) for i in keys[1:]), pos)
+
+
+def _draw_slots(shape: DecodeShape, key) -> tuple:
+    values, empty = jax.random.split(key)
+    return _normal(values, shape.dtype, shape.B, shape.K, shape.S, shape.H), _positions(shape, empty) >= 0
+
+
+def _quantized(bits: int) -> KernelCase:
+    op = functools.partial(quantized_decode_attention, bits=bits)
+    return KernelCase(f"int{bits}", op, functools.partial(_draw_packed, bits=bits))
+
+
+def _packing(name: str, axis: str) -> KernelCase:
+    op = functools.partial(quantize_pack, bits=4, group=_GROUP, axis=axis, scale_dtype="bfloat16")
+    return KernelCase(name, op, _draw_slots, every_step=False)
+
+
+CASES = (
+    KernelCase(DENSE, decode_attention, _draw_dense),
+    KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
+    *map(_quantized, (8, 4, 2)),
+    KernelCase("mass", attention_mass, _draw_observed, every_step=False),
+    _packing("pack keys", "channel"),
+    _packing("pack values", "token"),
+    # The reference is unrolled by blocks of queries.
+    KernelCase("prefill", prefill_attention, _draw_prompt, every_step=False, bandwidth_bound=False, longest=4096),
+)
+"""Every kernel; of those of a decode step the first is the dense one."""

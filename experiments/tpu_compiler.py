@@ -1,0 +1,79 @@
+"""The TPU compilers, on a machine without a TPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One TPU generation.
+
+    Attributes:
+      name: as Google Cloud calls it.
+      topology: the smallest that can be compiled for.
+      gigabytes_per_second: of HBM, of one chip, as published.
+    """
+
+    name: str
+    topology: str
+    gigabytes_per_second: float
+
+
+# HBM bandwidth: Google Cloud's pages "TPU v5e", "TPU v6e", "TPU v5p" and "TPU7x (Ironwood)", system architecture.
+GENERATIONS = (
+    Generation("v5e", "v5e:2x2", 819.0),
+    Generation("v6e", "v6e:2x2", 1640.0),
+    Generation("v5p", "v5p:2x2x1", 2765.0),
+    Generation("tpu7x", "tpu7x:2x2x1", 7370.0),
+)
+
+# libtpu asks the machine what it is, unless told.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def compile_only_device(topology: str) -> jax.Device:
+    """A device to compile for and not to run on; sets the variables that libtpu reads when it loads.
+
+    Raises:
+      ValueError: there is no TPU compiler here, with the command that installs it; or another `topology`.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("no TPU compiler: install it with `pip install 'jax[tpu]'` (Linux on x86-64).")
+    for name, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return _device(topology)
+
+
+@functools.cache
+def _device(topology: str) -> jax.Device:
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    except Exception as error:  # jaxlib raises several types of its own
+        raise ValueError(f"no TPU topology {topology!r}: {error}") from error
+
+
+def compile_for(device: jax.Device, function: Callable, *arguments, **options) -> jax.stages.Compiled:
+    """Compiles for one device.
+
+    Args:
+      device: what `compile_only_device` gave.
+      function: to be compiled.
+      *arguments: pytrees of `jax.ShapeDtypeStruct` or arrays.
+      **options: of `jax.jit`.
+    """
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+    return jax.jit(function, **options).lower(*jax.tree.map(place, arguments)).compile()

@@ -1,0 +1,312 @@
+"""`decode_attention` on TPU, and the skeleton of every decode kernel: tiles of slots times a way to read them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.config import Blocks, blocks
+from pallas_kernels.dispatch import Kernel, result_like
+from pallas_kernels.partial import Partial, combine
+from pallas_kernels.visibility import visible
+
+MOST_ROWS = 128
+"""Queries of a KV head: one pass of the matrix unit, which holds the slots."""
+
+_ROWS = 16  # a register of bfloat16
+
+
+class Stored(NamedTuple):
+    """An array of which every tile of slots needs a part: [B, K or 1, ...]."""
+
+    array: jax.Array
+    axis: int | None  # along which slots lie; None: it belongs to the head
+    slots: int = 1  # that an entry along `axis` stands for
+
+
+class Keys(NamedTuple):
+    """Keys in some representation."""
+
+    stored: tuple[Stored, ...]
+    logits: Callable[..., jax.Array]  # (q [R, H], pos i32[1, s], *tiles) -> f32[R, s]
+
+
+class Values(NamedTuple):
+    """Values in some representation. What is summed over tiles need not be the output yet."""
+
+    stored: tuple[Stored, ...]
+    sums: tuple[tuple[int, int], ...]  # (n, X): sums f32[n, R, X]
+    weigh: Callable[..., tuple[jax.Array, ...]]  # (p f32[R, s], *tiles) -> what the tile adds to each
+    output: Callable[..., jax.Array]  # (*sums) -> f32[R, H']
+    width: int  # [H']
+
+
+def attend(
+    q: jax.Array,
+    keys: Keys,
+    values: Values,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    sizes: Blocks,
+    window: int | None,
+    scale: float | None,
+) -> Partial:
+    """`decode_attention` over slots in any representation.
+
+    The grid walks rows, heads, parts of the slots and, innermost, tiles of a part, over which an online softmax keeps
+    its maximum, its sum and the weighted values. A last tile that reaches over the end is masked, never padded in HBM.
+
+    Args:
+      q: [B, T, N, H].
+      keys: what logits come from; its tiles [s, ...] or, with slots minor, [..., s].
+      values: what they weigh.
+      q_pos: i32[B, T].
+      k_pos: i32[B, K or 1, S].
+      bias: f32[B, K or 1, S] or None.
+      sizes: heads, slots and splits of the grid.
+      window: tokens, or None.
+      scale: None: `H ** -0.5`.
+    """
+    B, T, N, H = q.shape
+    S = k_pos.shape[2]
+    K = max(x.array.shape[1] for x in (*keys.stored, *values.stored))
+    G = N // K
+    scale = H**-0.5 if scale is None else scale
+    rows = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
+    row_pos = jnp.repeat(q_pos, G, axis=1)[..., None]
+    # Whole registers of rows, which VMEM holds anyway, so that loaders may stack them.
+    R = -(-T * G // _ROWS) * _ROWS
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
+    row_pos = jnp.pad(row_pos, ((0, 0), (0, R - T * G), (0, 0)), constant_values=-1)
+    per_slot = [Stored(k_pos, 2)] + ([] if bias is None else [Stored(bias.astype(jnp.float32), 2)])
+    stored = [*per_slot, *keys.stored, *values.stored]
+
+    tiles = -(-S // sizes.slots)
+    splits = sizes.splits if tiles % sizes.splits == 0 else 1
+    grid = (B, K // sizes.heads, splits, tiles // splits)
+    per_head = lambda *shape: pl.BlockSpec((1, sizes.heads, *shape), lambda b, h, i, t: (b, h) + (0,) * len(shape))
+    result = lambda width: pl.BlockSpec((1, 1, sizes.heads, R, width), lambda b, h, i, t: (i, b, h, 0, 0))
+    out, lse = pl.pallas_call(
+        functools.partial(
+            _kernel, keys=keys, values=values, slots=S, window=window, biased=bias is not None, tiles=tiles // splits
+        ),
+        grid=grid,
+        in_specs=[
+            per_head(R, H),
+            pl.BlockSpec((1, R, 1), lambda b, h, i, t: (b, 0, 0)),
+            *(_block(x, sizes, tiles // splits) for x in stored),
+        ],
+        out_specs=[result(values.width), result(1)],
+        out_shape=[
+            result_like((splits, B, K, R, width), jnp.float32, q, q_pos, *(x.array for x in stored))
+            for width in (values.width, 1)
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((sizes.heads, R, 1), jnp.float32),
+            pltpu.VMEM((sizes.heads, R, 1), jnp.float32),
+            *(pltpu.VMEM((sizes.heads, n, R, width), jnp.float32) for n, width in values.sums),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+        ),
+        name="decode_attention",
+    )(rows, row_pos, *(x.array for x in stored))
+
+    def by_token(x):
+        x = x[..., : T * G, :].reshape(splits, B, K, T, G, -1)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(splits, B, T, N, -1)
+
+    out, lse = by_token(out), by_token(lse)[..., 0]
+    return combine([Partial(out[i], lse[i]) for i in range(splits)])
+
+
+def _block(stored: Stored, sizes: Blocks, tiles: int) -> pl.BlockSpec:
+    """The part of an array that a step of the grid sees."""
+    shape = list(stored.array.shape)
+    shared = shape[1] == 1  # by all heads
+    shape[0], shape[1] = 1, 1 if shared else sizes.heads
+    if stored.axis is not None:
+        shape[stored.axis] = sizes.slots // stored.slots
+    by_row = stored.array.shape[0] > 1
+
+    def index(b, h, i, t):
+        at = [0] * len(shape)
+        at[0], at[1] = b if by_row else 0, 0 if shared else h
+        if stored.axis is not None:
+            at[stored.axis] = i * tiles + t
+        return tuple(at)
+
+    return pl.BlockSpec(tuple(shape), index)
+
+
+def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, biased, tiles):
+    """One tile of every head of a block.
+
+    q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1]; pos_ref i32[1, k or 1, s]; bias f32[1, k or 1, s] if any; tiles of
+    keys and values; out_ref f32[1, 1, k, R, H'], lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
+    """
+    bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
+    key_refs, refs = refs[: len(keys.stored)], refs[len(keys.stored) :]
+    value_refs, refs = refs[: len(values.stored)], refs[len(values.stored) :]
+    out_ref, lse_ref, m_ref, l_ref, *sum_refs = refs
+    tile = pl.program_id(3)
+
+    @pl.when(tile == 0)
+    def _():
+        m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
+        for ref in (l_ref, *sum_refs):
+            ref[...] = jnp.zeros_like(ref)
+
+    size = pos_ref.shape[2]
+    start = (pl.program_id(2) * tiles + tile) * size
+    overhang = slots % size != 0
+    for head in range(q_ref.shape[1]):
+        of_head = lambda ref: ref[0, head if ref.shape[1] > 1 else 0]
+        row = lambda ref: ref[0, head : head + 1] if ref.shape[1] > 1 else ref[0]
+        pos = row(pos_ref)  # [1, s]
+        if overhang:
+            pos = jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1) < slots, pos, -1)
+        logits = keys.logits(of_head(q_ref), pos, *map(of_head, key_refs))
+        if biased:
+            logits += row(bias_ref)
+        logits = jnp.where(_visible(row_pos_ref[0], pos, window), logits, -jnp.inf)
+        before = m_ref[head]
+        m = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+        shift = jnp.where(m == -jnp.inf, 0.0, m)
+        p, kept = jnp.exp(logits - shift), jnp.exp(before - shift)
+        m_ref[head] = m
+        l_ref[head] = kept * l_ref[head] + jnp.sum(p, axis=1, keepdims=True)
+        # What lies beyond the end may be NaN, which a probability of zero does not remove.
+        value_tiles = [
+            _within(of_head(ref), slots - start, stored) if overhang else of_head(ref)
+            for ref, stored in zip(value_refs, values.stored)
+        ]
+        for ref, added in zip(sum_refs, values.weigh(p, *value_tiles)):
+            ref[head] = kept[None] * ref[head] + added
+
+    @pl.when(tile == tiles - 1)
+    def _():
+        for head in range(q_ref.shape[1]):
+            total = l_ref[head]
+            out = values.output(*(ref[head] for ref in sum_refs))
+            out_ref[0, 0, head] = out / jnp.where(total == 0.0, 1.0, total)
+            m = m_ref[head]
+            lse_ref[0, 0, head] = jnp.where(m == -jnp.inf, 0.0, m) + jnp.log(total)
+
+
+def _visible(row_pos, pos, window):
+    """bool[R, s] of i32[R, 1] and i32[1, s]: `visible`, with rows in place of tokens."""
+    return visible(row_pos[:, 0], pos[0], window)
+
+
+def _within(tile, left, stored: Stored):
+    """The tile with zeros where it reaches beyond the last slot; integers hold no NaN."""
+    if stored.axis is None or not jnp.issubdtype(tile.dtype, jnp.floating):
+        return tile
+    if stored.axis == 3:
+        tile = tile.astype(jnp.float32)  # Mosaic does not broadcast a mask over 16-bit rows
+    index = jax.lax.broadcasted_iota(jnp.int32, tile.shape, stored.axis - 2) * stored.slots
+    return jnp.where(index < left, tile, jnp.zeros_like(tile))
+
+
+def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """f32 `a @ b` (or over other axes) on the matrix unit; float32 operands are not rounded to bfloat16."""
+    exact = jnp.float32 in (a.dtype, b.dtype)
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def dense_keys(k: jax.Array, dtype) -> Keys:
+    """Keys as they are; 8-bit floats are widened to the queries' dtype."""
+    stored = as_laid_out(k)
+
+    def logits(q, pos, tile):
+        tile = widened(tile, dtype)
+        return product(q.astype(tile.dtype), tile, (1, 1 if stored.axis == 2 else 0))
+
+    return Keys((stored,), logits)
+
+
+def dense_values(v: jax.Array, dtype) -> Values:
+    """Values as they are."""
+    stored = as_laid_out(v)
+
+    def weigh(p, tile):
+        tile = widened(tile, dtype)
+        return (product(p.astype(tile.dtype), tile, (1, 0 if stored.axis == 2 else 1))[None],)
+
+    return Values((stored,), ((1, v.shape[3]),), weigh, lambda total: total[0], v.shape[3])
+
+
+def as_laid_out(x: jax.Array) -> Stored:
+    """`[B, K, S, H]` the way it lies in HBM.
+
+    XLA:TPU lays arrays out so that padding to tiles of 128 lanes is least: with H minor where it fills lanes, with
+    slots minor where it does not. A kernel sees arrays as they are indexed, so there a transposition is what avoids
+    a transposed copy.
+    """
+    if slots_minor(x):
+        return Stored(x.swapaxes(2, 3), 3)
+    return Stored(x, 2)
+
+
+def slots_minor(x: jax.Array) -> bool:
+    """Whether slots of `[B, K, S, H]` fill lanes better than channels do."""
+    filled = lambda n: n / (-(-n // 128) * 128)
+    return filled(x.shape[2]) > filled(x.shape[3])
+
+
+def widened(tile: jax.Array, dtype) -> jax.Array:
+    """8-bit floats in another dtype; what is wider stays."""
+    return tile.astype(dtype) if tile.dtype.itemsize == 1 else tile
+
+
+def _sizes(k, v, k_pos, dtype) -> Blocks | None:
+    return blocks(k.shape[1], k_pos.shape[2], sum(vmem_bytes(x, dtype) for x in (k, v)) + 4)
+
+
+def vmem_bytes(x: jax.Array, dtype) -> float:
+    """Of one slot of one head of `[B, K, S, H]`; what is widened in VMEM counts too, but exists for one head."""
+    width = x.shape[3] if slots_minor(x) else -(-x.shape[3] // 128) * 128
+    wide = jnp.dtype(dtype).itemsize / x.shape[1] if x.dtype.itemsize == 1 else 0
+    return width * (x.dtype.itemsize + wide)
+
+
+def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> str | None:
+    return row_limit(q, k.shape[1], k_pos.shape[2]) or (
+        f"finds no tile of [K, S, H] = {list(k.shape[1:])} that fits" if _sizes(k, v, k_pos, q.dtype) is None else None
+    )
+
+
+def row_limit(q: jax.Array, heads: int, slots: int) -> str | None:
+    """What is wrong with a number of queries or slots, for every decode kernel."""
+    rows = q.shape[1] * q.shape[2] // heads
+    if rows > MOST_ROWS:
+        return f"takes up to {MOST_ROWS} queries a KV head, got T * G = {rows} of q {list(q.shape)}"
+    return "needs slots, got S = 0" if slots == 0 else None
+
+
+def _decode_attention(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> Partial:
+    return attend(
+        q,
+        dense_keys(k, q.dtype),
+        dense_values(v, q.dtype),
+        q_pos,
+        k_pos,
+        bias,
+        sizes=_sizes(k, v, k_pos, q.dtype),
+        window=window,
+        scale=scale,
+    )
+
+
+kernel = Kernel(_decode_attention, _unsupported)

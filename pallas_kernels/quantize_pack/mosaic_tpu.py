@@ -1,0 +1,121 @@
+"""`quantize_pack` for TPU: a tile of slots is read once, and leaves as words, scales and zeros."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.mosaic_tpu import slots_minor
+from pallas_kernels.dispatch import Kernel, result_like
+from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, affine, nearest_code
+from pallas_kernels.tpu_tiles import LANES, SUBLANES
+
+_SLOTS = 512  # of a tile at least, unless there are fewer
+_BYTES = 2**20  # of float32 in a tile at most; a tile is held several times while it is worked on
+
+
+def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str | None:
+    """Why the kernel cannot run these arguments, or None if it can."""
+    del valid, clip
+    if 0 in x.shape:
+        return f"takes at least one slot, got x {x.shape}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16) or jnp.dtype(scale_dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 and bfloat16, got x {x.dtype} and scale_dtype {jnp.dtype(scale_dtype)}"
+    S, H = x.shape[2:]
+    if H not in (64, 128, 256):
+        return f"takes heads of 64, 128 or 256, got {H}"
+    if group % SUBLANES:
+        return f"takes groups of a multiple of {SUBLANES}, got {group}"
+    slots = _tile(S, bits, group, axis)
+    if slots * H * 4 > _BYTES:
+        return f"holds {slots} slots of {H} channels at a time for groups of {group}, more than {_BYTES} bytes"
+    return None
+
+
+def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Packed:
+    """See `pallas_kernels.quantize_pack.api.quantize_pack`.
+
+    The grid is (B, K, tiles of slots). Groups lie along sublanes while their extremes are sought: of a tile [s, H] for
+    "channel", of its transpose for "token". The steps from extremes to codes are the reference's own functions.
+    """
+    B, K, S, H = x.shape
+    slots = _tile(S, bits, group, axis)
+    whole = lambda b, h, s: (b, h, s, 0)
+    minor = lambda b, h, s: (b, h, 0, s)
+    transposed = slots_minor(x)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
+    if transposed:
+        x, of_x = x.swapaxes(2, 3), pl.BlockSpec((1, 1, H, slots), minor)
+    else:
+        of_x = pl.BlockSpec((1, 1, slots, H), whole)
+    if axis == "channel":
+        scales, of_scale = (B, K, S // group, H), pl.BlockSpec((1, 1, slots // group, H), whole)
+    else:
+        scales, of_scale = (B, K, H // group, S), pl.BlockSpec((1, 1, H // group, slots), minor)
+    per = WORD_BITS // bits
+    words, scale, zero = pl.pallas_call(
+        functools.partial(
+            _kernel, bits=bits, group=group, axis=axis, clip=clip, transposed=transposed
+        ),
+        grid=(B, K, pl.cdiv(S, slots)),
+        in_specs=[of_x, pl.BlockSpec((1, K, slots), lambda b, h, s: (b, 0, s))],
+        out_specs=[pl.BlockSpec((1, 1, slots // per, H), whole), of_scale, of_scale],
+        out_shape=[
+            result_like((B, K, S // per, H), jnp.uint32, x, valid),
+            result_like(scales, scale_dtype, x, valid),
+            result_like(scales, scale_dtype, x, valid),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
+        name="quantize_pack",
+    )(x, valid.astype(jnp.int32))
+    return Packed(words, scale, zero)
+
+
+def _tile(S: int, bits: int, group: int, axis: str) -> int:
+    """Slots of a tile: whole lanes of them, whole sublanes of words and of scales, or all there are."""
+    whole = math.lcm(LANES, SUBLANES * WORD_BITS // bits, SUBLANES * group if axis == "channel" else 1)
+    return min(S, -(-_SLOTS // whole) * whole)
+
+
+def _kernel(
+    x_ref,  # [1, 1, s, H], or [1, 1, H, s]
+    valid_ref,  # i32[1, K, s]
+    words_ref,  # u32[1, 1, s * bits / 32, H]
+    scale_ref,  # [1, 1, s / group, H], or [1, 1, H / group, s]
+    zero_ref,  # as scale_ref
+    *,
+    bits: int,
+    group: int,
+    axis: str,
+    clip: float,
+    transposed: bool,
+):
+    x = x_ref[0, 0].astype(jnp.float32)
+    occupied = valid_ref[0, pl.ds(pl.program_id(1), 1)]  # [1, s]
+    by_channel = axis == "channel"
+    if transposed == by_channel:
+        x = x.T
+    if by_channel:
+        occupied = occupied.reshape(-1, 1)
+    mask = jnp.broadcast_to(occupied, x.shape).reshape(-1, group, x.shape[1]) != 0
+    grouped = x.reshape(mask.shape)  # groups along axis 1
+    lo = jnp.min(jnp.where(mask, grouped, math.inf), axis=1)
+    hi = jnp.max(jnp.where(mask, grouped, -math.inf), axis=1)
+    scale, zero = affine(lo, hi, bits=bits, scale_dtype=scale_ref.dtype, clip=clip)
+    scale_ref[0, 0], zero_ref[0, 0] = scale, zero
+    # float32 before an axis is inserted: a bfloat16 tile holds two rows in a word.
+    code = nearest_code(grouped, scale.astype(jnp.float32)[:, None], zero.astype(jnp.float32)[:, None], bits)
+    code = jnp.where(mask, code.astype(jnp.int32), 0).reshape(x.shape)
+    code = code if by_channel else code.T  # [s, H]
+    per = WORD_BITS // bits
+    fields = code.reshape(-1, per, code.shape[1])
+    shift = jax.lax.broadcasted_iota(jnp.int32, (1, per, 1), 1) * bits
+    # Fields do not overlap: the sum is their union, the sign bit included.
+    words_ref[0, 0] = jnp.sum(fields << shift, axis=1).astype(jnp.uint32)
+
+
+kernel = Kernel(_quantize_pack, _unsupported)

@@ -1,0 +1,93 @@
+"""`ragged_decode_attention` on TPU: the decode skeleton over one list of slots, which the queries of all heads read.
+
+Every tile of pages is multiplied by all T * N queries, of which each sees the slots of its own head. The matrix unit
+holds the slots and streams the queries, so up to its height the queries of other heads take no time; the time is that
+of reading the pages, once each, whoever owns them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention.config import Blocks, blocks
+from pallas_kernels.decode_attention.mosaic_tpu import (
+    MOST_ROWS,
+    Keys,
+    Stored,
+    attend,
+    dense_keys,
+    dense_values,
+    vmem_bytes,
+)
+from pallas_kernels.dispatch import Kernel
+from pallas_kernels.partial import Partial
+
+_LANES = 128
+_UNIT = 16  # slots that one entry of the owners stands for, at most
+_MOST_HEADS = 256  # numbers that bfloat16 holds exactly
+
+
+def owned_keys(k: jax.Array, owner: jax.Array, queries: tuple[int, int], kv_heads: int, dtype) -> Keys:
+    """Keys [B, 1, S, H] whose owners i32[B, 1, 1, S / unit] see them; `queries` are (T, N)."""
+    dense = dense_keys(k, dtype)
+    T, N = queries
+    unit = k.shape[2] // owner.shape[3]
+
+    def logits(q, pos, tile, owner):
+        n, s = owner.shape[1], pos.shape[1]
+        # Owners of slots from owners of units: a product with zeros and ones.
+        slot = jax.lax.broadcasted_iota(jnp.int32, (n, s), 1)
+        first = jax.lax.broadcasted_iota(jnp.int32, (n, s), 0) * unit
+        spread = ((slot >= first) & (slot < first + unit)).astype(jnp.float32).astype(jnp.bfloat16)
+        owner = owner.astype(jnp.float32).astype(jnp.bfloat16)
+        of_slot = jnp.dot(owner, spread, preferred_element_type=jnp.float32)  # [1, s]
+        query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), jnp.int32(N))
+        head = jax.lax.div(query, jnp.int32(N // kv_heads)).astype(jnp.float32)
+        return jnp.where(of_slot == head, dense.logits(q, pos, tile), -jnp.inf)
+
+    return Keys((*dense.stored, Stored(owner, 3, unit)), logits)
+
+
+def _sizes(k, v, dtype) -> Blocks | None:
+    unit = math.gcd(k.shape[2], _UNIT)
+    flat = [jax.ShapeDtypeStruct((x.shape[0], 1, x.shape[1] * x.shape[2], x.shape[3]), x.dtype) for x in (k, v)]
+    return blocks(1, flat[0].shape[2], sum(vmem_bytes(x, dtype) for x in flat) + 4, _LANES * unit)
+
+
+def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> str | None:
+    rows = q.shape[1] * q.shape[2]
+    if rows > MOST_ROWS:
+        return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
+    if kv_heads > _MOST_HEADS:
+        return f"takes up to {_MOST_HEADS} KV heads, got {kv_heads}"
+    if k.shape[1] * k.shape[2] == 0:
+        return f"needs pages, got k {list(k.shape)}"
+    if _sizes(k, v, q.dtype) is None:
+        return f"finds no tile of [P, page, H] = {list(k.shape[1:])} that fits"
+    return None
+
+
+def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> Partial:
+    B, T, N, _ = q.shape
+    page = k.shape[2]
+    if only is not None:
+        k_pos = jnp.where(only[..., None], k_pos, -1)
+    flat = lambda x: x.reshape(B, 1, -1, *x.shape[3:])
+    owner = jnp.repeat(owner, page // math.gcd(page, _UNIT), axis=1)[:, None, None]
+    return attend(
+        q,
+        owned_keys(flat(k), owner, (T, N), kv_heads, q.dtype),
+        dense_values(flat(v), q.dtype),
+        q_pos,
+        flat(k_pos),
+        None if bias is None else flat(bias),
+        sizes=_sizes(k, v, q.dtype),
+        window=window,
+        scale=scale,
+    )
+
+
+kernel = Kernel(_ragged_decode_attention, _unsupported)

@@ -1,0 +1,160 @@
+"""Shapes at which decode kernels are checked, timed and tuned, and random inputs of these shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """Queries over slots, in the letters of every op."""
+
+    B: int = 1
+    T: int = 1
+    K: int = 1
+    G: int = 1
+    S: int = 128
+    H: int = 128
+    dtype: str = "float32"  # of queries, and of keys and values where they are not packed
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{value}" for name, value in dataclasses.asdict(self).items()).replace("dtype", "")
+
+    def abstract(self, *, bias: bool = False) -> tuple:
+        """`(q, k, v, q_pos, k_pos, bias)` without numbers, for what is compiled only."""
+        at = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
+        slots = (self.B, self.K, self.S)
+        return (
+            at(self.dtype, self.B, self.T, self.K * self.G, self.H),
+            at(self.dtype, *slots, self.H),
+            at(self.dtype, *slots, self.H),
+            at(jnp.int32, self.B, self.T),
+            at(jnp.int32, *slots),
+            at(jnp.float32, *slots) if bias else None,
+        )
+
+    def draw(self, seed: int) -> tuple[jax.Array, ...]:
+        """`(q, k, v, q_pos, k_pos)` of normal numbers, slots in no order, an eighth of them empty.
+
+        The last query of the first row is padding if there are several. Of several rows of heads the last is empty
+        and the one before it has one slot.
+        """
+        rng = np.random.default_rng(seed)
+        q = rng.normal(size=(self.B, self.T, self.K * self.G, self.H))
+        k, v = rng.normal(size=(2, self.B, self.K, self.S, self.H))
+        k_pos = np.tile(np.arange(self.S), (self.B * self.K, 1))
+        k_pos = np.where(rng.random(k_pos.shape) < 0.125, -1, k_pos)
+        if len(k_pos) > 2:
+            k_pos[-1] = -1
+            k_pos[-2, 1:] = -1
+        k_pos = rng.permuted(k_pos, axis=1).reshape(self.B, self.K, self.S)
+        q_pos = np.sort(rng.integers(self.S // 2, self.S + 1, size=(self.B, self.T)), axis=1)
+        if self.T > 1:
+            q_pos[0, -1] = -1
+        return (*(jnp.asarray(x, self.dtype) for x in (q, k, v)), jnp.int32(q_pos), jnp.int32(k_pos))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedShape:
+    """Queries over packed slots."""
+
+    decode: DecodeShape
+    bits: int
+    key_axis: Axis = "channel"
+    key_group: int = 32
+    value_group: int = 32
+    scale_dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.bits}bit-{self.key_axis}{self.key_group}-{self.value_group}-{self.decode}"
+
+    def abstract(self, *, bias: bool = False) -> tuple:
+        """As `DecodeShape.abstract`."""
+        at, x = jax.ShapeDtypeStruct, self.decode
+        q, _, _, *rest = x.abstract(bias=bias)
+
+        def packed(axis, group):
+            scale = (x.S // group, x.H) if axis == "channel" else (x.H // group, x.S)
+            scale = at((x.B, x.K, *scale), self.scale_dtype)
+            return Packed(at((x.B, x.K, x.S * self.bits // WORD_BITS, x.H), jnp.uint32), scale, scale)
+
+        return q, packed(self.key_axis, self.key_group), packed("token", self.value_group), *rest
+
+    def draw(self, seed: int) -> tuple:
+        """As `DecodeShape.draw`, with keys and values packed."""
+        q, k, v, q_pos, k_pos = self.decode.draw(seed)
+        how = dict(bits=self.bits, scale_dtype=self.scale_dtype)
+
+        @jax.jit
+        def packed(k, v, valid):
+            k = quantize_pack(k, valid, axis=self.key_axis, group=self.key_group, **how)
+            return k, quantize_pack(v, valid, axis="token", group=self.value_group, **how)
+
+        return q, *packed(k, v, k_pos >= 0), q_pos, k_pos
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedShape:
+    """Queries over pages that belong to KV heads; `decode.S` is left unused."""
+
+    decode: DecodeShape
+    P: int
+    page: int = 16
+
+    def __str__(self) -> str:
+        return f"P{self.P}-page{self.page}-{self.decode}"
+
+    def abstract(self) -> tuple:
+        """`(q, k, v, owner, q_pos, k_pos)` without numbers."""
+        at, x = jax.ShapeDtypeStruct, self.decode
+        q, _, _, q_pos, _, _ = x.abstract()
+        pages = (x.B, self.P, self.page)
+        kv = at((*pages, x.H), x.dtype)
+        return q, kv, kv, at((x.B, self.P), jnp.int32), q_pos, at(pages, jnp.int32)
+
+    def draw(self, seed: int) -> tuple[jax.Array, ...]:
+        """Half of the pages belong to head 0; pages of a head lie together, and the last ones are empty."""
+        rng = np.random.default_rng(seed)
+        x = dataclasses.replace(self.decode, K=self.P, G=1, S=self.page)
+        _, k, v, _, k_pos = x.draw(seed)
+        q = jnp.asarray(rng.normal(size=(x.B, x.T, self.decode.K * self.decode.G, x.H)), x.dtype)
+        owner = np.sort(np.where(rng.random((x.B, self.P)) < 0.5, 0, rng.integers(0, self.decode.K, (x.B, self.P))))
+        owner[:, -2:] = 0
+        k_pos = k_pos.at[:, -2:].set(-1)
+        q_pos = rng.integers(self.page // 2, self.page + 1, size=(x.B, x.T))
+        return q, k, v, jnp.int32(owner), jnp.int32(q_pos), k_pos
+
+
+CHECKED = (
+    DecodeShape(K=3, S=37, H=64),
+    DecodeShape(T=4, K=2, G=3, S=300, H=64, dtype="bfloat16"),
+    DecodeShape(B=2, K=2, G=4, S=512, dtype="bfloat16"),
+    DecodeShape(T=4, G=16, S=129),
+    DecodeShape(B=2, T=2, K=2, S=1),
+    DecodeShape(G=2, S=250, H=256),
+)
+"""Small ones for every head size, groups from 1 to 16, odd lengths, one token and several, empty and one-slot heads."""
+
+CHECKED_QUANTIZED = (
+    QuantizedShape(DecodeShape(K=3, G=3, S=32, H=64), 8, key_group=16, value_group=64, scale_dtype="float32"),
+    QuantizedShape(DecodeShape(T=4, G=4, S=288), 4),
+    QuantizedShape(DecodeShape(B=2, K=2, S=512, dtype="bfloat16"), 2, key_group=16),
+    QuantizedShape(DecodeShape(G=16, S=272, dtype="bfloat16"), 2, key_axis="token", value_group=128),
+    QuantizedShape(DecodeShape(T=2, G=2, S=144, H=256), 8, key_axis="token", key_group=64),
+)
+"""Small ones for all bits and both axes."""
+
+CHECKED_RAGGED = (
+    RaggedShape(DecodeShape(T=2, K=3, G=2, H=64), P=7),
+    RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=160, page=8),
+)
+"""Small ones: a tile, and several of which the last reaches over the end."""
+
+SMOLLM2 = DecodeShape(K=3, G=3, S=2048, H=64, dtype="bfloat16")
+LLAMA_8B = DecodeShape(K=8, G=4, S=32768, H=128, dtype="bfloat16")

@@ -1,0 +1,69 @@
+"""`ragged_decode_attention` by hand and against heads cut out of their pages; its TPU kernel against the reference."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.ragged_decode_attention import api
+from pallas_kernels.shapes import CHECKED_RAGGED, DecodeShape, RaggedShape
+from tests.pallas_kernels.attention_numpy import attention
+from tests.pallas_kernels.kernel_tolerance import FLOAT32, tolerance
+from tests.quick_jit import quick_jit
+
+
+def run(implementation, args, **how):
+    op = functools.partial(api.ragged_decode_attention, implementation=implementation)
+    how, arrays = {k: v for k, v in how.items() if k not in ("bias", "only")}, {k: how.get(k) for k in ("bias", "only")}
+    return quick_jit(lambda args, arrays: op(*args, **arrays, **how))(args, arrays)
+
+
+def test_pages_of_two_heads_by_hand():
+    # Head 0 owns pages 0 and 2, head 1 page 1: with zero keys every visible slot weighs the same.
+    v = jnp.float32([[1, 2], [10, 20], [6, 99]]).reshape(1, 3, 2, 1)
+    pos = jnp.array([[[0, 1], [0, 1], [2, -1]]])
+    args = (jnp.zeros((1, 1, 2, 1)), jnp.zeros((1, 3, 2, 1)), v, jnp.array([[0, 1, 0]]), jnp.array([[5]]), pos)
+    part = run("xla", args, kv_heads=2)
+    np.testing.assert_allclose(part.out.ravel(), [3.0, 15.0], rtol=1e-6)
+    np.testing.assert_allclose(part.lse.ravel(), np.log([3.0, 2.0]), rtol=1e-6)
+    # Without page 1 head 1 has nothing.
+    part = run("xla", args, kv_heads=2, only=jnp.array([[True, False, True]]))
+    np.testing.assert_allclose(part.out.ravel(), [3.0, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(part.lse[..., 1], -jnp.inf)
+
+
+def test_a_head_is_the_concatenation_of_its_pages():
+    shape = RaggedShape(DecodeShape(T=2, K=3, G=2, H=16), P=9, page=4)
+    q, k, v, owner, q_pos, k_pos = args = shape.draw(3)
+    got = run("xla", args, kv_heads=3)
+    for head in range(3):
+        of = lambda x: np.asarray(x)[0][np.asarray(owner)[0] == head].reshape(1, 1, -1, *x.shape[3:])
+        heads = slice(2 * head, 2 * head + 2)
+        want = attention(q[:, :, heads], of(k), of(v), q_pos, of(k_pos))
+        np.testing.assert_allclose(got.out[:, :, heads], want.out, **FLOAT32)
+        np.testing.assert_allclose(got.lse[:, :, heads], want.lse, **FLOAT32)
+
+
+@pytest.mark.parametrize("shape", CHECKED_RAGGED, ids=str)
+def test_the_tpu_kernel(shape):
+    args = shape.draw(0)
+    rng = np.random.default_rng(1)
+    how = dict(
+        kv_heads=shape.decode.K,
+        window=12,
+        bias=jnp.float32(rng.normal(size=args[5].shape)),
+        only=jnp.array(rng.random(args[3].shape) < 0.8),
+    )
+    with pltpu.force_tpu_interpret_mode():
+        got = run("mosaic_tpu", args, **how)
+    want = run("xla", args, **how)
+    np.testing.assert_allclose(got.out, want.out, **tolerance(shape.decode.dtype))
+    np.testing.assert_allclose(got.lse, want.lse, **tolerance(shape.decode.dtype))
+
+
+def test_unsupported_shapes_are_named():
+    shape = RaggedShape(DecodeShape(T=65, K=2), P=2)
+    with pytest.raises(NotImplementedError, match=r"T \* N = 130 of q \[1, 65, 2, 128\]"):
+        api.ragged_decode_attention(*shape.abstract(), kv_heads=2, implementation="mosaic_tpu")

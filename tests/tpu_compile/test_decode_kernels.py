@@ -1,0 +1,103 @@
+"""Every decode kernel goes through the real TPU compiler, and reads what is stored as it is stored."""
+
+import functools
+import math
+import re
+
+import jax
+import pytest
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.shapes import LLAMA_8B, SMOLLM2, QuantizedShape, RaggedShape
+
+pytestmark = pytest.mark.tpu_compile
+
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
+TPU = dict(implementation="mosaic_tpu")
+
+
+def _quantized(shape, bits, key_axis="channel"):
+    op = functools.partial(quantized_decode_attention, bits=bits, key_axis=key_axis, **TPU)
+    return op, QuantizedShape(shape, bits, key_axis).abstract()[:5]
+
+
+def _ragged(shape, pages):
+    return functools.partial(ragged_decode_attention, kv_heads=shape.K, **TPU), RaggedShape(shape, pages).abstract()
+
+
+PROGRAMS = {
+    "dense": (functools.partial(decode_attention, **TPU), LLAMA_8B.abstract()[:5]),
+    "int8": _quantized(LLAMA_8B, 8),
+    "int4": _quantized(LLAMA_8B, 4),
+    "int2": _quantized(LLAMA_8B, 2),
+    "int2-token": _quantized(LLAMA_8B, 2, "token"),
+    "ragged": _ragged(LLAMA_8B, 8 * 2048),
+}
+"""At 32,768 slots of the 8B shape."""
+
+SMALL = {
+    "dense": (functools.partial(decode_attention, **TPU), SMOLLM2.abstract()[:5]),
+    "int4": _quantized(SMOLLM2, 4),
+    "ragged": _ragged(SMOLLM2, 3 * 128),
+}
+"""At 2,048 slots of 64 channels."""
+
+
+def nbytes(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _cases():
+    """Every kernel for every generation; what it is compiled for otherwise, for one of them each."""
+    for name in ("dense", "int4", "ragged"):
+        yield from ((name, topology) for topology in TOPOLOGIES)
+    yield from zip(("int8", "int2", "int2-token"), TOPOLOGIES, strict=False)
+
+
+@pytest.mark.parametrize("name, topology", list(_cases()))
+def test_bytes_are_read_as_they_are_stored(compiled, name, topology):
+    function, args = PROGRAMS[name]
+    program = compiled(function, args, topology)
+    memory, text = program.memory_analysis(), program.as_text()
+    assert "tpu_custom_call" in text
+    assert memory.argument_size_in_bytes == pytest.approx(nbytes(args), rel=0.02)
+    if name == "ragged":
+        # Positions of pages are laid out anew: 16 of a page in 128 lanes, 4 bytes each, beside 256 or 512 a slot of K
+        # and V each; then all in a row.
+        limit = (8 + 1) * 4 * args[-1].size
+    else:
+        limit = 0.01 * nbytes(args)
+    # Queries and results in tiles of 8 x 128 are all else that is made: less than 512 KB.
+    assert memory.temp_size_in_bytes < limit + 2**19
+    assert largest_result(text) < 0.01 * nbytes(args)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES[::3])
+@pytest.mark.parametrize("name", SMALL)
+def test_64_channels(compiled, name, topology):
+    function, args = SMALL[name]
+    program = compiled(function, args, topology)
+    assert "tpu_custom_call" in program.as_text()
+    # 3 heads of positions are padded to 4; 256 words of a channel and 64 groups of it fill lanes with slots, not
+    # with channels, of which the 64 groups take twice as many lanes.
+    expected = nbytes(args) + 2 * nbytes([args[1].scale, args[1].zero]) if name == "int4" else nbytes(args)
+    assert nbytes(args) <= program.memory_analysis().argument_size_in_bytes < 1.02 * expected
+    if name == "dense":
+        # Slots are minor in HBM and in the kernel: no copy.
+        assert largest_result(program.as_text()) < 0.02 * nbytes(args)
+
+
+def largest_result(text: str) -> int:
+    """Bytes of the largest array that the program computes or lays out anew, in any memory.
+
+    A `copy-done` is not one: it brings an operand into VMEM as it is, ahead of the kernel.
+    """
+    sizes = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+    found = [0]
+    for line in text[text.index("ENTRY") :].splitlines():
+        match = re.search(r"= (\w+)\[([\d,]+)\]\{[^}]*\} (?!parameter|bitcast|get-tuple-element|copy-done)", line)
+        if match and match[1] in sizes:
+            found.append(sizes[match[1]] * math.prod(map(int, match[2].split(","))))
+    return max(found)
