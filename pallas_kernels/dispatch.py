@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from pallas_kernels.logits import SoftCap
+
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 """The jnp reference, the Pallas kernel for TPU (Mosaic), the Pallas kernel for Hopper GPUs (Mosaic GPU)."""
 
@@ -76,7 +78,11 @@ class Op:
 
     def _refusal(self, name: str, arrays, static) -> str | None:
         kernel = getattr(self, name)
-        return "does not exist" if kernel is None else kernel.unsupported(*arrays, **static)
+        if kernel is None:
+            return "does not exist"
+        if isinstance(static.get("scale"), SoftCap):
+            return "has no soft cap"
+        return kernel.unsupported(*arrays, **static)
 
     def _branch(self, name: str, static) -> Callable[..., Any]:
         return _traced_once(getattr(self, name).run, self.reference, tuple(sorted(static.items())))

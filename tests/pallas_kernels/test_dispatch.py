@@ -11,7 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import Kernel, Op, result_like
+from pallas_kernels.logits import SoftCap
 
 
 def _scaled(x, *, by):
@@ -96,3 +98,12 @@ def test_the_default_falls_back_with_a_log_line(caplog):
     np.testing.assert_array_equal(run(X[:4]), 2 * X[:4])
     assert "scale: mosaic_tpu takes [8, 128], got [4, 128]; XLA computes it." in caplog.text
     assert "tpu_custom_call" not in run.trace(X[:4]).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_kernels_refuse_logits_with_a_soft_cap():
+    queries, slots = jnp.zeros((1, 1, 2, 128)), jnp.zeros((1, 1, 128, 128))
+    of_queries, of_slots = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 128), jnp.int32)
+    with pytest.raises(NotImplementedError, match="decode_attention: mosaic_tpu has no soft cap"):
+        decode_attention(
+            queries, slots, slots, of_queries, of_slots, scale=SoftCap(0.1, 50.0), implementation="mosaic_tpu"
+        )
