@@ -77,7 +77,7 @@ def step(
     last = None
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
         if last_only and index == config.num_layers - 1:
-            last = _tokens_read(layer, needs, tokens.shape[1])
+            last = _tokens_read(layer.inlined(cache.shared), needs, tokens.shape[1])
         how = dict(config=config, kind=_kind(config, index), needs=needs, last=last)
         x, layer, observed = run_layer(weights, x, positions, layer, cache.shared, jnp.int32(index), **how)
         layers.append(layer)

@@ -7,6 +7,7 @@ import pytest
 
 import kvjax
 from tests.kvjax import tiny_model
+from tests.quick_jit import quick_jit
 
 T, LENGTHS = 24, (24, 3)
 
@@ -40,3 +41,18 @@ def test_the_shortcut_is_taken_where_nothing_else_is_read():
     everything = flops(kvjax.Needs(), False) - unembed
     assert flops(kvjax.Needs(), True) < 0.75 * everything
     assert flops(kvjax.Needs(queries=kvjax.ALL), True) > 0.95 * everything
+
+
+def test_the_last_token_alone_is_read_from_a_pool_of_all_layers():
+    method = kvjax.methods.cake(8, window=4)
+
+    @quick_jit
+    def program(tokens, cache):
+        step = tiny_model.bind(tiny_model.params())
+        cache = kvjax.prefill(step, method, tokens, jnp.array(LENGTHS), cache, room=8).cache
+        call = lambda last_only: step(
+            tokens[:, :5], cache.length[:, None] + jnp.arange(5), cache, needs=kvjax.Needs(), last_only=last_only
+        )
+        return call(True).logits[:, 0], call(False).logits[:, -1]
+
+    np.testing.assert_allclose(*program(tiny_model.prompt(2, T), tiny_model.empty(2)), rtol=1e-5, atol=1e-5)
