@@ -15,7 +15,7 @@ from kvjax.segments import DenseSegment
 from kvjax.segments.dense import dense_tail
 from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
-from kvjax.segments.slots import counts_by_owner
+from kvjax.segments.slots import counts_by_owner, written_after
 from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit
 from kvjax.transforms.evict_by_head import HeadBudgets, choose, pages_for, slot_scores
@@ -69,7 +69,11 @@ def evict_across_layers(
     @functools.partial(jax.jit, static_argnames=("slots", "count"))
     def take_up(pool, weights, segment: DenseSegment, seen: LayerObservation, layer, rows, *, slots: int, count: int):
         """The pool with the slots of one more layer, and f32[B, L], the weights of the layers in it."""
-        B, K, _ = segment.pos.shape
+        K = segment.pos.shape[1]
+        if pool is not None:
+            # Or XLA gathers keys and values of all layers at the very end, and holds every layer's until then.
+            gathered = jnp.stack([pool.pages.k, pool.pages.v])
+            segment = segment.replace(pos=written_after(gathered, segment.pos)[0])
         fresh = SlotList.of(segment.replace(stats={_SCORE: slot_scores(scorer, segment, seen)}), layer * K)
         held = fresh if pool is None else pool.as_list().plus(fresh)
         split = heads
