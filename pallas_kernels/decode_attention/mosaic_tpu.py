@@ -19,6 +19,8 @@ from pallas_kernels.visibility import visible
 MOST_ROWS = 128
 """Queries of a KV head: one pass of the matrix unit, which holds the slots."""
 
+LEAST_SLOTS = 8  # Mosaic has no layout for a single one, and XLA fuses few of them with what is around
+
 _ROWS = 16  # a register of bfloat16
 
 
@@ -314,7 +316,9 @@ def row_limit(q: jax.Array, heads: int, slots: int) -> str | None:
     rows = q.shape[1] * q.shape[2] // heads
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} queries a KV head, got T * G = {rows} of q {list(q.shape)}"
-    return "needs slots, got S = 0" if slots == 0 else None
+    if slots < LEAST_SLOTS:
+        return f"takes {LEAST_SLOTS} slots or more, got S = {slots}"
+    return None
 
 
 def _decode_attention(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> Partial:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.config import Blocks, blocks
 from pallas_kernels.decode_attention.mosaic_tpu import (
+    LEAST_SLOTS,
     MOST_ROWS,
     Keys,
     Stored,
@@ -68,8 +69,8 @@ def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads
         return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
     if kv_heads > _MOST_HEADS:
         return f"takes up to {_MOST_HEADS} KV heads, got {kv_heads}"
-    if k.shape[1] * k.shape[2] == 0:
-        return f"needs pages, got k {list(k.shape)}"
+    if k.shape[1] * k.shape[2] < LEAST_SLOTS:
+        return f"takes {LEAST_SLOTS} slots or more, got k {list(k.shape)}"
     if _sizes(q, k, v) is None:
         return f"finds no tile of [P, page, H] = {list(k.shape[1:])} that fits"
     return None

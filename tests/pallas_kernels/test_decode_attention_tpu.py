@@ -59,7 +59,10 @@ def test_more_heads_than_a_tile_holds(monkeypatch):
     check(shape.draw(3))
 
 
-@pytest.mark.parametrize("T, S, reason", [(129, 8, r"T \* G = 129 of q \[1, 129, 1, 128\]"), (1, 0, "S = 0")])
+@pytest.mark.parametrize(
+    "T, S, reason",
+    [(129, 8, r"T \* G = 129 of q \[1, 129, 1, 128\]"), (1, 1, "takes 8 slots or more, got S = 1")],
+)
 def test_unsupported_shapes_are_named(T, S, reason):
     q, k, v, q_pos, k_pos = DecodeShape(T=T, S=8).draw(0)
     with pytest.raises(NotImplementedError, match=reason):
