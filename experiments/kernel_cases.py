@@ -14,12 +14,14 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.shapes import DecodeShape
+from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.shapes import LLAMA_8B, DecodeShape
 
 DENSE = "dense"
 """The case that the others' bytes and times are compared with."""
 
 _GROUP = 32  # slots of a key's scale, channels of a value's, as in configs/methods/int4.gin
+_PAGE = 16  # slots
 _QUERIES = 32  # the observation window of which `attention_mass` is asked
 
 
@@ -93,6 +95,16 @@ def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:
     return q, k, v, q_pos, _positions(shape, keys[3])
 
 
+def _draw_pages(shape: DecodeShape, key) -> tuple:
+    """As many slots as in the dense case, half of them of head 0."""
+    q, k, v, q_pos, k_pos = _draw_dense(shape, key)
+    pages = shape.K * shape.S // _PAGE
+    paged = lambda x: x.reshape(shape.B, pages, _PAGE, *x.shape[3:])
+    head = jnp.arange(pages, dtype=jnp.int32) * 2 * shape.K // pages  # 0 to 2 K - 1
+    owner = jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages))
+    return q, paged(k), paged(v), owner, q_pos, paged(k_pos)
+
+
 def _draw_observed(shape: DecodeShape, key) -> tuple:
     keys = jax.random.split(key, 3)
     q, q_pos = _queries(shape, keys[0], min(_QUERIES, shape.S))
@@ -127,6 +139,7 @@ CASES = (
     KernelCase(DENSE, decode_attention, _draw_dense),
     KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
     *map(_quantized, (8, 4, 2)),
+    KernelCase("ragged", functools.partial(ragged_decode_attention, kv_heads=LLAMA_8B.K), _draw_pages),
     KernelCase("mass", attention_mass, _draw_observed, every_step=False),
     _packing("pack keys", "channel"),
     _packing("pack values", "token"),
