@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-_SHARED_TABLE = 1 << 12  # numbers from which a table of cosines is worth its memory
+from pallas_kernels import rotary
 
 
 @struct.dataclass
@@ -35,14 +35,7 @@ def rotate(x: jax.Array, pos: jax.Array, rope: Rope | None) -> jax.Array:
     """
     if rope is None:
         return x
-    angle = pos[..., None].astype(jnp.float32) * rope.inv_freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    if _SHARED_TABLE < cos.size < x.size:
-        # Fused into the product, every head would compute the same cosines again: half of the time.
-        cos, sin = jax.lax.optimization_barrier((cos, sin))
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return (x * cos + jnp.concatenate([b, a], axis=-1) * sin).astype(x.dtype)
+    return rotary.rotate(x, pos, rope.inv_freq)
 
 
 def re_rotate(x: jax.Array, delta: jax.Array, rope: Rope) -> jax.Array:

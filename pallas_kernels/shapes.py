@@ -131,6 +131,36 @@ class RaggedShape:
         return q, k, v, jnp.int32(owner), jnp.int32(q_pos), k_pos
 
 
+@dataclasses.dataclass(frozen=True)
+class LowrankShape:
+    """Queries over coordinates of un-rotated keys, and of values."""
+
+    decode: DecodeShape
+    R: int
+    joint: bool = False
+
+    def __str__(self) -> str:
+        return f"R{self.R}-{'joint-' if self.joint else ''}{self.decode}"
+
+    def abstract(self) -> tuple:
+        """`(q, k, v, basis, inv_freq, q_pos, k_pos)` without numbers."""
+        at, x = jax.ShapeDtypeStruct, self.decode
+        q, _, _, q_pos, _, _ = x.abstract()
+        slots = (x.B, 1 if self.joint else x.K, x.S)
+        latent = at((*slots, self.R), x.dtype)
+        basis = at((1, x.K, x.H, self.R), jnp.float32)
+        return q, latent, latent, basis, at((x.H // 2,), jnp.float32), q_pos, at(slots, jnp.int32)
+
+    def draw(self, seed: int) -> tuple[jax.Array, ...]:
+        """As `DecodeShape.draw`; coordinates of norm `sqrt(R)` make keys of norm `sqrt(H)`."""
+        x, rng = self.decode, np.random.default_rng(seed)
+        q, _, _, q_pos, _ = x.draw(seed)
+        _, k, v, _, k_pos = dataclasses.replace(x, K=1 if self.joint else x.K, H=self.R).draw(seed)
+        basis = rng.normal(size=(1, x.K, x.H, self.R)) * self.R**-0.5
+        inv_freq = 10000.0 ** (-np.arange(0, x.H, 2) / x.H)
+        return q, k, v, jnp.float32(basis), jnp.float32(inv_freq), q_pos, k_pos
+
+
 CHECKED = (
     DecodeShape(K=3, S=37, H=64),
     DecodeShape(T=4, K=2, G=3, S=300, H=64, dtype="bfloat16"),
@@ -155,6 +185,12 @@ CHECKED_RAGGED = (
     RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=160, page=8),
 )
 """Small ones: a tile, and several of which the last reaches over the end."""
+
+CHECKED_LOWRANK = (
+    LowrankShape(DecodeShape(T=2, K=2, G=2, S=160, H=64), R=24),
+    LowrankShape(DecodeShape(B=2, K=2, G=4, S=300, dtype="bfloat16"), R=128, joint=True),
+)
+"""Small ones: by head and shared by heads, slots minor and coordinates minor."""
 
 SMOLLM2 = DecodeShape(K=3, G=3, S=2048, H=64, dtype="bfloat16")
 LLAMA_8B = DecodeShape(K=8, G=4, S=32768, H=128, dtype="bfloat16")

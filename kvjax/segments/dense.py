@@ -11,6 +11,7 @@ from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import LAST, fold_slots, keep_highest, token_order, write_windows
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.partial import Partial
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
 
@@ -90,6 +91,28 @@ class DenseSegment:
         q, k = self._rotated(queries, None)
         how = dict(kv_heads=kv_heads, bias=self.bias, only=only, window=window, scale=scale)
         return ragged_decode_attention(q, k, self.v, owner, queries.pos, self.pos, **how)
+
+    def attend_expanded(
+        self,
+        queries: Queries,
+        columns: jax.Array,
+        mean: jax.Array | None,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Partial:
+        """Attention where this segment's keys are coordinates of un-rotated keys; values are read as they are.
+
+        Args:
+          queries: of K * G heads.
+          columns: [1 or B, K, H, R]; keys are `columns k + mean`, rotated at their tokens' positions.
+          mean: [K, H] or None.
+          window: see `attend`.
+          scale: see `attend`.
+        """
+        q, inv_freq = queries.rotated, queries.rope.inv_freq
+        how = dict(mean=mean, bias=self.bias, window=window, scale=scale)
+        return lowrank_decode_attention(q, self.k, self.v, columns, inv_freq, queries.pos, self.pos, **how)
 
     def mass(
         self,

@@ -52,11 +52,11 @@ class Matrix:
 
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
-        return jnp.matmul(c, self._columns().swapaxes(2, 3).astype(c.dtype))
+        return jnp.matmul(c, self.columns.swapaxes(2, 3).astype(c.dtype))
 
     def coordinates_of_queries(self, q: jax.Array) -> jax.Array:
         """See `Basis.coordinates_of_queries`."""
-        return jnp.matmul(q, self._columns().astype(q.dtype))
+        return jnp.matmul(q, self.columns.astype(q.dtype))
 
     def cut(self, heads: Sequence[int], rank: int) -> Matrix:
         """The same for some of the KV heads, with the first `rank` coordinates."""
@@ -67,7 +67,9 @@ class Matrix:
             None if self.inverse is None else self.inverse[:, heads, :, :rank],
         )
 
-    def _columns(self):
+    @property
+    def columns(self) -> jax.Array:
+        """[1 or B, K, H, R], of which an expanded vector is the weighted sum."""
         return self.matrix if self.inverse is None else self.inverse
 
 
@@ -182,6 +184,9 @@ class LatentSegment:
         if self.key_rope == "stored":
             partial = self.latent.attend(self._projected(queries), window=window, scale=scale)
             partial = partial._replace(lse=partial.lse + self._mean_logit(queries, scale))
+        elif hasattr(self.latent, "attend_expanded") and hasattr(self.key_basis, "columns"):
+            columns, mean = self.key_basis.columns, self.key_basis.mean
+            partial = self.latent.attend_expanded(queries, columns, mean, window=window, scale=scale)
         else:
             partial = self.latent.fold_dense(
                 lambda tile: self._attend_tile(queries, tile, window=window, scale=scale)

@@ -168,9 +168,11 @@ def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, bia
     size = pos_ref.shape[2]
     start = (pl.program_id(2) * tiles + tile) * size
     overhang = slots % size != 0
-    for head in range(q_ref.shape[1]):
+
+    @_for_every_head(q_ref.shape[1])
+    def _(head):
         of_head = lambda ref: ref[0, head if ref.shape[1] > 1 else 0]
-        row = lambda ref: ref[0, head : head + 1] if ref.shape[1] > 1 else ref[0]
+        row = lambda ref: ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
         pos = row(pos_ref)  # [1, s]
         if overhang:
             pos = jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1) < slots, pos, -1)
@@ -194,12 +196,25 @@ def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, bia
 
     @pl.when(tile == tiles - 1)
     def _():
-        for head in range(q_ref.shape[1]):
+
+        @_for_every_head(q_ref.shape[1])
+        def _(head):
             total = l_ref[head]
             out = values.output(*(ref[head] for ref in sum_refs))
             out_ref[0, 0, head] = out / jnp.where(total == 0.0, 1.0, total)
             m = m_ref[head]
             lse_ref[0, 0, head] = jnp.where(m == -jnp.inf, 0.0, m) + jnp.log(total)
+
+
+def _for_every_head(heads: int):
+    """Runs a function of the head's index: a loop, so that the program does not grow with the heads."""
+
+    def run(body):
+        if heads == 1:
+            return body(0)
+        jax.lax.fori_loop(0, heads, lambda head, _: body(head), None)
+
+    return run
 
 
 def _visible(row_pos, pos, window):

@@ -1,0 +1,68 @@
+"""`lowrank_decode_attention` by hand and on expanded keys; its TPU kernel against the reference."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention import config
+from pallas_kernels.lowrank_decode_attention import api
+from pallas_kernels.shapes import CHECKED_LOWRANK, DecodeShape, LowrankShape
+from tests.pallas_kernels.attention_numpy import attention
+from tests.pallas_kernels.kernel_tolerance import tolerance
+from tests.quick_jit import quick_jit
+
+
+def run(implementation, args, mean=None, **how):
+    op = functools.partial(api.lowrank_decode_attention, implementation=implementation, **how)
+    return quick_jit(lambda args, mean: op(*args, mean=mean))(args, mean)
+
+
+def test_a_quarter_turn_by_hand():
+    # One coordinate along channel 0. A token at position p turns it by p * pi/2: (1, 0), (0, 1), (-1, 0).
+    c = jnp.float32([1.0, np.log(3.0), 5.0]).reshape(1, 1, 3, 1)
+    v = jnp.float32([1.0, 2.0, 4.0]).reshape(1, 1, 3, 1)
+    basis, inv_freq = jnp.float32([[1.0], [0.0]]).reshape(1, 1, 2, 1), jnp.float32([np.pi / 2])
+    q = jnp.float32([0.0, 1.0]).reshape(1, 1, 1, 2)
+    part = run("xla", (q, c, v, basis, inv_freq, jnp.array([[2]]), jnp.array([[[0, 1, 2]]])), scale=1.0)
+    # Logits 0, log 3 and 0.
+    np.testing.assert_allclose(part.out.item(), (1 + 6 + 4) / 5, rtol=1e-6)
+    np.testing.assert_allclose(part.lse.item(), np.log(5.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_it_is_attention_over_expanded_and_rotated_keys(joint):
+    shape = LowrankShape(DecodeShape(B=2, T=2, K=2, G=2, S=530, H=16), R=6, joint=joint)
+    q, c, v, basis, inv_freq, q_pos, k_pos = args = shape.draw(1)
+    mean = jnp.float32(np.random.default_rng(2).normal(size=(2, 16)))
+    got = run("xla", args, mean, window=300)
+    k = np.einsum("bksr,akhr->bksh", np.float64(c), np.float64(basis)) + np.float64(mean)[:, None]
+    pos = np.broadcast_to(np.asarray(k_pos), k.shape[:3])
+    turned = (k[..., :8] + 1j * k[..., 8:]) * np.exp(1j * pos[..., None] * np.float64(inv_freq))
+    k = np.concatenate([turned.real, turned.imag], axis=-1)
+    want = attention(q, k, np.broadcast_to(v, (*k.shape[:3], 6)), q_pos, pos, window=300)
+    # float32 angles of up to 530 radians are off by 3e-5.
+    np.testing.assert_allclose(got.out, want.out, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(got.lse, want.lse, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", CHECKED_LOWRANK, ids=str)
+def test_the_tpu_kernel(shape, monkeypatch):
+    monkeypatch.setattr(config, "_MOST_SLOTS", 128)
+    args = shape.draw(0)
+    mean = jnp.float32(np.random.default_rng(1).normal(size=(shape.decode.K, shape.decode.H)))
+    with pltpu.force_tpu_interpret_mode():
+        got = run("mosaic_tpu", args, mean, window=100)
+    want = run("xla", args, mean, window=100)
+    # The same angles, whose cosines are equal to a few units in the last place: as without a rotation. In bfloat16
+    # the reference rounds keys twice, before and after their rotation.
+    np.testing.assert_allclose(got.out, want.out, **tolerance(shape.decode.dtype))
+    np.testing.assert_allclose(got.lse, want.lse, **tolerance(shape.decode.dtype))
+
+
+def test_unsupported_shapes_are_named():
+    shape = LowrankShape(DecodeShape(H=24, S=8), R=4)
+    with pytest.raises(NotImplementedError, match="heads of a multiple of 16 channels, got 24"):
+        api.lowrank_decode_attention(*shape.abstract(), implementation="mosaic_tpu")
