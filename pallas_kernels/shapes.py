@@ -166,7 +166,7 @@ CHECKED = (
     DecodeShape(T=4, K=2, G=3, S=300, H=64, dtype="bfloat16"),
     DecodeShape(B=2, K=2, G=4, S=512, dtype="bfloat16"),
     DecodeShape(T=4, G=16, S=129),
-    DecodeShape(B=2, T=2, K=2, S=1),
+    DecodeShape(B=2, T=2, K=2, S=9),
     DecodeShape(G=2, S=250, H=256),
 )
 """Small ones for every head size, groups from 1 to 16, odd lengths, one token and several, empty and one-slot heads."""

@@ -6,9 +6,8 @@ import math
 from typing import NamedTuple
 
 _TILE_BYTES = 4 << 20
-"""Of what one step reads. Two such tiles are in flight, and as much again is expanded: within the 16 MB of VMEM that
-the compilers of all generations grant a kernel. A step of 4 MB takes 5 us at 819 GB/s (v5e), so what a step costs by
-itself, a third of a microsecond, is small."""
+"""Of what one step reads and expands. Two tiles are in flight: within the 16 MB of VMEM that the compilers of all
+generations grant a kernel. A step of 4 MB takes 5 us at 819 GB/s (v5e), so what a step costs by itself is small."""
 
 _MOST_SLOTS = 2048  # of a tile: logits and expanded slots of one head stay below 2 MB each
 _LANES = 128
@@ -22,21 +21,31 @@ class Blocks(NamedTuple):
     splits: int  # parts of the slots that run beside one another where a chip has several cores
 
 
-def blocks(heads: int, slots: int, slot_bytes: float, step: int = 1) -> Blocks | None:
+def blocks(
+    heads: int,
+    slots: int,
+    slot_bytes: float,
+    expanded_bytes: float = 0.0,
+    *,
+    step: int = 1,
+    most: int | None = None,
+) -> Blocks | None:
     """The heuristic, from the size of VMEM.
 
     Args:
       heads: KV heads that are stored.
       slots: [S].
       slot_bytes: bytes that a slot of one KV head takes in VMEM.
+      expanded_bytes: what is made of a slot there; it exists for one head at a time.
       step: slots that cannot be parted: of words and of groups, with the rows that a block must have of both.
+      most: slots of a tile. None: 2,048.
 
     Returns:
       None where not even the smallest tile fits.
     """
     step = math.lcm(step, _LANES)
     for some in (heads, 8) if heads > 8 and heads % 8 == 0 else (heads,):
-        fits = min(_TILE_BYTES // max(int(some * slot_bytes), 1), _MOST_SLOTS)
+        fits = min(int(_TILE_BYTES / (some * slot_bytes + expanded_bytes)), most or _MOST_SLOTS)
         if slots <= fits:
             return Blocks(some, slots, 1)
         if fits >= step:

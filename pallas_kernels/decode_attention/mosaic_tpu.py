@@ -19,6 +19,8 @@ from pallas_kernels.visibility import visible
 MOST_ROWS = 128
 """Queries of a KV head: one pass of the matrix unit, which holds the slots."""
 
+LEAST_SLOTS = 8  # Mosaic has no layout for a single one, and XLA fuses few of them with what is around
+
 _ROWS = 16  # a register of bfloat16
 
 
@@ -285,20 +287,27 @@ def widened(tile: jax.Array, dtype) -> jax.Array:
     return tile.astype(dtype) if tile.dtype.itemsize == 1 else tile
 
 
-def _sizes(k, v, k_pos, dtype) -> Blocks | None:
-    return blocks(k.shape[1], k_pos.shape[2], sum(vmem_bytes(x, dtype) for x in (k, v)) + 4)
+def _sizes(q, k, v, k_pos) -> Blocks | None:
+    K, wide = k.shape[1], q.dtype.itemsize
+    # 8-bit floats are widened.
+    expanded = sum(x.shape[3] * wide for x in (k, v) if x.dtype.itemsize == 1)
+    return blocks(K, k_pos.shape[2], sum(map(vmem_bytes, (k, v))) + 4, expanded + logits_bytes(q, K))
 
 
-def vmem_bytes(x: jax.Array, dtype) -> float:
-    """Of one slot of one head of `[B, K, S, H]`; what is widened in VMEM counts too, but exists for one head."""
+def vmem_bytes(x: jax.Array) -> float:
+    """Of one slot of one head of `[B, K, S, H]`."""
     width = x.shape[3] if slots_minor(x) else -(-x.shape[3] // 128) * 128
-    wide = jnp.dtype(dtype).itemsize / x.shape[1] if x.dtype.itemsize == 1 else 0
-    return width * (x.dtype.itemsize + wide)
+    return width * x.dtype.itemsize
+
+
+def logits_bytes(q: jax.Array, heads: int) -> float:
+    """Of one slot: logits, mask and probabilities of the queries of a KV head, in float32 and once in theirs."""
+    return 16.0 * -(-q.shape[1] * q.shape[2] // heads // _ROWS) * _ROWS
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> str | None:
     return row_limit(q, k.shape[1], k_pos.shape[2]) or (
-        f"finds no tile of [K, S, H] = {list(k.shape[1:])} that fits" if _sizes(k, v, k_pos, q.dtype) is None else None
+        f"finds no tile of [K, S, H] = {list(k.shape[1:])} that fits" if _sizes(q, k, v, k_pos) is None else None
     )
 
 
@@ -307,7 +316,9 @@ def row_limit(q: jax.Array, heads: int, slots: int) -> str | None:
     rows = q.shape[1] * q.shape[2] // heads
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} queries a KV head, got T * G = {rows} of q {list(q.shape)}"
-    return "needs slots, got S = 0" if slots == 0 else None
+    if slots < LEAST_SLOTS:
+        return f"takes {LEAST_SLOTS} slots or more, got S = {slots}"
+    return None
 
 
 def _decode_attention(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> Partial:
@@ -318,7 +329,7 @@ def _decode_attention(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> Par
         q_pos,
         k_pos,
         bias,
-        sizes=_sizes(k, v, k_pos, q.dtype),
+        sizes=_sizes(q, k, v, k_pos),
         window=window,
         scale=scale,
     )

@@ -16,6 +16,7 @@ from pallas_kernels.decode_attention.mosaic_tpu import (
     as_laid_out,
     attend,
     dense_values,
+    logits_bytes,
     product,
     row_limit,
     vmem_bytes,
@@ -48,9 +49,9 @@ def expanded_keys(k: jax.Array, basis: jax.Array, inv_freq: jax.Array, mean: jax
 
 def _sizes(q, k, v, basis, k_pos) -> Blocks | None:
     K, H = basis.shape[1:3]
-    shared = max(k.shape[1], v.shape[1])
-    slot_bytes = sum(vmem_bytes(x, q.dtype) for x in (k, v)) * shared / K + 4 + _EXPANDED * H * 4 / K
-    return blocks(K, k_pos.shape[2], slot_bytes)
+    stored = sum(vmem_bytes(x) * x.shape[1] / K for x in (k, v))
+    widened = sum(x.shape[3] * q.dtype.itemsize for x in (k, v) if x.dtype.itemsize == 1)
+    return blocks(K, k_pos.shape[2], stored + 4, widened + _EXPANDED * H * 4 + logits_bytes(q, K))
 
 
 def _unsupported(q, k, v, basis, inv_freq, q_pos, k_pos, mean=None, bias=None, *, window, scale) -> str | None:

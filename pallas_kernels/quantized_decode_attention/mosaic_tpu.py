@@ -7,17 +7,20 @@ they are. With n groups of channels there are n times as many rows, which cost n
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.config import Blocks, blocks
-from pallas_kernels.decode_attention.mosaic_tpu import Keys, Stored, Values, attend, product, row_limit
+from pallas_kernels.decode_attention.mosaic_tpu import Keys, Stored, Values, attend, logits_bytes, product, row_limit
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Packed
 
 _SUBLANES = 8
 _MOST_GROUPS = 16  # of channels
+_MOST_SUMS = 512  # rows of sums of a KV head, one for every query and group of channels
 
 
 def unpacked(words: jax.Array, bits: int, dtype) -> jax.Array:
@@ -84,20 +87,23 @@ def _group_of_channel(shape, groups: int, axis: int) -> jax.Array:
     return jax.lax.div(index, jnp.int32(shape[axis] // groups))
 
 
-def _sizes(k: Packed, v: Packed, bits: int, key_axis: str) -> Blocks | None:
-    K, S = k.words.shape[1], k.words.shape[2] * (WORD_BITS // bits)
-    lanes = lambda width: -(-width // 128) * 128
-    slot_bytes, step = 4.0, _SUBLANES * (WORD_BITS // bits)
+def _sizes(q, k: Packed, v: Packed, bits: int, key_axis: str) -> Blocks | None:
+    per = WORD_BITS // bits
+    K, S = k.words.shape[1], k.words.shape[2] * per
+    slot_bytes, expanded, step = 4.0, logits_bytes(q, K), _SUBLANES * per
     for x, axis in ((k, key_axis), (v, "token")):
-        width = lanes(x.words.shape[3])
-        slot_bytes += width * bits / 8 + 2 * width * 4 / K  # expanded for one head at a time
+        width = -(-x.words.shape[3] // 128) * 128
+        slot_bytes += width * bits / 8
+        expanded += 2 * width * 4  # codes, and what they stand for
         if axis == "token":
-            slot_bytes += 2 * x.scale.shape[2] * x.scale.dtype.itemsize
+            groups = x.scale.shape[2]
+            slot_bytes += 2 * groups * x.scale.dtype.itemsize
+            expanded += groups * logits_bytes(q, K) / 2  # as many rows
         else:
             group = S // x.scale.shape[2]
             slot_bytes += 2 * width / group * x.scale.dtype.itemsize
-            step = max(step, _SUBLANES * group) if (_SUBLANES * group) % step == 0 else step * _SUBLANES * group
-    return blocks(K, S, slot_bytes, step)
+            step = math.lcm(step, _SUBLANES * group)
+    return blocks(K, S, slot_bytes, expanded, step=step)
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> str | None:
@@ -110,7 +116,10 @@ def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, sc
     groups = max(x.scale.shape[2] for x in ((v,) if key_axis == "channel" else (k, v)))
     if groups > _MOST_GROUPS:
         return f"takes up to {_MOST_GROUPS} groups of channels, got {groups}"
-    if _sizes(k, v, bits, key_axis) is None:
+    rows = q.shape[1] * q.shape[2] // k.words.shape[1] * groups
+    if rows > _MOST_SUMS:
+        return f"takes up to {_MOST_SUMS} queries of a KV head times groups of channels, got T * G * {groups} = {rows}"
+    if _sizes(q, k, v, bits, key_axis) is None:
         return f"finds no tile of [K, S, H] = {[*k_pos.shape[1:], q.shape[3]]} in groups of {group} that fits"
     return None
 
@@ -124,7 +133,7 @@ def _quantized_decode_attention(q, k, v, q_pos, k_pos, bias=None, *, bits, key_a
         q_pos,
         k_pos,
         bias,
-        sizes=_sizes(k, v, bits, key_axis),
+        sizes=_sizes(q, k, v, bits, key_axis),
         window=window,
         scale=scale,
     )

@@ -14,19 +14,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.config import Blocks, blocks
 from pallas_kernels.decode_attention.mosaic_tpu import (
+    LEAST_SLOTS,
     MOST_ROWS,
     Keys,
     Stored,
     attend,
     dense_keys,
     dense_values,
+    logits_bytes,
     vmem_bytes,
 )
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 
 _LANES = 128
-_UNIT = 16  # slots that one entry of the owners stands for, at most
+_UNIT = 8  # slots that one entry of the owners stands for, at most
 _MOST_HEADS = 256  # numbers that bfloat16 holds exactly
 
 
@@ -51,10 +53,14 @@ def owned_keys(k: jax.Array, owner: jax.Array, queries: tuple[int, int], kv_head
     return Keys((*dense.stored, Stored(owner, 3, unit)), logits)
 
 
-def _sizes(k, v, dtype) -> Blocks | None:
+def _sizes(q, k, v) -> Blocks | None:
     unit = math.gcd(k.shape[2], _UNIT)
     flat = [jax.ShapeDtypeStruct((x.shape[0], 1, x.shape[1] * x.shape[2], x.shape[3]), x.dtype) for x in (k, v)]
-    return blocks(1, flat[0].shape[2], sum(vmem_bytes(x, dtype) for x in flat) + 4, _LANES * unit)
+    widened = sum(x.shape[3] * q.dtype.itemsize for x in flat if x.dtype.itemsize == 1)
+    # Owners fill lanes in every tile but a single one; the matrix that spreads them has a row for each.
+    expanded = widened + logits_bytes(q, 1) + 8 * _LANES
+    step = _LANES * unit
+    return blocks(1, flat[0].shape[2], sum(map(vmem_bytes, flat)) + 4, expanded, step=step, most=step)
 
 
 def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> str | None:
@@ -63,9 +69,9 @@ def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads
         return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
     if kv_heads > _MOST_HEADS:
         return f"takes up to {_MOST_HEADS} KV heads, got {kv_heads}"
-    if k.shape[1] * k.shape[2] == 0:
-        return f"needs pages, got k {list(k.shape)}"
-    if _sizes(k, v, q.dtype) is None:
+    if k.shape[1] * k.shape[2] < LEAST_SLOTS:
+        return f"takes {LEAST_SLOTS} slots or more, got k {list(k.shape)}"
+    if _sizes(q, k, v) is None:
         return f"finds no tile of [P, page, H] = {list(k.shape[1:])} that fits"
     return None
 
@@ -84,7 +90,7 @@ def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, only=None,
         q_pos,
         flat(k_pos),
         None if bias is None else flat(bias),
-        sizes=_sizes(k, v, q.dtype),
+        sizes=_sizes(q, k, v),
         window=window,
         scale=scale,
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import api, config
+from pallas_kernels.decode_attention import api, config, mosaic_tpu
 from pallas_kernels.partial import Partial
 from pallas_kernels.shapes import CHECKED, DecodeShape
 from tests.pallas_kernels.kernel_tolerance import tolerance
@@ -52,12 +52,17 @@ def test_8_bit_floats_and_values_of_another_width():
 
 
 def test_more_heads_than_a_tile_holds(monkeypatch):
-    monkeypatch.setattr(config, "_TILE_BYTES", 8 * 128 * (64 * 8 + 4))
-    assert config.blocks(16, 128, 64 * 8 + 4).heads == 8
-    check(DecodeShape(K=16, S=128, H=64).draw(3))
+    # Of 128 slots with float32 keys and values of 64 channels, and the logits of 16 rows.
+    monkeypatch.setattr(config, "_TILE_BYTES", 128 * (8 * (2 * 128 * 4 + 4) + 16 * 16))
+    shape = DecodeShape(K=16, S=128, H=64)
+    assert mosaic_tpu._sizes(*shape.abstract()[:3], shape.abstract()[4]).heads == 8
+    check(shape.draw(3))
 
 
-@pytest.mark.parametrize("T, S, reason", [(129, 8, r"T \* G = 129 of q \[1, 129, 1, 128\]"), (1, 0, "S = 0")])
+@pytest.mark.parametrize(
+    "T, S, reason",
+    [(129, 8, r"T \* G = 129 of q \[1, 129, 1, 128\]"), (1, 1, "takes 8 slots or more, got S = 1")],
+)
 def test_unsupported_shapes_are_named(T, S, reason):
     q, k, v, q_pos, k_pos = DecodeShape(T=T, S=8).draw(0)
     with pytest.raises(NotImplementedError, match=reason):

@@ -71,6 +71,8 @@ def test_prefill_and_decode_compile_for_v5e(devices, name):
     programs = compile_for(devices("v5e:2x2"), config, method, PROMPT)
     for program in (programs.prefill, programs.decode):
         assert program.memory_analysis().argument_size_in_bytes > 0
+    # The dense tail at least, where a method has one, is read by a kernel.
+    assert "tpu_custom_call" in programs.decode.as_text()
     # The loop's cache is the donated one.
     assert programs.decode.memory_analysis().alias_size_in_bytes >= kvjax.nbytes(programs.run.cache)
 
@@ -90,6 +92,9 @@ def test_long_8b_decode_arguments_are_the_cache(devices, name):
     memory = programs.decode.memory_analysis()
     cache = kvjax.nbytes(programs.run.cache)
     weights = kvjax.nbytes(abstract_params(LLAMA_8B, jnp.bfloat16))
+    segments = sum(len(layer.segments) for layer in programs.run.cache.layers)
+    kernels = programs.decode.as_text().count('custom_call_target="tpu_custom_call"')
+    assert kernels >= segments * (2 if name == "int4" else 1)  # int4: the packed body, and its tail
     assert memory.argument_size_in_bytes - weights == pytest.approx(cache, rel=0.05)
     if name == "int4":
         slots = programs.run.cache.layers[0].segments[-1].body.pos.shape[-1]
