@@ -23,8 +23,8 @@ _KEY_BYTES = 2**21  # of a tile at most; Pallas holds two of them, and 16 MB of 
 def _unsupported(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, reduce="sum") -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del q_pos, k_pos, lse, bias, window, scale, reduce
-    if 0 in q.shape or 0 in k.shape:
-        return f"takes at least one query and one slot, got q {q.shape} and k {k.shape}"
+    if 0 in q.shape or k.shape[2] < 2:  # for one slot Mosaic has no layout
+        return f"takes at least one query and two slots, got q {q.shape} and k {k.shape}"
     if q.dtype not in (jnp.float32, jnp.bfloat16) or k.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16, got q {q.dtype} and k {k.dtype}"
     if q.shape[-1] not in (64, 128, 256):

@@ -41,7 +41,7 @@ def _queries_and_slots(seed, dtype, B, T, K, G, H, S):
 
 # dtype, B, T, K, G, H, S, reduce, window, bias
 MASS = {
-    "one slot": (jnp.float32, 2, 2, 1, 1, 128, 1, "sum", None, False),
+    "two slots": (jnp.float32, 2, 2, 1, 1, 128, 2, "sum", None, False),
     "odd lengths": (jnp.float32, 2, 5, 2, 3, 64, 23, "entropy", 9, True),
     "sixteen heads to a group": (jnp.bfloat16, 1, 3, 1, 16, 256, 9, "squares", None, False),
     "tiles of queries and of slots": (jnp.float32, 1, 257, 1, 2, 64, 515, "max", None, True),
@@ -146,8 +146,8 @@ def test_refusals_name_the_shape():
         "attention_mass: mosaic_tpu takes float32 and bfloat16, got q float32 and k float8_e4m3fn": lambda: mass(
             q, k.astype(jnp.float8_e4m3fn), q_pos, k_pos[..., :2], lse
         ),
-        "attention_mass: mosaic_tpu takes at least one query and one slot": lambda: mass(
-            q, k[:, :, :0], q_pos, k_pos[..., :0], lse
+        "attention_mass: mosaic_tpu takes at least one query and two slots": lambda: mass(
+            q, k[:, :, :1], q_pos, k_pos[..., :1], lse
         ),
         "prefill_attention: mosaic_tpu takes heads of 64, 128 or 256 in q, k and v alike, got 64 and 40": lambda: (
             prefill(q, k, k[..., :40], q_pos)

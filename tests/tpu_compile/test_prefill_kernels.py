@@ -75,3 +75,14 @@ def test_quantize_pack(devices, model, axis, bits, topology):
     # Heads of 64 leave the kernel in rows of 128; codes before they are packed would be 8 bits or more.
     assert memory.temp_size_in_bytes <= (2 if H == 64 else 0) * packed + 2 * 4 * valid.size
     assert not re.search(rf"(f32|[su]32|[su]8)\[1,{K},({S},{H}|{H},{S})\]", text)
+
+
+@pytest.mark.parametrize("T, S", [(1, 2), (33, 7), (300, 129)])
+def test_odd_lengths_compile(devices, T, S):
+    device, at = devices(TOPOLOGIES[0]), lambda *shape: _abstract(jnp.bfloat16, *shape)
+    pos = lambda *shape: _abstract(jnp.int32, *shape)
+    lse = _abstract(jnp.float32, 2, T, 6)
+    _compile(device, attention_mass, at(2, T, 6, 64), at(2, 2, S, 64), pos(2, T), pos(2, 2, S), lse)
+    _compile(device, prefill_attention, at(2, T, 6, 64), at(2, 2, T, 64), at(2, 2, T, 64), pos(2, T))
+    how = dict(bits=8, group=32, axis="token", scale_dtype="bfloat16")
+    _compile(device, quantize_pack, at(2, 2, 4 * S, 64), _abstract(jnp.bool_, 2, 2, 4 * S), **how)
