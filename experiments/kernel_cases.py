@@ -11,15 +11,19 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.shapes import DecodeShape
+from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.shapes import LLAMA_8B, DecodeShape
 
 DENSE = "dense"
 """The case that the others' bytes and times are compared with."""
 
 _GROUP = 32  # slots of a key's scale, channels of a value's, as in configs/methods/int4.gin
+_PAGE = 16  # slots
+_RANK = 64  # coordinates of a key and of a value
 _QUERIES = 32  # the observation window of which `attention_mass` is asked
 
 
@@ -93,6 +97,26 @@ def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:
     return q, k, v, q_pos, _positions(shape, keys[3])
 
 
+def _draw_pages(shape: DecodeShape, key) -> tuple:
+    """As many slots as in the dense case, half of them of head 0."""
+    q, k, v, q_pos, k_pos = _draw_dense(shape, key)
+    pages = shape.K * shape.S // _PAGE
+    paged = lambda x: x.reshape(shape.B, pages, _PAGE, *x.shape[3:])
+    head = jnp.arange(pages, dtype=jnp.int32) * 2 * shape.K // pages  # 0 to 2 K - 1
+    owner = jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages))
+    return q, paged(k), paged(v), owner, q_pos, paged(k_pos)
+
+
+def _draw_lowrank(shape: DecodeShape, key) -> tuple:
+    """Coordinates of keys from before the rotation, and of values."""
+    key, basis = jax.random.split(key)
+    q, q_pos = _queries(shape, key, 1)
+    _, k, v, _, k_pos = _draw_dense(dataclasses.replace(shape, H=_RANK), key)
+    basis = _normal(basis, shape.dtype, 1, shape.K, shape.H, _RANK) * _RANK**-0.5
+    inv_freq = 500_000.0 ** -(jnp.arange(0, shape.H, 2) / shape.H)
+    return q, k, v, basis, inv_freq, q_pos, k_pos
+
+
 def _draw_observed(shape: DecodeShape, key) -> tuple:
     keys = jax.random.split(key, 3)
     q, q_pos = _queries(shape, keys[0], min(_QUERIES, shape.S))
@@ -127,6 +151,8 @@ CASES = (
     KernelCase(DENSE, decode_attention, _draw_dense),
     KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
     *map(_quantized, (8, 4, 2)),
+    KernelCase("ragged", functools.partial(ragged_decode_attention, kv_heads=LLAMA_8B.K), _draw_pages),
+    KernelCase(f"rank {_RANK}", lowrank_decode_attention, _draw_lowrank),
     KernelCase("mass", attention_mass, _draw_observed, every_step=False),
     _packing("pack keys", "channel"),
     _packing("pack values", "token"),

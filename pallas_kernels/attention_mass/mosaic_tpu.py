@@ -23,8 +23,8 @@ _KEY_BYTES = 2**21  # of a tile at most; Pallas holds two of them, and 16 MB of 
 def _unsupported(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=None, reduce="sum") -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del q_pos, k_pos, lse, bias, window, scale, reduce
-    if 0 in q.shape or 0 in k.shape:
-        return f"takes at least one query and one slot, got q {q.shape} and k {k.shape}"
+    if 0 in q.shape or k.shape[2] < 2:  # for one slot Mosaic has no layout
+        return f"takes at least one query and two slots, got q {q.shape} and k {k.shape}"
     if q.dtype not in (jnp.float32, jnp.bfloat16) or k.dtype not in (jnp.float32, jnp.bfloat16):
         return f"takes float32 and bfloat16, got q {q.dtype} and k {k.dtype}"
     if q.shape[-1] not in (64, 128, 256):
@@ -59,8 +59,8 @@ def _attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=No
         pl.BlockSpec((1, heads * G, queries), lambda b, h, s, t: (b, h, t)),
     ]
     operands = [q.reshape(B, T, N * H), k, q_pos[:, None], k_pos, lse.astype(jnp.float32).swapaxes(1, 2)]
-    keys_minor = slots_minor(k)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
-    if keys_minor:
+    slots_last = slots_minor(k)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
+    if slots_last:
         specs[1] = pl.BlockSpec((1, heads, H, slots), lambda b, h, s, t: (b, h, 0, s))
         operands[1] = k.swapaxes(2, 3)
     if bias is not None:
@@ -72,7 +72,7 @@ def _attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=No
         group=G,
         heads=heads,
         head_dim=H,
-        keys_minor=keys_minor,
+        slots_last=slots_last,
         window=window,
         scale=H**-0.5 if scale is None else scale,
         reduce=reduce,
@@ -101,7 +101,7 @@ def _kernel(
     group: int,
     heads: int,
     head_dim: int,
-    keys_minor: bool,
+    slots_last: bool,
     window: int | None,
     scale: float,
     reduce: str,
@@ -137,7 +137,7 @@ def _kernel(
                 lanes = [slice(n * head_dim, (n + 1) * head_dim) for n in members]
                 qs = jnp.concatenate([q_ref[0, :, at] for at in lanes], axis=0)
                 qs = (qs * jnp.asarray(scale, qs.dtype)).astype(k_ref.dtype)
-                logits = product(qs, k_ref[0, h], (1, 0 if keys_minor else 1))
+                logits = product(qs, k_ref[0, h], (1, 0 if slots_last else 1))
                 if bias_ref is not None:
                     logits += bias_ref[0, pl.ds(kv_head, 1)]
                 for i, n in enumerate(members):

@@ -2,9 +2,9 @@
 
 One warpgroup takes a part of the slots of one KV head. Tiles of keys and values come through TMA into a ring of buffers
 in shared memory, and both products run on the tensor cores with queries as rows: `S = Q K^T`, then `O += P V` with P
-from registers. wgmma has 64 rows, of which T * G hold queries and the others nothing. For each byte of a bfloat16 cache
-that is 64 products where T * G would do, below what a Hopper GPU multiplies in the time it reads one. The transposed
-products `S^T = K Q^T` and `O^T = V^T P^T` need only 8 columns, but P in shared memory and a maximum across warps.
+from registers. wgmma has 64 rows, of which T * G hold queries and the others nothing, so every element of the cache is
+multiplied 64 times where T * G would do. The transposed products `S^T = K Q^T` and `O^T = V^T P^T` need only 8 columns,
+but P in shared memory and a maximum across warps.
 
 Slots behind the last whole tile, fewer than 64, are left to the reference and merged.
 """

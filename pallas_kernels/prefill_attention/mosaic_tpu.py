@@ -62,8 +62,8 @@ def _prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
         return jnp.clip(j, first, jnp.minimum(last, pl.cdiv(T, keys) - 1))
 
     of_queries = pl.BlockSpec((1, queries, heads * G * H), lambda b, h, i, j: (b, i, h))
-    keys_minor = slots_minor(k)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
-    if keys_minor:
+    slots_last = slots_minor(k)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
+    if slots_last:
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
         of_keys = pl.BlockSpec((1, heads, H, keys), lambda b, h, i, j: (b, h, 0, read(i, j)))
     else:
@@ -75,7 +75,7 @@ def _prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
         group=G,
         heads=heads,
         head_dim=H,
-        keys_minor=keys_minor,
+        slots_last=slots_last,
         window=window,
         scale=H**-0.5 if scale is None else scale,
     )
@@ -136,14 +136,14 @@ def _kernel(
     group: int,
     heads: int,
     head_dim: int,
-    keys_minor: bool,
+    slots_last: bool,
     window: int | None,
     scale: float,
 ):
     j = pl.program_id(3)
     keys = k_pos_ref.shape[-1]
     of_head = lambda n: slice(n * head_dim, (n + 1) * head_dim)
-    slots, channels = (1, 0) if keys_minor else (0, 1)  # axes of a head's keys and values
+    slots, channels = (1, 0) if slots_last else (0, 1)  # axes of a head's keys and values
 
     @pl.when(j == 0)
     def _():

@@ -5,6 +5,9 @@ restored in registers and put into shared memory as bfloat16. Which 64 is what m
 mind the order of slots, so a tile is 64 groups of g slots, and a step of it takes one slot of every group: words are
 rows of a strided copy, keys' scales per channel are one row a group as they are stored, and nothing is shuffled.
 
+It is written to be right, not fast: every element is unpacked by itself and multiplied with 64 rows, most of them
+empty, which by the published peaks of an H100 takes longer than reading 2 bits.
+
 Slots behind the last whole tile, fewer than 64 g, are left to the reference and merged.
 """
 

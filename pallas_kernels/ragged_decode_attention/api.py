@@ -6,9 +6,14 @@ import jax
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
-from pallas_kernels.ragged_decode_attention import mosaic_tpu, reference
+from pallas_kernels.ragged_decode_attention import mosaic_gpu, mosaic_tpu, reference
 
-_OP = Op("ragged_decode_attention", reference.ragged_decode_attention, mosaic_tpu=mosaic_tpu.kernel)
+_OP = Op(
+    "ragged_decode_attention",
+    reference.ragged_decode_attention,
+    mosaic_tpu=mosaic_tpu.kernel,
+    mosaic_gpu=mosaic_gpu.kernel,
+)
 
 
 def ragged_decode_attention(
@@ -42,7 +47,8 @@ def ragged_decode_attention(
       only: bool[B, P], the pages to attend to. None: all.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
-      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
+      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`; never
+        "mosaic_gpu", which was lowered for Hopper GPUs and never run on one.
 
     Returns:
       `Partial(out f32[B, T, N, H'], lse f32[B, T, N])`.

@@ -135,6 +135,17 @@ def test_differences_count_infinities_and_packed_words():
     assert not kernel_timing.difference(jnp.array([1.0, 1.01]), jnp.array([1.0, 1.0]))[1]
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_kernels_take_what_the_cases_draw(case):
+    shape = dataclasses.replace(LLAMA_8B, B=2, S=4096)
+    run = lambda implementation: jax.eval_shape(
+        functools.partial(case.op, implementation=implementation), *case.abstract(shape)
+    )
+    assert run("mosaic_tpu") == run("xla")
+    if case.name in ("dense", "int8", "int4", "int2", "ragged"):
+        assert run("mosaic_gpu") == run("xla")
+
+
 @pytest.mark.parametrize(
     "flag, message",
     [

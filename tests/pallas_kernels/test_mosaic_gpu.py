@@ -12,7 +12,8 @@ from pallas_kernels.decode_attention.mosaic_gpu import SLOTS, as_rows, by_token,
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.shapes import DecodeShape
+from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.shapes import DecodeShape, RaggedShape
 from tests.quick_jit import quick_jit
 
 SHAPES = (
@@ -71,11 +72,34 @@ def test_quantized_lowers_for_cuda(bits, shape, axis, group, channels):
     assert got.out.shape == (shape.B, shape.T, shape.K * shape.G, shape.H)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        RaggedShape(DecodeShape(B=2, K=8, G=4, dtype="bfloat16"), P=256),
+        RaggedShape(DecodeShape(T=2, K=3, G=3, H=64, dtype="bfloat16"), P=13, page=8),
+        RaggedShape(DecodeShape(K=1, G=4, H=256, dtype="bfloat16"), P=3, page=128),
+    ],
+    ids=str,
+)
+def test_ragged_lowers_for_cuda(shape):
+    arrays = shape.abstract()
+    only = jax.ShapeDtypeStruct(arrays[3].shape, bool)
+    op = lambda *arrays, **how: ragged_decode_attention(*arrays[:6], only=arrays[6], **how)
+    how = dict(kv_heads=shape.decode.K, window=100, implementation="mosaic_gpu")
+    text = for_cuda(op, *arrays, only, **how)
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
+    assert ("dot_general" in text) == (shape.P * shape.page % SLOTS != 0)
+    got = jax.eval_shape(functools.partial(op, **how), *arrays, only)
+    assert got.out.shape == (shape.decode.B, shape.decode.T, shape.decode.K * shape.decode.G, shape.decode.H)
+
+
 def test_nobody_gets_a_gpu_kernel_who_did_not_ask():
     *arrays, _ = SHAPES[0].abstract()
     assert "mosaic_gpu" not in for_cuda(decode_attention, *arrays)
     arrays = quantized(DecodeShape(S=2048, dtype="bfloat16"), 4, "channel")
     assert "mosaic_gpu" not in for_cuda(quantized_decode_attention, *arrays, bits=4)
+    arrays = RaggedShape(DecodeShape(dtype="bfloat16"), P=8).abstract()
+    assert "mosaic_gpu" not in for_cuda(ragged_decode_attention, *arrays, kv_heads=1)
 
 
 def test_rows_and_tokens_are_inverse():
@@ -126,3 +150,19 @@ def test_unsupported_packed_shapes_are_named(shape, how, reason):
     op = functools.partial(quantized_decode_attention, bits=4, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=f"quantized_decode_attention: mosaic_gpu {reason}"):
         jax.eval_shape(op, *arrays)
+
+
+@pytest.mark.parametrize(
+    "shape, reason",
+    [
+        (RaggedShape(DecodeShape(), P=8), "takes bfloat16 queries, keys and values, got float32"),
+        (RaggedShape(DecodeShape(H=96, dtype="bfloat16"), P=8), "takes heads of 64, 128 or 256 in q, k and v alike"),
+        (RaggedShape(DecodeShape(T=3, K=8, G=4, dtype="bfloat16"), P=8), r"got T \* N = 96 of q"),
+        (RaggedShape(DecodeShape(dtype="bfloat16"), P=8, page=24), "takes pages of 8, 16, 32 or .* slots, got 24"),
+        (RaggedShape(DecodeShape(dtype="bfloat16"), P=3), "takes at least 64 slots in all pages, got 3 pages of 16"),
+    ],
+)
+def test_unsupported_pages_are_named(shape, reason):
+    op = functools.partial(ragged_decode_attention, kv_heads=shape.decode.K, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=f"ragged_decode_attention: mosaic_gpu .*{reason}"):
+        jax.eval_shape(op, *shape.abstract())

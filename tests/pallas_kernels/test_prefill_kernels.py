@@ -41,7 +41,7 @@ def _queries_and_slots(seed, dtype, B, T, K, G, H, S):
 
 # dtype, B, T, K, G, H, S, reduce, window, bias
 MASS = {
-    "one slot": (jnp.float32, 2, 2, 1, 1, 128, 1, "sum", None, False),
+    "two slots": (jnp.float32, 2, 2, 1, 1, 128, 2, "sum", None, False),
     "odd lengths": (jnp.float32, 2, 5, 2, 3, 64, 23, "entropy", 9, True),
     "sixteen heads to a group": (jnp.bfloat16, 1, 3, 1, 16, 256, 9, "squares", None, False),
     "tiles of queries and of slots": (jnp.float32, 1, 257, 1, 2, 64, 515, "max", None, True),
@@ -64,21 +64,21 @@ def test_attention_mass(case):
 
 
 def test_hidden_slots_receive_nothing_whatever_their_logits():
-    q, k, q_pos, k_pos = _queries_and_slots(0, jnp.float32, 1, 4, 1, 2, 64, 12)
-    everyone = jnp.full_like(q_pos, -1), jnp.full(q.shape[:3], -jnp.inf)
-    loud = jnp.where((k_pos < 0)[..., None], 1e6, k)
-    got, want = both(attention_mass, (q, loud, q_pos, k_pos, jnp.zeros(q.shape[:3])))
+    q, k, q_pos, k_pos = map(np.array, _queries_and_slots(0, jnp.float32, 2, 4, 1, 2, 64, 12))
+    k[k_pos < 0] = 1e6
+    lse = np.zeros(q.shape[:3], np.float32)
+    q_pos[1], lse[1] = -1, -np.inf  # queries that saw nothing
+    got, want = both(attention_mass, (q, k, q_pos, k_pos, lse))
     close(got, want, jnp.float32)
-    got, _ = both(attention_mass, (q, k, everyone[0], k_pos, everyone[1]))
-    np.testing.assert_array_equal(got, 0.0)
+    assert want[0].max() > 0 and not got[1].any()
 
 
 # dtype, lengths of the rows, T, K, G, H, window
 PREFILL = {
     "one token": (jnp.float32, [1], 1, 1, 4, 128, None),
     "odd lengths": (jnp.float32, [13, 6, 0], 13, 2, 3, 64, None),
-    "sixteen heads to a group": (jnp.bfloat16, [5], 5, 1, 16, 256, None),
-    "tiles of queries and of keys": (jnp.float32, [515], 515, 1, 2, 64, None),
+    "sixteen heads to a group": (jnp.bfloat16, [5, 0], 5, 1, 16, 256, None),
+    "tiles of queries and of keys": (jnp.float32, [515], 515, 1, 1, 64, None),
     "a window skips tiles": (jnp.float32, [1030], 1030, 1, 1, 128, 300),
     "several blocks of heads": (jnp.bfloat16, [11, 3], 11, 4, 4, 128, 4),
 }
@@ -103,9 +103,7 @@ def test_prefill_attention(case):
 PACKED = {
     "keys, 2 bits": (jnp.bfloat16, "bfloat16", 560, 128, 2, 16, "channel"),
     "keys, 4 bits": (jnp.float32, "float32", 32, 64, 4, 8, "channel"),
-    "keys, 8 bits": (jnp.float32, "bfloat16", 96, 256, 8, 32, "channel"),
-    "values, 2 bits": (jnp.float32, "float32", 528, 64, 2, 16, "token"),
-    "values, 4 bits": (jnp.bfloat16, "bfloat16", 40, 256, 4, 256, "token"),
+    "values, one scale a token": (jnp.bfloat16, "bfloat16", 40, 256, 4, 256, "token"),
     "values, 8 bits": (jnp.float32, "float32", 4, 128, 8, 64, "token"),
 }
 
@@ -114,10 +112,11 @@ PACKED = {
 def test_quantize_pack_is_bit_exact(case):
     dtype, scale_dtype, S, H, bits, group, axis = PACKED[case]
     rng = np.random.default_rng(S)
-    x = jnp.asarray(rng.normal(size=(2, 2, S, H)) * 10.0 ** rng.integers(-3, 3, size=(2, 2, S, 1)), dtype)
-    valid = jnp.asarray(rng.random((2, 2, S)) < 0.8).at[0, 0].set(False)
+    x = jnp.asarray(rng.normal(size=(1, 2, S, H)) * 10.0 ** rng.integers(-3, 3, size=(1, 2, S, 1)), dtype)
+    valid = rng.random((1, 2, S)) < 0.8
+    valid[0, 0, : S // 2] = False
     how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype)
-    got, want = both(quantize_pack, (x, valid), **how)
+    got, want = both(quantize_pack, (x, jnp.asarray(valid)), **how)
     for a, b in zip(got, want):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
@@ -147,8 +146,8 @@ def test_refusals_name_the_shape():
         "attention_mass: mosaic_tpu takes float32 and bfloat16, got q float32 and k float8_e4m3fn": lambda: mass(
             q, k.astype(jnp.float8_e4m3fn), q_pos, k_pos[..., :2], lse
         ),
-        "attention_mass: mosaic_tpu takes at least one query and one slot": lambda: mass(
-            q, k[:, :, :0], q_pos, k_pos[..., :0], lse
+        "attention_mass: mosaic_tpu takes at least one query and two slots": lambda: mass(
+            q, k[:, :, :1], q_pos, k_pos[..., :1], lse
         ),
         "prefill_attention: mosaic_tpu takes heads of 64, 128 or 256 in q, k and v alike, got 64 and 40": lambda: (
             prefill(q, k, k[..., :40], q_pos)
