@@ -97,7 +97,8 @@ class Ceilings:
 def prefill_flops(config: DecoderConfig, tokens: int) -> int:
     """Multiplications and additions of a causal prefill: matrices, attention, and the head of the last token."""
     N, K, H, D, F = config.num_heads, config.num_kv_heads, config.head_dim, config.width, config.ffn_width
-    matrices = D * (N + 2 * K) * H + N * H * D + 3 * D * F
+    feed_forward = (3 if config.gated else 2) * D * F * max(config.experts_per_token, 1)
+    matrices = D * (N + 2 * K) * H + N * H * D + feed_forward
     attention = 2 * N * H * (tokens + 1) / 2  # per query: its logits and its mix, over half the keys on average
     return int(2 * (config.num_layers * tokens * (matrices + attention) + D * config.vocab_size))
 
@@ -258,9 +259,12 @@ def run() -> None:
     threads = _threads()
     try:
         peer = TransformersPeer(model, threads)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         peer = None
         print(f"No peer: {error}. Install the extra `peer` to compare.")
+    except ValueError as error:  # another family
+        peer = None
+        print(f"No peer: {error}")
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
     ceilings = Ceilings.measure()
     print(

@@ -24,7 +24,7 @@ class TransformersPeer:
     def __init__(self, model: Model, threads: int):
         config = model.config
         if config != DecoderConfig(*dataclasses.astuple(config)[:_LLAMA_FIELDS]):
-            raise ValueError(f"--peer: {config.name} is not a plain Llama, the one family that this peer runs.")
+            raise ValueError(f"{config.name} is not a plain Llama, the one family that this peer runs.")
         import torch
         import transformers
 

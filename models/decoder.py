@@ -157,6 +157,7 @@ class _Kind(NamedTuple):
         return Rope(jnp.float32(self.frequencies))
 
 
+@functools.cache
 def _kind(config: DecoderConfig, index: int) -> _Kind:
     scale = config.query_scale
     if config.attention_cap is not None:

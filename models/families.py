@@ -160,11 +160,12 @@ def _rotary(f: Fields, context: int | None, head_dim: int, base: float, longest:
 
 
 def _window(f: Fields, layers: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """A sliding window, in all layers unless told otherwise."""
-    if f.get("sliding_window") is None or layers == ():
+    """A sliding window, in all layers unless told otherwise; one that no context exceeds is none."""
+    window = f.get("sliding_window")
+    if window is None or layers == () or f.size("sliding_window") >= f.size("max_position_embeddings", 2048):
         return {}
     every = tuple(range(f.size("num_hidden_layers")))
-    return {"window": f.size("sliding_window"), "local_layers": every if layers is None else layers}
+    return {"window": window, "local_layers": every if layers is None else layers}
 
 
 def _llama(f: Fields, context: int | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "gptneox": "GPTNeoXForCausalLM",
 }
 
 # GGUF name -> Hugging Face name, without ".weight".
@@ -43,8 +44,17 @@ _BLOCK = {
     "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_gate_inp": "mlp.gate",
 }
+_NEOX_TOP = {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"}
+_NEOX = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
 _GEMMA = _BLOCK | {"ffn_norm": "pre_feedforward_layernorm"}
-_BLOCKS = {"gemma2": _GEMMA, "gemma3": _GEMMA, "phi3": _BLOCK | {"ffn_up": "mlp.gate_up_proj"}}
+_BLOCKS = {"gemma2": _GEMMA, "gemma3": _GEMMA, "phi3": _BLOCK | {"ffn_up": "mlp.gate_up_proj"}, "gptneox": _NEOX}
 # Tensors of all experts in one; name of one of them.
 _EXPERTS = {
     "ffn_gate_exps": "mlp.experts.{}.gate_proj",
@@ -68,6 +78,8 @@ _FIELDS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "use_parallel_residual": "use_parallel_residual",
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -78,7 +90,11 @@ _FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
-_INTEGERS = set(_FIELDS) - {"attention.layer_norm_rms_epsilon", "rope.freq_base"} - {
+_INTEGERS = set(_FIELDS) - {
+    "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "use_parallel_residual",
+    "rope.freq_base",
     "attn_logit_softcapping",
     "final_logit_softcapping",
 }
@@ -169,8 +185,9 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
             refuse(key, "expected one integer")
         if key not in _USED | _SCALING and (key not in _NEUTRAL or value != _NEUTRAL[key]):
             refuse(key)
-    if "attention.layer_norm_rms_epsilon" not in given:
-        raise ValueError(f"{prefix}attention.layer_norm_rms_epsilon is missing, expected a float.")
+    epsilon = f"attention.layer_norm{'' if architecture == 'gptneox' else '_rms'}_epsilon"
+    if epsilon not in given:
+        raise ValueError(f"{prefix}{epsilon} is missing, expected a float.")
 
     fields = {field: given[key] for key, field in _FIELDS.items() if key in given}
     fields["tie_word_embeddings"] = "output.weight" not in stored
@@ -181,8 +198,9 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         rotated = given.get("rope.dimension_count", head_dim)
         if given.get("attention.value_length", head_dim) != head_dim:
             refuse("attention.value_length", f"expected the head dimension, {head_dim}")
+        fields["rotary_pct"] = rotated / head_dim  # what GPT-NeoX calls partial_rotary_factor
         if rotated != head_dim:
-            if architecture != "phi3":
+            if architecture not in ("phi3", "gptneox"):
                 refuse("rope.dimension_count", f"expected the head dimension, {head_dim}")
             fields["partial_rotary_factor"] = rotated / head_dim
     if architecture == "llama":
@@ -238,16 +256,17 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
 def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]) -> dict[str, Any]:
     """By the Hugging Face name of a tensor, or its own where it has none: the tensor, and which expert's part it is."""
     parts = _BLOCKS.get(architecture, _BLOCK)
+    top, layer = (_NEOX_TOP, "gpt_neox.layers.") if architecture == "gptneox" else (_TOP, "model.layers.")
     rename = _MIXTRAL if config.names == "mixtral" else {}
     found = {}
     for name, tensor in stored.items():
         stem, _, suffix = name.rpartition(".")
         block, _, part = stem.removeprefix("blk.").partition(".")
-        at = f"model.layers.{block}."
+        at = f"{layer}{block}."
         if name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"):
             continue  # in the config
-        if stem in _TOP:
-            found[f"{_TOP[stem]}.{suffix}"] = tensor, None
+        if stem in top:
+            found[f"{top[stem]}.{suffix}"] = tensor, None
         elif stem.startswith("blk.") and part in parts:
             found[f"{at}{rename.get(parts[part], parts[part])}.{suffix}"] = tensor, None
         elif stem.startswith("blk.") and part in _EXPERTS:
@@ -272,6 +291,9 @@ def _read_tensor(
         return _halves(array, config.num_heads)
     if halves and ".k_proj." in name:
         return _halves(array, config.num_kv_heads)
+    if ".query_key_value." in name:  # queries of all heads, keys of all, values of all: back to head after head
+        apart = array.reshape(3, config.num_heads, -1, *array.shape[1:])
+        return apart.swapaxes(0, 1).reshape(array.shape)
     if name.endswith("norm.weight"):
         return array - np.float32(weights.NAMES[config.names].norm_offset)
     return array

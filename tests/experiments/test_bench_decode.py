@@ -1,5 +1,6 @@
 """The speed benchmark: what its rows say, with and without the peer. Nothing here asserts a time."""
 
+import dataclasses
 import functools
 import json
 from unittest import mock
@@ -159,6 +160,13 @@ def test_weights_go_back_to_the_names_they_came_from(checkpoint):
     again = build_params(model.config, huggingface_tensors(model).__getitem__, jnp.float32)
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), model.params, again)
     assert all(jax.tree.leaves(same))
+
+
+def test_the_peer_refuses_what_is_no_llama(checkpoint):
+    model = load_model(str(checkpoint))
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, post_norms=True))
+    with pytest.raises(ValueError, match="tiny is not a plain Llama"):
+        TransformersPeer(other, threads=1)
 
 
 @pytest.mark.peer

@@ -1,5 +1,6 @@
 """The calibration program, and calibrations that remember their model."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -180,3 +181,15 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         calibrations.save(tmp_path / "made", "duoattention", model, {"induction": jnp.zeros((2, 2))}, SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypatch):
+    windows = dataclasses.replace(model.config, num_layers=4, window=8, local_layers=(0, 1, 3))
+    given = {"x": jnp.arange(4), "rates": jnp.arange(3)}
+    monkeypatch.setattr(calibrations.Calibrations, "_load", lambda self, recipe, path: given)
+    of = lambda config: calibrations.Calibrations(dataclasses.replace(model, config=config))("d2o", None)
+    found = of(windows)
+    assert found["x"].tolist() == [2] and found["rates"].tolist() == [0, 1, 2]
+    # All layers alike: the method gets them all.
+    for local in ((), (0, 1, 2, 3)):
+        assert of(dataclasses.replace(windows, local_layers=local)) is given

@@ -34,7 +34,16 @@ PARTS = {
     "block_sparse_moe.gate": "ffn_gate_inp",
 }
 EXPERTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+NEOX = {
+    "input_layernorm": "attn_norm",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+NEOX_TOP = {"gpt_neox.embed_in": "token_embd", "gpt_neox.final_layer_norm": "output_norm", "embed_out": "output"}
+TOP = NEOX_TOP | {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 FILES = {
     "llama2": ("llama", {}),
     "mistral": ("llama", {"attention.sliding_window": 6}),
@@ -77,6 +86,15 @@ FILES = {
             "attention.head_count_kv": 1,
         },
     ),
+    "gpt_neox": (
+        "gptneox",
+        {
+            "embedding_length": 64,
+            "rope.dimension_count": 4,
+            "use_parallel_residual": True,
+            "attention.layer_norm_epsilon": 1e-5,
+        },
+    ),
 }
 
 
@@ -89,14 +107,16 @@ def write_gguf(name: str, path) -> None:
         "embedding_length": 32,
         "feed_forward_length": 48,
         "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.head_count_kv": config.get("num_key_value_heads", 4),
         "attention.layer_norm_rms_epsilon": 1e-6,
         "rope.freq_base": config.get("rope_theta", 10000.0),
         "vocab_size": 64,
     } | more
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {
+            bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string
+        }[type(value)]
         add(f"{architecture}.{key}", value)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "qwen2")
@@ -114,9 +134,12 @@ def write_gguf(name: str, path) -> None:
         if stem in TOP:
             named = TOP[stem]
         else:
-            block, _, part = stem.removeprefix("model.layers.").partition(".")
+            block, _, part = stem.removeprefix("gpt_neox.layers.").removeprefix("model.layers.").partition(".")
             gemma = architecture.startswith("gemma")
-            parts = PARTS | {"post_attention_layernorm": "post_attention_norm" if gemma else "ffn_norm"}
+            parts = PARTS | NEOX | ({"post_attention_layernorm": "post_attention_norm"} if gemma else {})
+            if part == "attention.query_key_value":
+                heads = tensor.reshape(4, 3, 16, *tensor.shape[1:])
+                tensor = np.concatenate([heads[:, i].reshape(-1, *tensor.shape[1:]) for i in range(3)])
             named = f"blk.{block}.{parts[part]}"
             if architecture == "llama" and part.endswith(("q_proj", "k_proj")):
                 heads = config["num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"]
