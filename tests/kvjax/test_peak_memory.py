@@ -15,7 +15,7 @@ from tests.quick_jit import quick_jit
 
 T = 1024
 DENSE_LAYER = 2 * T * tiny_model.CONFIG.num_kv_heads * tiny_model.CONFIG.head_dim * 4  # keys and values, bytes
-FEW, MANY = 3, 6  # layers
+FEW, MANY = 4, 7  # layers; with three, some methods never hold what they hold of two layers in the middle
 
 
 def _peak(build, layers: int) -> int:
@@ -40,8 +40,11 @@ def _peak(build, layers: int) -> int:
         lambda data: methods.adakv_snapkv(0.25, window=16),
         lambda data: methods.matryoshka_pca(data("matryoshka_pca", None), 8, 8),
         lambda data: methods.duoattention(data("duoattention", None), sinks=4, recent=64),
+        lambda data: methods.h2o(0.25),
+        lambda data: methods.d2o(0.25, whole=()),
+        lambda data: methods.kvmerger(0.25, whole=()),
     ],
-    ids=["snapkv", "kivi", "adakv", "matryoshka", "duoattention"],
+    ids=["snapkv", "kivi", "adakv", "matryoshka", "duoattention", "h2o", "d2o", "kvmerger"],
 )
 def test_an_added_layer_costs_less_than_half_of_its_dense_keys_and_values(build):
     """So dense keys and values are those of a few layers at a time, beside the compressed cache."""
