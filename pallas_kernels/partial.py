@@ -51,7 +51,9 @@ def combine(partials: Sequence[Partial]) -> Partial:
     return Partial(out=out, lse=m_finite + jnp.log(total))
 
 
-def combine_by_owner(partial: Partial, owner: jax.Array, owners: int) -> Partial:
+def combine_by_owner(
+    partial: Partial, owner: jax.Array, owners: int, *, only: jax.Array | None = None
+) -> Partial:
     """Merges the parts that belong together when that is data: pages of a ragged cache into its heads.
 
     The same merge as `combine`, over axis P instead of over a list.
@@ -60,6 +62,7 @@ def combine_by_owner(partial: Partial, owner: jax.Array, owners: int) -> Partial
       partial: `out` f32[B, T, P * G, H], `lse` f32[B, T, P * G]: P parts with G queries each.
       owner: i32[B, P], which of the `owners` a part belongs to.
       owners: [K]; the result has K * G queries. One without parts is `(0, -inf)`.
+      only: bool[B, P], the parts that count. None: all.
 
     Returns:
       `Partial(out f32[B, T, K * G, H], lse f32[B, T, K * G])`.
@@ -68,6 +71,8 @@ def combine_by_owner(partial: Partial, owner: jax.Array, owners: int) -> Partial
     P = owner.shape[1]
     parts = lambda x: x.reshape(B, T, P, -1, *x.shape[3:]).swapaxes(1, 2)  # [B, P, T, G, ...]
     out, lse = parts(partial.out), parts(partial.lse)
+    if only is not None:
+        lse = jnp.where(only[:, :, None, None], lse, -jnp.inf)
     each = lambda reduce: jax.vmap(lambda x, ids: reduce(x, ids, num_segments=owners))
     m = each(jax.ops.segment_max)(lse, owner)  # [B, K, T, G]; -inf where there is nothing
     m = jnp.where(m == -jnp.inf, 0.0, m)

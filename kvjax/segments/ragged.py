@@ -12,8 +12,7 @@ from kvjax.rope import Rope
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import counts_by_owner
-from pallas_kernels.partial import Partial, spread_to_owned
-from pallas_kernels.ragged_decode_attention.reference import merged
+from pallas_kernels.partial import Partial, combine_by_owner, spread_to_owned
 
 
 class SlotList(NamedTuple):
@@ -107,7 +106,7 @@ class RaggedSegment:
         if hasattr(self.pages, "attend_pages"):
             return self.pages.attend_pages(queries, self.owner, self.kv_heads, only=only, **how)
         partial = self.pages.attend(self._of_pages(queries), **how)
-        return merged(partial, self.owner, self.kv_heads, only)
+        return combine_by_owner(partial, self.owner, self.kv_heads, only=only)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`; f32[B, P * G, page], the G query heads of a page's owner."""
@@ -115,9 +114,8 @@ class RaggedSegment:
 
     def as_list(self) -> SlotList:
         """The slots of its dense pages; unused ones are empty."""
-        B, P, page = self.pages.pos.shape
-        flat = jax.tree.map(lambda x: x.reshape(B, 1, P * page, *x.shape[3:]), self.pages)
-        return SlotList(flat, jnp.repeat(self.owner, page, axis=1))
+        of_pages = SlotList.of(self.pages)
+        return of_pages._replace(owner=jnp.repeat(self.owner, self.pages.pos.shape[2], axis=1))
 
     def dense(self) -> RaggedSegment:
         """The same with dense pages."""

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.partial import Partial, fold_tiles
+from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
 LAST = jnp.iinfo(jnp.int32).max
 """A position after every real one."""
 
 _TILE = 512  # slots that are expanded at a time
-_SUBLANES, _LANES = 8, 128  # of a TPU's memory: slots and channels that fill them make a matrix without a copy
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
@@ -140,7 +140,8 @@ def write_windows(
       axis: of the slots.
     """
     B, K = start.shape
-    fills_tiles = axis == 2 and old.ndim == 4 and old.shape[2] % _SUBLANES == 0 and old.shape[3] % _LANES == 0
+    # On a TPU these make a matrix without a copy.
+    fills_tiles = axis == 2 and old.ndim == 4 and old.shape[2] % SUBLANES == 0 and old.shape[3] % LANES == 0
     if fills_tiles and B * K <= _UNROLL:
         return jax.lax.platform_dependent(old, new, start, on, tpu=_write_rows, default=_write_slices)
     return _write_slices(old, new, start, on, axis)

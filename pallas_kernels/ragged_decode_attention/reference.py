@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.reference import decode_attention
 from pallas_kernels.partial import Partial, combine_by_owner, spread_to_owned
@@ -26,12 +25,4 @@ def ragged_decode_attention(
     """See `pallas_kernels.ragged_decode_attention.api.ragged_decode_attention`."""
     of_pages = spread_to_owned(q, owner, kv_heads)
     partial = decode_attention(of_pages, k, v, q_pos, k_pos, bias, window=window, scale=scale)
-    return merged(partial, owner, kv_heads, only)
-
-
-def merged(partial: Partial, owner: jax.Array, kv_heads: int, only: jax.Array | None) -> Partial:
-    """What pages (P * G queries) say of heads (K * G), of the pages where bool[B, P] `only` is true, or of all."""
-    if only is not None:
-        group = partial.lse.shape[2] // only.shape[1]
-        partial = partial._replace(lse=jnp.where(jnp.repeat(only, group, axis=1)[:, None], partial.lse, -jnp.inf))
-    return combine_by_owner(partial, owner, kv_heads)
+    return combine_by_owner(partial, owner, kv_heads, only=only)
