@@ -3,7 +3,8 @@
     python -m experiments.head_budgets --methods=adakv_snapkv,kvzip --keep=0.25
 
 Reads one real text, compresses its cache with each method, and stores what the heads kept in three ways. All three give
-the same next token; the largest difference of its logits is printed. About six minutes on 2 cores, a calibration included.
+the same next token; the largest difference of its logits is printed. About six minutes on 2 cores, with the calibration
+that it makes on its first run.
 """
 
 from __future__ import annotations
