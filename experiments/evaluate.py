@@ -36,6 +36,7 @@ _MAX_EXAMPLES = flags.DEFINE_integer("max_examples", None, "At most this many ex
 _QUESTION_AWARE = flags.DEFINE_bool("question_aware", None, "Compress after the question.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Discard what output_dir holds.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would run and how many bytes it would take.")
+_SLOTS = 64  # prompts of different lengths are padded to a multiple of these
 
 
 @gin.configurable(module="experiments")
@@ -172,12 +173,23 @@ def check_start(
         evaluator.abstract_bytes(method, min(len(example.context_ids) for example in examples))
 
 
+def prompt_and_question(example: tasks.Example, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is read before the cache is compressed, and what after it."""
+    if settings.question_aware:
+        return example.context_ids + example.question_ids, ()
+    return example.context_ids, example.question_ids
+
+
 def evaluate(
     settings: Settings, model: Model, methods: Sequence[Method], examples: Sequence[tasks.Example], file
 ) -> Iterator[results.Row]:
-    """Scores what `file` lacks, example by example, and yields each line as it is written."""
+    """Scores what `file` lacks, example by example, and yields each line as it is written.
+
+    Prompts of different lengths are padded to a multiple of 64 tokens, or to the longest, and share what was compiled.
+    """
     room = max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1
     evaluator = Evaluator(model, methods, room, settings.call_tokens)
+    longest = max(len(prompt_and_question(e, settings)[0]) for e in examples)
     warm: set[tuple[str, int]] = set()
     counts: dict[str, int] = {}
     for example in examples:
@@ -186,19 +198,18 @@ def evaluate(
         missing = [m for m in methods if (m.name, example.task, index) not in file]
         if not missing:
             continue
-        prompt, question = example.context_ids, example.question_ids
-        if settings.question_aware:
-            prompt, question = prompt + question, ()
-        if ("prefill", len(prompt)) not in warm:
-            evaluator.prefill(prompt)  # compiles
-            warm.add(("prefill", len(prompt)))
-        dense = evaluator.prefill(prompt)
+        prompt, question = prompt_and_question(example, settings)
+        slots = min(longest, -(-len(prompt) // _SLOTS) * _SLOTS)
+        if ("prefill", slots) not in warm:
+            evaluator.prefill(prompt, slots)  # compiles
+            warm.add(("prefill", slots))
+        dense = evaluator.prefill(prompt, slots)
         reference, full_bytes = None, None
         for method in [methods[0], *(m for m in missing if m is not methods[0])]:
-            if (method.name, len(prompt)) not in warm:
-                evaluator.score(method, example, dense, prompt, question, None)  # compiles
-                warm.add((method.name, len(prompt)))
-            score = evaluator.score(method, example, dense, prompt, question, reference)
+            if (method.name, slots) not in warm:
+                evaluator.score(method, example, dense, prompt, question, None, slots)  # compiles
+                warm.add((method.name, slots))
+            score = evaluator.score(method, example, dense, prompt, question, reference, slots)
             if method is methods[0]:
                 reference, full_bytes = score.log_probs, score.cache_bytes
             if method not in missing:

@@ -40,17 +40,21 @@ class Evaluator:
         self._room, self._call_tokens = room, call_tokens
         self._chunked = {}
 
-    def prefill(self, ids: Sequence[int]) -> tuple[kvjax.StepOutput, float]:
-        """Reads a prompt with the full cache: what came out, and the seconds it took."""
-        return reading.read(self._model, ids, self._needs)
+    def prefill(self, ids: Sequence[int], slots: int | None = None) -> tuple[kvjax.StepOutput, float]:
+        """Reads a prompt, padded to `slots`, with the full cache: what came out, and the seconds it took."""
+        return reading.read(self._model, ids, self._needs, slots)
 
-    def compress(self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int]) -> tuple[kvjax.Run, float]:
+    def compress(
+        self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int], slots: int | None = None
+    ) -> tuple[kvjax.Run, float]:
         """Compresses what `prefill` read, or reads the prompt in chunks: the run, and the seconds it took."""
         start = time.perf_counter()
         if method.prefill_chunk is not None:
-            run = self._prefill_chunks(method)(self._model.params, jnp.asarray([ids]), jnp.asarray([len(ids)]))
+            run = self._prefill_chunks(method)(
+                self._model.params, reading.padded(ids, slots), jnp.asarray([len(ids)])
+            )
         else:
-            room = dict(room=self._room, call_tokens=self._call_tokens)
+            room = dict(room=self._room, call_tokens=self._call_tokens, slots=slots)
             run = reading.compress(self._model, method, dense, ids, **room)
         jax.block_until_ready(run)
         return run, time.perf_counter() - start
@@ -85,14 +89,15 @@ class Evaluator:
         prompt: Sequence[int],
         question: Sequence[int],
         reference: jax.Array | None,
+        slots: int | None = None,
     ) -> Score:
         """Compresses, asks and scores; `reference` are the full cache's log-probabilities."""
-        run, seconds = self.compress(method, dense[0], prompt)
+        run, seconds = self.compress(method, dense[0], prompt, slots)
         if method.prefill_chunk is None:
             seconds += dense[1]
         cache_bytes = kvjax.nbytes((run.cache, run.state))
         kept = float(kvjax.kept_tokens(run.cache)[0])
-        log_probs, speed = self.answer(method, run, question, example, len(prompt))
+        log_probs, speed = self.answer(method, run, question, example, slots or len(prompt))
         answer = jnp.asarray(example.answer_ids, jnp.int32)
         nll = match = kl = None
         if len(example.answer_ids):

@@ -24,9 +24,21 @@ def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
     return needs
 
 
-def read(model: Model, ids: Sequence[int], needs: kvjax.Needs) -> tuple[kvjax.StepOutput, float]:
-    """Reads a prompt, one compiled layer after another: what came out, and the seconds it took."""
-    tokens, positions = jnp.asarray([ids]), jnp.arange(len(ids))[None]
+def padded(ids: Sequence[int], slots: int | None) -> jax.Array:
+    """i32[1, slots]: a prompt padded at its end; None: as it is."""
+    return jnp.asarray([[*ids, *[0] * ((slots or len(ids)) - len(ids))]], jnp.int32)
+
+
+def read(
+    model: Model, ids: Sequence[int], needs: kvjax.Needs, slots: int | None = None
+) -> tuple[kvjax.StepOutput, float]:
+    """Reads a prompt, one compiled layer after another: what came out, and the seconds it took.
+
+    With `slots` it is padded to so many tokens, so that prompts of several lengths share what was compiled.
+    """
+    tokens = padded(ids, slots)
+    index = jnp.arange(tokens.shape[1])
+    positions = jnp.where(index < len(ids), index, -1)[None]
     start = time.perf_counter()
     cache = prompt_cache(model.config, 1, model.params["embed"].dtype)
     out = bind(model.params, model.config)(tokens, positions, cache, needs=needs, last_only=True)
@@ -35,15 +47,22 @@ def read(model: Model, ids: Sequence[int], needs: kvjax.Needs) -> tuple[kvjax.St
 
 
 def compress(
-    model: Model, method: Method, out: kvjax.StepOutput, ids: Sequence[int], *, room: int, call_tokens: int = 1
+    model: Model,
+    method: Method,
+    out: kvjax.StepOutput,
+    ids: Sequence[int],
+    *,
+    room: int,
+    call_tokens: int = 1,
+    slots: int | None = None,
 ) -> kvjax.Run:
-    """The run of one method after a prompt that `read` read."""
-    lengths = jnp.asarray([len(ids)])
+    """The run of one method after a prompt that `read` read with the same `slots`."""
+    lengths, tokens = jnp.asarray([len(ids)]), padded(ids, slots)
     seen = Observation(
         tuple(_narrow(layer, method.transform.needs) for layer in out.layers),
         new=lengths,
         prompt=lengths,
-        prompt_slots=len(ids),
+        prompt_slots=tokens.shape[1],
     )
     return kvjax.start(
         method.transform,
@@ -52,7 +71,7 @@ def compress(
         room=room,
         call_tokens=call_tokens,
         step=bind(model.params, model.config),
-        tokens=jnp.asarray([ids]),
+        tokens=tokens,
     )
 
 
