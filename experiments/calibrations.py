@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,13 @@ def principal_components_and_ranks(model: Model, settings: Settings) -> Calibrat
     return found | search_ranks(model, settings, found)
 
 
-def search_ranks(model: Model, settings: Settings, bases: Calibration, fraction: float = 1 / 4) -> Calibration:
+def search_ranks(
+    model: Model,
+    settings: Settings,
+    bases: Calibration,
+    fraction: float = 1 / 4,
+    rates: Sequence[float] = (0.75, 0.625, 0.5, 0.375),
+) -> Calibration:
     """Ranks of keys and values, per layer and KV head, by MatryoshkaKV's greedy search.
 
     What an entry costs is how far the last layer's hidden states move, relative to the model with the ranks so far,
@@ -84,6 +91,7 @@ def search_ranks(model: Model, settings: Settings, bases: Calibration, fraction:
       settings: up to four texts, each a prompt of at most 384 tokens and 16 that follow.
       bases: what `principal_components` returns.
       fraction: of H that an entry gives up at a time, and keeps at least.
+      rates: mean ranks that are searched, as fractions of H, falling.
     """
     config = model.config
     L, K, H, _ = bases["key_axes"].shape
@@ -105,7 +113,7 @@ def search_ranks(model: Model, settings: Settings, bases: Calibration, fraction:
 
     axes = jnp.stack([bases["key_axes"], bases["value_axes"]], axis=1)  # [L, 2, K, H, H]
     states = lambda start, layers: hidden_states(model.params, config, start, positions, layers)
-    step, rates = max(1, int(fraction * H)), (0.75, 0.625, 0.5, 0.375)
+    step = max(1, int(fraction * H))
     bar = tqdm.tqdm(unit="cut", leave=False)
 
     def errors(ranks):
@@ -242,6 +250,14 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "rotatekv": key_means,
 }
 
+TRAINED = {
+    "cskv_trained": "cskv",
+    "duoattention_trained": "duoattention",
+    "locret": "locret",
+    "matryoshka_trained": "matryoshka",
+}
+"""What `experiments.train` makes, and the NAME of configs/runs/train_NAME.gin that makes it."""
+
 
 def fingerprint(model: Model) -> str:
     """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model."""
@@ -271,13 +287,17 @@ def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calib
     return RECIPES[recipe](model, settings)
 
 
-def save(folder: str | pathlib.Path, recipe: str, model: Model, data: Calibration, settings: Settings) -> None:
+def save(
+    folder: str | pathlib.Path, recipe: str, model: Model, data: Calibration, settings: Settings | Mapping[str, Any]
+) -> None:
     """Writes a calibration with orbax, and what it is of beside it; all of it or nothing."""
+    if isinstance(settings, Settings):
+        settings = dataclasses.asdict(settings)
     about = {
         "recipe": recipe,
         "model": model.config.name,
         "fingerprint": fingerprint(model),
-        "settings": dataclasses.asdict(settings),
+        "settings": dict(settings),
         "shapes": {name: list(x.shape) for name, x in data.items()},
     }
     orbax_folder.save(pathlib.Path(folder).absolute(), dict(data), "calibration.json", about)
@@ -294,8 +314,7 @@ def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
         about = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"calibration.path: {folder} holds no calibration; make one with python -m experiments.calibrate "
-            f"--method={recipe} --output_dir={folder}."
+            f"calibration.path: {folder} holds no calibration; make one with {_maker(recipe, folder)}."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"calibration.path: {folder}/calibration.json is damaged ({error}).") from None
@@ -311,6 +330,15 @@ def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
         return orbax_folder.load(folder, like)
     except ValueError as error:
         raise ValueError(f"calibration.path: {error}") from error
+
+
+def _maker(recipe: str, folder: pathlib.Path = pathlib.Path("DIR/trained")) -> str:
+    """The command whose calibration lands in a folder."""
+    if recipe in TRAINED:
+        run = f"experiments.train --gin_file=configs/runs/train_{TRAINED[recipe]}.gin --output_dir={folder.parent}"
+    else:
+        run = f"experiments.calibrate --method={recipe} --output_dir={folder}"
+    return f"python -m {run}"
 
 
 class Calibrations:
@@ -334,6 +362,8 @@ class Calibrations:
     def _load(self, recipe: str, path: str | None) -> Calibration:
         if path is not None:
             return load(path, recipe, self._model)
+        if recipe in TRAINED:
+            raise ValueError(f"calibration.path must name a folder that {_maker(recipe)} filled, got None.")
         name = f"{recipe}-{_VERSION}-{fingerprint(self._model)}-{self._settings.texts}x{self._settings.tokens}"
         folder = cache_dir() / "calibrations" / name
         if not (folder / "calibration.json").exists():

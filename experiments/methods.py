@@ -32,6 +32,7 @@ _SCORES = (
     "random",
     "reconstruction",
     "recurrence",
+    "retaining_heads",
     "window_attention",
 )
 _TRANSFORMS = (
@@ -56,6 +57,7 @@ _TRANSFORMS = (
     "pyramid",
     "quantize",
     "quantize_corrected",
+    "reindex",
     "ring",
     "share_basis",
     "split_heads",

@@ -11,11 +11,12 @@ from experiments import cli
 _REPLACE = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
 
 
-def output_folder(what: str) -> pathlib.Path:
+def output_folder(what: str, *, fill: bool = False) -> pathlib.Path:
     """Where --output_dir points.
 
     Args:
       what: the program writes, for messages.
+      fill: it goes on with what the folder holds.
 
     Raises:
       ValueError: --output_dir is missing, or holds something and --replace is not given.
@@ -23,6 +24,6 @@ def output_folder(what: str) -> pathlib.Path:
     if cli.OUTPUT_DIR.value is None:
         raise ValueError(f"--output_dir says where the {what} goes; it is required.")
     folder = pathlib.Path(cli.OUTPUT_DIR.value)
-    if folder.exists() and any(folder.iterdir()) and not _REPLACE.value:
+    if not fill and folder.exists() and any(folder.iterdir()) and not _REPLACE.value:
         raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
     return folder

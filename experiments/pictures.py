@@ -98,6 +98,38 @@ def plot_needle(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     figure.savefig(path)
 
 
+def plot_training(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Draws a training: the loss of every step, their running mean, and the loss on text not trained on.
+
+    Args:
+      rows: lines of `metrics.jsonl`, with `step`, `loss` and, now and then, `validation`.
+      path: of the picture; its suffix decides the format.
+
+    Raises:
+      ValueError: if there are no losses.
+    """
+    taken = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    if not taken:
+        raise ValueError("rows: got none with a loss, expected at least one step to draw")
+    steps, losses = zip(*taken)
+    width = max(1, len(taken) // 20)
+    means = [sum(losses[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
+    validated = [(row["step"], row["validation"]) for row in rows if row.get("validation") is not None]
+    figure = Figure(figsize=(7.2, 4.4), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color=_FRONT_COLOR, linewidth=0.8, alpha=0.35, label="loss of a step")
+    axes.plot(steps, means, color=_FRONT_COLOR, linewidth=1.8, label=f"mean of {width} steps")
+    if validated:
+        axes.plot(*zip(*validated), color=_OTHER_COLOR, marker="o", linewidth=1.8, label="text not trained on")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def _points(summary: Mapping[str, Any], qualities: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
     """(bytes relative to full, quality) of the methods that have both."""
     points = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ class LayerObservation:
     moments: dict[int, QueryMoments] = struct.field(default_factory=dict)  # of the call, or of the prompt at its end
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
     reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
+    learned: Any = None  # the layer's arrays of a trained scorer; see `kvjax.transforms.learned`
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: Scale | None = struct.field(pytree_node=False, default=None)
 

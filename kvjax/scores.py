@@ -5,12 +5,14 @@ Every function returns a `Scorer`; scores are f32[B, K, S], the highest are kept
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
+from kvjax.rope import re_rotate
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order
 from kvjax.transforms.evict import Scorer
@@ -276,6 +278,56 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
         return jnp.where(gap > 0, overdue, once)
 
     return Scorer(score=score, needs=Needs(queries=1), stats=(last, longest), observe=observe)
+
+
+def retaining_heads() -> Scorer:
+    """What a trained network of the layer makes of a token's own query, key and value; see `retaining_scores`.
+
+    Made once, when the token is read. The network is `LayerObservation.learned`, `hidden` and `out`; see
+    `kvjax.transforms.learned`.
+
+    Source: Huang et al., Locret (2024), arXiv:2410.01805.
+    """
+    name = "retaining"
+
+    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        queries, S = seen.queries, segment.pos.shape[2]
+        B, T = queries.pos.shape
+        if T == 0:
+            return segment
+        # The tokens of a call are the newest of every head; its queries come in their order, padding last.
+        newest_first = jax.lax.top_k(segment.pos, min(T, S))[1]  # [B, K, T]
+        new = jnp.sum(queries.pos >= 0, axis=1)[:, None]
+        place = new - 1 - jnp.arange(T)[None]  # [B, T], of each query among the newest
+        there = (place >= 0) & (place < newest_first.shape[2])
+        slot = jnp.take_along_axis(newest_first, jnp.clip(place, 0, newest_first.shape[2] - 1)[:, None], axis=2)
+        at = slot[..., None]
+        k = jnp.take_along_axis(segment.k, at, axis=2)
+        if segment.key_rope == "stored":
+            k = re_rotate(k, -queries.pos[:, None], queries.rope)
+        scores = retaining_scores(seen.learned, queries.raw, k, jnp.take_along_axis(segment.v, at, axis=2))
+        slot = jnp.where(there[:, None], slot, S)  # padding writes nowhere
+        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(slot.shape[1])[None, :, None]
+        kept = segment.stats[name].at[rows, heads, slot].set(scores, mode="drop")
+        return segment.replace(stats={**segment.stats, name: kept})
+
+    score = lambda segment, seen: segment.stats[name]
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(name,), observe=observe)
+
+
+def retaining_scores(head: Mapping[str, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`silu(concat(q, k, v) hidden) out`, f32[B, K, T].
+
+    Args:
+      head: `hidden` f32[(N + 2 K) H, F] and `out` f32[F, K].
+      q: [B, T, N, H], un-rotated.
+      k: [B, K, T, H], un-rotated.
+      v: [B, K, T, H].
+    """
+    B, T = q.shape[:2]
+    flat = [q.reshape(B, T, -1), *(x.swapaxes(1, 2).reshape(B, T, -1) for x in (k, v))]
+    x = jnp.concatenate([x.astype(jnp.float32) for x in flat], axis=-1)
+    return (jax.nn.silu(x @ head["hidden"]) @ head["out"]).swapaxes(1, 2)
 
 
 def massive_activations(entries: int = 20) -> Scorer:

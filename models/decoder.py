@@ -55,6 +55,7 @@ def step(
     needs: Needs,
     last_only: bool,
     donate: bool = False,
+    remat: bool = False,
 ) -> StepOutput:
     """`forward` that also reports what transforms need.
 
@@ -70,8 +71,9 @@ def step(
       needs: what to collect from each layer.
       last_only: logits [B, 1, V] of each row's last real token, not of all.
       donate: outside jit, let every layer overwrite its cache; the one passed in is gone then.
+      remat: under differentiation, compute a layer again in the backward pass instead of keeping what it computed.
     """
-    run_layer = _layer_in_place if donate else _layer
+    run_layer = _layer_in_place if donate else _layer_again if remat else _layer
     x = _embed_tokens(params, config, tokens, positions)
     layers, seen = [], []
     last = None
@@ -126,6 +128,8 @@ def hidden_states(
     start: jax.Array,
     positions: jax.Array,
     layers: Sequence[LayerCache],
+    *,
+    remat: bool = False,
 ) -> list[jax.Array]:
     """[B, T, D] after each of the decoder's last layers, as many as there are caches; these stay as they are.
 
@@ -135,12 +139,14 @@ def hidden_states(
       start: i32[B, T] tokens for all layers; otherwise [B, T, D], what the first of these layers reads.
       positions: i32[B, T].
       layers: caches with room for the tokens.
+      remat: see `step`.
     """
+    run_layer = _layer_again if remat else _layer
     x = start if start.ndim == 3 else _embed_tokens(params, config, start, positions)
     first, states = config.num_layers - len(layers), []
     for index, (weights, layer) in enumerate(zip(params["layers"][first:], layers, strict=True), start=first):
         how = dict(config=config, kind=_kind(config, index), needs=Needs())
-        x, _, _ = _layer(weights, x, positions, layer, None, jnp.int32(index), **how)
+        x, _, _ = run_layer(weights, x, positions, layer, None, jnp.int32(index), **how)
         states.append(x)
     return states
 
@@ -250,6 +256,11 @@ def _one_layer(
 _STATIC = ("config", "kind", "needs", "last")
 _layer = jax.jit(_one_layer, static_argnames=_STATIC)
 _layer_in_place = jax.jit(_one_layer, static_argnames=_STATIC, donate_argnames="layer")
+
+
+def _layer_again(*arrays, **static):
+    """`_layer`, of which a backward pass keeps only what went in."""
+    return jax.checkpoint(functools.partial(_layer, **static))(*arrays)
 
 
 def _tokens_read(layer: LayerCache, needs: Needs, tokens: int) -> int | None:

@@ -41,6 +41,16 @@ def calibrate(config: DecoderConfig):
                 "key_mean": normal(L, K, H),
                 "value_mean": normal(L, K, H),
             }
+        if recipe == "matryoshka_trained":
+            return {name: x for name, x in make("matryoshka_pca").items() if "mean" not in name}
+        if recipe == "cskv_trained":
+            axes, parts = make("cskv"), {"axes": 2.0, "inverse": 0.5}  # A and B differ
+            return {f"{n}_{part}": axes[f"{n}_axes"] * x for n in ("key", "value") for part, x in parts.items()}
+        if recipe == "duoattention_trained":
+            return {"gates": jnp.float32(rng.uniform(size=(L, K)))}
+        if recipe == "locret":
+            width = (config.num_heads + 2 * K) * H
+            return {"hidden": normal(L, width, 8) * width**-0.5, "out": normal(L, 8, K)}
         if recipe == "kqsvd":
             stretch = lambda x: {"axes": x * 2.0, "inverse": x / 2.0}
             bases = {name: stretch(rotation(L, K, H)) for name in ("key", "value")}

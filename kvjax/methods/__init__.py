@@ -2,9 +2,9 @@
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
 from kvjax.methods.cake import cake
-from kvjax.methods.cskv import cskv
+from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
-from kvjax.methods.duoattention import duoattention
+from kvjax.methods.duoattention import duoattention, duoattention_trained
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
 from kvjax.methods.full import full
@@ -17,7 +17,8 @@ from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.kqsvd import kqsvd
-from kvjax.methods.matryoshka import matryoshka_pca
+from kvjax.methods.locret import locret
+from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
@@ -36,8 +37,10 @@ __all__ = [
     "adakv_snapkv",
     "cake",
     "cskv",
+    "cskv_trained",
     "d2o",
     "duoattention",
+    "duoattention_trained",
     "expected_attention",
     "fp8",
     "full",
@@ -49,8 +52,10 @@ __all__ = [
     "kvmerger",
     "kvzip",
     "lazyeviction",
+    "locret",
     "kqsvd",
     "matryoshka_pca",
+    "matryoshka_trained",
     "mikv",
     "million",
     "minicache",

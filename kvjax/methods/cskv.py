@@ -38,13 +38,46 @@ def cskv(
     Raises:
       ValueError: a density outside (0, 1].
     """
-    width = calibration["key_axes"].shape[-1]
-    for name, density in (("key_density", key_density), ("value_density", value_density)):
+    return _joint(calibration, key_density, value_density, window)
+
+
+def cskv_trained(
+    calibration: Mapping[str, jax.Array],
+    key_density: float = 0.5,
+    value_density: float = 0.5,
+    window: int = 32,
+) -> CacheTransform:
+    """`cskv` with maps to coordinates and back that were trained to give each layer's keys and values back.
+
+    Deviations: those of the recipe, `experiments.recipes.cskv`; the window as in `cskv`.
+
+    Args:
+      calibration: of `experiments.train --gin_file=configs/runs/train_cskv.gin`: `key_axes`, `key_inverse`,
+        `value_axes`, `value_inverse` f32[L, K, H, R], into R coordinates and, transposed, out of them.
+      key_density: at most what was trained; less takes the first of the trained coordinates.
+      value_density: the same for values.
+      window: see `cskv`.
+
+    Raises:
+      ValueError: a density outside (0, 1], or above the trained one.
+    """
+    return _joint(calibration, key_density, value_density, window)
+
+
+def _joint(
+    calibration: Mapping[str, jax.Array], key_density: float, value_density: float, window: int
+) -> CacheTransform:
+    bases = {}
+    for name, density in (("key", key_density), ("value", value_density)):
         if not 0 < density <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {density}.")
-    key_rank, value_rank = (max(1, int(density * width)) for density in (key_density, value_density))
-    bases = [
-        (Matrix(key[None, :, :, :key_rank]), Matrix(value[None, :, :, :value_rank]))
-        for key, value in zip(calibration["key_axes"], calibration["value_axes"], strict=True)
-    ]
-    return at_prefill_end(project_jointly(bases, window=window))
+            raise ValueError(f"{name}_density must be in (0, 1], got {density}.")
+        axes, inverse = calibration[f"{name}_axes"], calibration.get(f"{name}_inverse")
+        L, K, H, held = axes.shape
+        rank = max(1, int(density * K * H))
+        if rank > held:
+            raise ValueError(f"{name}_density must be at most {held / (K * H):.3g}, which was trained, got {density}.")
+        cut = lambda x, layer: x[layer][None, :, :, :rank]
+        bases[name] = [
+            Matrix(cut(axes, layer), inverse=None if inverse is None else cut(inverse, layer)) for layer in range(L)
+        ]
+    return at_prefill_end(project_jointly(list(zip(bases["key"], bases["value"])), window=window))

@@ -31,9 +31,32 @@ def duoattention(
     Raises:
       ValueError: sparsity is outside [0, 1].
     """
+    return _by_score(calibration["induction"], sparsity, sinks, recent)
+
+
+def duoattention_trained(
+    calibration: Mapping[str, jax.Array], sparsity: float = 0.5, sinks: int = 64, recent: int = 256
+) -> CacheTransform:
+    """Makes streaming heads of the `sparsity` of all KV heads with the lowest trained gates.
+
+    Deviations: those of the recipe, `experiments.recipes.duoattention`.
+
+    Args:
+      calibration: of `experiments.train --gin_file=configs/runs/train_duoattention.gin`: `gates` f32[L, K].
+      sparsity: see `duoattention`.
+      sinks: see `duoattention`.
+      recent: see `duoattention`.
+
+    Raises:
+      ValueError: sparsity is outside [0, 1].
+    """
+    return _by_score(calibration["gates"], sparsity, sinks, recent)
+
+
+def _by_score(scores: jax.Array, sparsity: float, sinks: int, recent: int) -> CacheTransform:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in [0, 1], got {sparsity}.")
-    scores = np.asarray(calibration["induction"])
+    scores = np.asarray(scores)
     streaming = np.argsort(scores, axis=None, kind="stable")[: round(sparsity * scores.size)]
     full = ~np.isin(np.arange(scores.size), streaming).reshape(scores.shape)
     return at_prefill_end(split_heads([np.flatnonzero(heads) for heads in full], sinks=sinks, recent=recent))

@@ -42,6 +42,35 @@ def matryoshka_pca(
     Raises:
       ValueError: a rank above H, or below one; a rate that the calibration does not have.
     """
+    return _projected(calibration, key_rank, value_rank, rate)
+
+
+def matryoshka_trained(
+    calibration: Mapping[str, jax.Array],
+    key_rank: int | float | None = None,
+    value_rank: int | float | None = None,
+    rate: float = 0.5,
+) -> CacheTransform:
+    """`matryoshka_pca` with axes that were trained so that a head's first R of them serve the model best, for all R.
+
+    Deviations: those of the recipe, `experiments.recipes.matryoshka`.
+
+    Args:
+      calibration: of `experiments.train --gin_file=configs/runs/train_matryoshka.gin`, in the form of
+        `matryoshka_pca`'s.
+      key_rank: see `matryoshka_pca`.
+      value_rank: see `matryoshka_pca`.
+      rate: see `matryoshka_pca`.
+
+    Raises:
+      ValueError: as `matryoshka_pca`.
+    """
+    return _projected(calibration, key_rank, value_rank, rate)
+
+
+def _projected(
+    calibration: Mapping[str, jax.Array], key_rank: int | float | None, value_rank: int | float | None, rate: float
+) -> CacheTransform:
     L, K, H, _ = calibration["key_axes"].shape
     ranks = {}
     for name, rank in (("key", key_rank), ("value", value_rank)):

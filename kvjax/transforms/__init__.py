@@ -7,6 +7,7 @@ from kvjax.transforms.evict import Scorer, evict
 from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
 from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
+from kvjax.transforms.learned import learned
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.merge_rules import into_nearest, into_runs
@@ -15,6 +16,7 @@ from kvjax.transforms.project import HeadBases, by_rank, project, project_by_hea
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
+from kvjax.transforms.reindex import reindex
 from kvjax.transforms.ring import ring
 from kvjax.transforms.share_basis import share_basis
 from kvjax.transforms.sliding_windows import bounded_layers, respect_windows
@@ -45,6 +47,7 @@ __all__ = [
     "identity",
     "into_nearest",
     "into_runs",
+    "learned",
     "merge",
     "merge_layers",
     "product_quantize",
@@ -56,6 +59,7 @@ __all__ = [
     "pyramid",
     "quantize",
     "quantize_corrected",
+    "reindex",
     "respect_windows",
     "ring",
     "share_basis",

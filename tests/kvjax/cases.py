@@ -182,13 +182,13 @@ def projected(*ranks: int, arrays: int = 1, means: int = 1):
     return nbytes
 
 
-def cskv(rank: int, window: int):
+def cskv(rank: int, window: int, arrays: int = 1):
     """Joint coordinates in blocks, bases that the rows share, and an exact tail."""
 
     def nbytes(sizes):
         blocks = -(-sizes.prompt // window) + -(-sizes.room // window)
         token = FLOAT * 2 * rank + INDEX
-        bases = FLOAT * sizes.layers * sizes.kv_heads * sizes.head_dim * 2 * rank
+        bases = FLOAT * arrays * sizes.layers * sizes.kv_heads * sizes.head_dim * 2 * rank
         body = sizes.layers * sizes.batch * blocks * window * token
         return body + bases + _dense(window, sizes) + INDEX * sizes.batch
 
@@ -343,6 +343,11 @@ CASES = [
         exact=lambda: kvjax.methods.matryoshka_pca(_calibrated("matryoshka_pca"), 16, 16),
     ),
     _config(
+        "matryoshka_trained",
+        projected(4, 8, 12, 4, 8, 4, 4, 12, means=0),
+        exact=lambda: kvjax.methods.matryoshka_trained(_calibrated("matryoshka_trained"), 16, 16),
+    ),
+    _config(
         "kqsvd",
         projected(8, arrays=2, means=0),
         exact=lambda: kvjax.methods.kqsvd(_calibrated("kqsvd"), 16, 16),
@@ -355,6 +360,19 @@ CASES = [
         "duoattention.sinks = 2",
         "duoattention.recent = 4",
     ),
+    _config(
+        "cskv_trained",
+        cskv(16, 4, arrays=2),
+        "cskv_trained.window = 4",
+        exact=("cskv_trained.key_density = 1.0", "cskv_trained.value_density = 1.0"),
+    ),
+    _config(
+        "duoattention_trained",
+        lambda s: (_dense(s.prompt + s.room, s) + _dense(6, s)) // 2 + INDEX * s.batch,
+        "duoattention_trained.sinks = 2",
+        "duoattention_trained.recent = 4",
+    ),
+    _config("locret", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
     _config("million", million(8), "million.residual = 8", exact=(f"million.residual = {_ALL}",)),
     _config(
         "rotatekv",
@@ -446,8 +464,10 @@ METHODS = {
     "adakv_snapkv": "adakv_snapkv",
     "cake": "cake",
     "cskv": "cskv",
+    "cskv_trained": "cskv_trained",
     "d2o": "d2o",
     "duoattention": "duoattention",
+    "duoattention_trained": "duoattention_trained",
     "expected_attention": "expected_attention",
     "fp8": "fp8",
     "full": "full",
@@ -460,7 +480,9 @@ METHODS = {
     "kvzip": "kvzip",
     "kqsvd": "kqsvd",
     "lazyeviction": "lazyeviction",
+    "locret": "locret",
     "matryoshka_pca": "matryoshka_pca",
+    "matryoshka_trained": "matryoshka_trained",
     "mikv": "mikv",
     "million": "million",
     "minicache": "minicache",

@@ -1,0 +1,64 @@
+"""CSKV: maps from all heads' keys, and values, of a layer to a few coordinates and back.
+
+Wang, Zhao, Ning, Li, Wu, Wang. "CSKV: Training-Efficient Channel Shrinking for KV Cache in Long-Context Scenarios".
+2024. arXiv:2409.10593.
+"""
+
+from __future__ import annotations
+
+import gin
+import jax.numpy as jnp
+
+from experiments import calibrations
+from experiments.recipes.recipe import Recipe, context_positions, read_context
+from kvjax.segments.dense import unrotated
+from models.decoder import layer_rope
+
+
+@gin.configurable(module="recipes")
+def cskv(key_density: float = 0.5, value_density: float = 0.5) -> Recipe:
+    """Trains A and B of `k ~ (k A) B^T`, and of values, in every layer: all heads' un-rotated vectors side by side.
+
+    Starts from the activation-aware SVD of the projections, `A = B`. The loss is the sum over layers, and over keys
+    and values, of the mean squared error, divided by the mean square so that every layer counts alike. The decoder's
+    own loss takes no part.
+
+    Deviations: A reads k instead of the layer's input x; with `k = x W`, `x (W A)` is the paper's, and no other map
+    of x of that rank comes closer to k. Coordinates are not quantized in training.
+
+    Args:
+      key_density: coordinates of a token's keys over all heads, as a fraction of K H.
+      value_density: the same for values.
+    """
+
+    def start(model):
+        found = calibrations.weight_directions(
+            model, calibrations.Settings(tokens=min(calibrations.Settings.tokens, model.config.max_positions))
+        )
+        trained = {}
+        for name, density in (("key", key_density), ("value", value_density)):
+            axes = found[f"{name}_axes"]  # [L, K, H, K H]
+            axes = axes[..., : max(1, int(density * axes.shape[1] * axes.shape[2]))]
+            trained |= {f"{name}_axes": axes, f"{name}_inverse": axes.copy()}
+        return trained, ()
+
+    def loss(config, trained, frozen, batch, key):
+        cache = read_context(config, frozen.params, batch).cache
+        there = (context_positions(batch) >= 0)[:, None, :, None]
+        total = {"key": 0.0, "value": 0.0}
+        for index, layer in enumerate(cache.layers):
+            slots = layer.segments[0]
+            parts = {"key": unrotated(slots, layer_rope(config, index)).k, "value": slots.v}
+            for name, x in parts.items():
+                x = jnp.where(there, x.astype(jnp.float32), 0.0)
+                c = jnp.einsum("bkph,khr->bpr", x, trained[f"{name}_axes"][index])
+                back = jnp.einsum("bpr,khr->bkph", c, trained[f"{name}_inverse"][index])
+                total[name] += jnp.sum((x - back) ** 2) / jnp.sum(x**2)
+        count = 2 * len(cache.layers)
+        mean = (total["key"] + total["value"]) / count
+        return mean, {f"{name}_error": x / len(cache.layers) for name, x in total.items()}
+
+    def finish(model, trained, constants):
+        return trained
+
+    return Recipe("cskv_trained", start, loss, finish)

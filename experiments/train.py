@@ -1,0 +1,224 @@
+"""Trains the small parts that a learned method needs, on a decoder that stays as it is.
+
+    python -m experiments.train --gin_file=configs/runs/train_matryoshka.gin --output_dir=out/matryoshka
+    python -m experiments.evaluate --methods=matryoshka_pca,matryoshka_trained --output_dir=out/compared
+
+The first command leaves in the folder: `trained`, which a method's config names as its `calibration.path`;
+`metrics.jsonl` and `curves.png`; and `checkpoints`, from which `--resume` goes on after whatever stopped it, to the
+same numbers on the same machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gin
+import jax
+import numpy as np
+import optax
+import tqdm
+from absl import flags
+
+from experiments import calibrations, cli, pictures
+from experiments.optimizers import optimizer
+from experiments.output_folder import output_folder
+from experiments.recipes import Frozen, Recipe
+from experiments.report import human_bytes
+from experiments.training_folder import TrainingFolder
+from experiments.training_text import Batch, Batches, TrainingText
+from kvjax import nbytes
+from models import Model, load_model
+
+_STEPS = flags.DEFINE_integer("steps", None, "Training steps.")
+_RESUME = flags.DEFINE_bool("resume", False, "Go on from the last complete checkpoint in output_dir.")
+flags.declare_key_flag("gin_file")
+flags.declare_key_flag("gin_bindings")
+flags.declare_key_flag("model")
+flags.declare_key_flag("output_dir")
+flags.declare_key_flag("replace")
+
+
+@gin.configurable(module="experiments")
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a training does; gin binds it as `Training`, flags win.
+
+    Attributes:
+      recipe: of `experiments.recipes`.
+      model: see `models.load_model`.
+      dtype: of the frozen weights and of what they compute; what is trained is always float32.
+      steps: of training.
+      rows: examples of a batch.
+      text: where they come from.
+      optimizer: `(steps) -> optax chain`.
+      seed: of everything that is drawn.
+      validate_every: steps between two validations, each followed by a checkpoint.
+      validation_batches: the same ones every time.
+      keep: best checkpoints that are kept beside the last one.
+    """
+
+    recipe: Recipe = gin.REQUIRED
+    model: str = "smollm2"
+    dtype: str = "float32"
+    steps: int = 200
+    rows: int = 1
+    text: TrainingText = dataclasses.field(default_factory=lambda: TrainingText())  # with its bindings
+    optimizer: Callable[[int], optax.GradientTransformation] = optimizer
+    seed: int = 0
+    validate_every: int = 50
+    validation_batches: int = 8
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("steps", "rows", "validate_every", "validation_batches", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Training.{name} must be at least 1, got {getattr(self, name)}.")
+
+
+class State(NamedTuple):
+    """What a checkpoint holds beside its step, which gives the batches and the random numbers to come."""
+
+    trained: Any
+    optimizer: Any
+    constants: Any
+
+
+class Trainer:
+    """A training as pure functions of the state and of the step's number."""
+
+    def __init__(self, training: Training, model: Model):
+        if model.config.local_layers:
+            raise ValueError(
+                f"--model: some layers of {model.config.name} have a sliding window; recipes train decoders whose "
+                "layers all see the whole context."
+            )
+        self._training, self._model = training, model
+        self._batches = Batches(training.text, model, training.seed)
+        self._chain = training.optimizer(training.steps)
+        self.compiled = jax.jit(self._update, donate_argnums=(0, 1))
+        self._score = jax.jit(lambda *given: training.recipe.loss(model.config, *given)[0])
+
+    def start(self) -> State:
+        """The state before the first step."""
+        trained, constants = self._training.recipe.start(self._model)
+        return State(trained, self._chain.init(trained), constants)
+
+    def step(self, state: State, number: int) -> tuple[State, dict[str, float]]:
+        """Step `number`, from 0; its metrics, `loss` among them. The state is donated."""
+        batch = self._batches.training(number, self._training.rows)
+        frozen = Frozen(self._model.params, state.constants)
+        trained, opt, metrics = self.compiled(state.trained, state.optimizer, frozen, batch, number)
+        return State(trained, opt, state.constants), {name: float(x) for name, x in metrics.items()}
+
+    def validation_loss(self, state: State) -> float:
+        """The mean loss over batches, with random numbers, that are the same at every call."""
+        frozen, losses = Frozen(self._model.params, state.constants), []
+        for number in range(self._training.validation_batches):
+            batch = self._batches.validation(number, self._training.rows)
+            losses.append(self._score(state.trained, frozen, batch, self._key(1, number)))
+        return float(np.mean([float(x) for x in losses]))
+
+    def _update(self, trained, opt, frozen: Frozen, batch: Batch, number: jax.Array):
+        recipe = self._training.recipe
+        of_trained = lambda trained: recipe.loss(self._model.config, trained, frozen, batch, self._key(0, number))
+        (loss, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        updates, opt = self._chain.update(gradients, opt, trained)
+        trained = recipe.constrain(optax.apply_updates(trained, updates))
+        return trained, opt, {"loss": loss, **metrics, "gradient": optax.global_norm(gradients)}
+
+    def _key(self, use: int, number: jax.Array | int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self._training.seed), use), number)
+
+
+def train(trainer: Trainer, training: Training, folder: TrainingFolder) -> State:
+    """Runs the steps that are missing, and returns the best state.
+
+    Raises:
+      ValueError: a loss is not finite.
+    """
+    state = trainer.start()
+    if folder.step:
+        state = State(*_as(state, folder.load(folder.step, state)))
+    else:
+        folder.log({"step": 0, "validation": trainer.validation_loss(state)})
+    with tqdm.tqdm(total=training.steps, initial=folder.step, unit="step", smoothing=0.1) as bar:
+        for number in range(folder.step, training.steps):
+            started = time.perf_counter()
+            state, metrics = trainer.step(state, number)
+            if not math.isfinite(metrics["loss"]):
+                raise ValueError(
+                    f"the loss of step {number + 1} is {metrics['loss']}; lower optimizer.learning_rate, or raise "
+                    "optimizer.warmup."
+                )
+            row = {"step": number + 1, **metrics, "seconds": round(time.perf_counter() - started, 3)}
+            done = number + 1
+            if done % training.validate_every == 0 or done == training.steps:
+                row["validation"] = trainer.validation_loss(state)
+                folder.log(row)
+                folder.save(done, state, row["validation"])
+            else:
+                folder.log(row)
+            shown = " ".join(f"{name} {row[name]:.4f}" for name in ("loss", "validation") if name in row)
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update()
+    return State(*_as(state, folder.load(folder.best_step(), state)))
+
+
+def _as(like: State, loaded: Any) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
+
+
+def read_training() -> tuple[Training, str]:
+    """The settings of the gin files, the bindings and the flags, in that order, and as gin writes them."""
+    gin.parse_config_files_and_bindings(cli.GIN_FILE.value, cli.GIN_BINDINGS.value, skip_unknown=False)
+    for name, flag in (("steps", _STEPS), ("model", cli.MODEL)):
+        if flag.value is not None:
+            with gin.unlock_config():
+                gin.bind_parameter(f"Training.{name}", flag.value)
+    training = Training()
+    training.optimizer(training.steps)  # refuses bad settings, and shows gin what it uses
+    return training, gin.operative_config_str()
+
+
+def run() -> None:
+    """The program."""
+    cli.refuse(cli.METHODS, cli.KEEP)
+    if not cli.GIN_FILE.value:
+        raise ValueError("--gin_file says what is trained; there are configs/runs/train_*.gin.")
+    training, config = read_training()
+    path = output_folder("training", fill=_RESUME.value)
+    model = load_model(training.model, training.dtype)
+    about = {"configuration": config, "model": f"{model.config.name}, fingerprint {calibrations.fingerprint(model)}"}
+    trainer = Trainer(training, model)
+    with TrainingFolder(path, about, keep=training.keep, resume=_RESUME.value) as folder:
+        try:
+            state = train(trainer, training, folder)
+        except KeyboardInterrupt:
+            print(
+                f"\ninterrupted after step {folder.rows[-1]['step']}; the same command with --resume goes on from the last "
+                "checkpoint.",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+        rows, best = folder.rows, folder.best_step()
+        pictures.plot_training(rows, path / "curves.png")
+        recipe = training.recipe
+        data = recipe.finish(model, state.trained, state.constants)
+        artifact = path / "trained"
+        calibrations.save(artifact, recipe.method, model, data, {"step": best, "configuration": config})
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    validation = {row["step"]: row["validation"] for row in rows if "validation" in row}
+    print(
+        f"{recipe.method} of {model.config.name}: {training.steps} steps in {seconds:.0f} s, validation loss "
+        f"{validation[0]:.4f} before, best {validation[best]:.4f} at step {best}; "
+        f"{human_bytes(nbytes(dict(data)))} in {artifact}"
+    )
+
+
+if __name__ == "__main__":
+    cli.start(run)
