@@ -91,6 +91,8 @@ class State(NamedTuple):
 class Trainer:
     """A training as pure functions of the state and of the step's number."""
 
+    jit = staticmethod(jax.jit)
+
     def __init__(self, training: Training, model: Model):
         if model.config.local_layers:
             raise ValueError(
@@ -100,8 +102,8 @@ class Trainer:
         self._training, self._model = training, model
         self._batches = Batches(training.text, model, training.seed)
         self._chain = training.optimizer(training.steps)
-        self.compiled = jax.jit(self._update, donate_argnums=(0, 1))
-        self._score = jax.jit(lambda *given: training.recipe.loss(model.config, *given)[0])
+        self.compiled = self.jit(self._update, donate_argnums=(0, 1))
+        self._score = self.jit(lambda *given: training.recipe.loss(model.config, *given)[0])
 
     def start(self) -> State:
         """The state before the first step."""
@@ -129,7 +131,7 @@ class Trainer:
         (loss, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
         updates, opt = self._chain.update(gradients, opt, trained)
         trained = recipe.constrain(optax.apply_updates(trained, updates))
-        return trained, opt, {"loss": loss, **metrics, "gradient": optax.global_norm(gradients)}
+        return trained, opt, {"loss": loss, **metrics, "gradient": optax.tree.norm(gradients)}
 
     def _key(self, use: int, number: jax.Array | int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self._training.seed), use), number)
@@ -199,11 +201,7 @@ def run() -> None:
         try:
             state = train(trainer, training, folder)
         except KeyboardInterrupt:
-            print(
-                f"\ninterrupted after step {folder.rows[-1]['step']}; the same command with --resume goes on from the last "
-                "checkpoint.",
-                file=sys.stderr,
-            )
+            print("\ninterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
         rows, best = folder.rows, folder.best_step()
         pictures.plot_training(rows, path / "curves.png")

@@ -103,8 +103,7 @@ class TrainingFolder:
         where = self._folder / "checkpoints" / str(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            found = self._manager.item_metadata(step)
-            held, wanted = _shapes(found), _shapes(abstract)
+            held, wanted = _shapes(self._manager.item_metadata(step).tree), _shapes(abstract)
             for name in sorted({*held, *wanted}):
                 if held.get(name) != wanted.get(name):
                     raise ValueError(
@@ -150,7 +149,7 @@ def _manager(folder: pathlib.Path, keep: int):
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
 
 def _check_same(path: pathlib.Path, about: dict[str, str]) -> None:

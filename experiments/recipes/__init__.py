@@ -1,7 +1,7 @@
 """How the small parts of learned methods are trained: one recipe a file."""
 
-from experiments.recipes.cskv import cskv
-from experiments.recipes.duoattention import duoattention
-from experiments.recipes.locret import locret
-from experiments.recipes.matryoshka import matryoshka
+from experiments.recipes.cskv import train_cskv
+from experiments.recipes.duoattention import train_duoattention
+from experiments.recipes.locret import train_locret
+from experiments.recipes.matryoshka import train_matryoshka
 from experiments.recipes.recipe import Frozen, Recipe

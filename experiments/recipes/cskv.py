@@ -15,8 +15,8 @@ from kvjax.segments.dense import unrotated
 from models.decoder import layer_rope
 
 
-@gin.configurable(module="recipes")
-def cskv(key_density: float = 0.5, value_density: float = 0.5) -> Recipe:
+@gin.configurable(module="experiments")
+def train_cskv(key_density: float = 0.5, value_density: float = 0.5) -> Recipe:
     """Trains A and B of `k ~ (k A) B^T`, and of values, in every layer: all heads' un-rotated vectors side by side.
 
     Starts from the activation-aware SVD of the projections, `A = B`. The loss is the sum over layers, and over keys

@@ -16,8 +16,8 @@ from experiments.recipes.recipe import Recipe, follow_positions, read_context
 from models.decoder import hidden_states
 
 
-@gin.configurable(module="recipes")
-def duoattention(sinks: int = 64, recent: int = 256, penalty: float = 0.05, remat: bool = False) -> Recipe:
+@gin.configurable(module="experiments")
+def train_duoattention(sinks: int = 64, recent: int = 256, penalty: float = 0.05, remat: bool = False) -> Recipe:
     """Trains one gate for every KV head: `out = g full + (1 - g) streaming`, g from 1, kept in [0, 1].
 
     `loss = mean (h_full - h_mixed)^2 + penalty mean |g|`, h what the last layer leaves where a token of the answer is

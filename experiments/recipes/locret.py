@@ -17,8 +17,8 @@ from kvjax.segments.dense import unrotated
 from pallas_kernels.logits import capped, factor
 
 
-@gin.configurable(module="recipes")
-def locret(hidden: int = 1024, smoothness: float = 0.0025, seed: int = 0) -> Recipe:
+@gin.configurable(module="experiments")
+def train_locret(hidden: int = 1024, smoothness: float = 0.0025, seed: int = 0) -> Recipe:
     """Trains, in every layer, a network of a token's un-rotated query, key and value: `kvjax.scores.retaining_scores`.
 
     The label of a token and KV head is the largest logit that any query which predicts a token of the answer gives

@@ -16,8 +16,8 @@ from kvjax.segments import LatentSegment
 from kvjax.segments.latent import Matrix
 
 
-@gin.configurable(module="recipes")
-def matryoshka(
+@gin.configurable(module="experiments")
+def train_matryoshka(
     distillation: float = 0.25,
     widths: int = 8,
     rates: tuple[float, ...] = (0.75, 0.625, 0.5, 0.375, 0.25),
@@ -46,7 +46,7 @@ def matryoshka(
         bases = calibrations.principal_components(model, _settings(model))
         axes = jnp.stack([bases["key_axes"], bases["value_axes"]], axis=1)  # [L, 2, K, H, H]
         if axes.shape[-1] % widths:
-            raise ValueError(f"matryoshka.widths must divide the {axes.shape[-1]} channels of a head, got {widths}.")
+            raise ValueError(f"train_matryoshka.widths must divide a head's {axes.shape[-1]} channels, got {widths}.")
         return {"turn": jnp.zeros_like(axes)}, {"axes": axes}
 
     def loss(config, trained, frozen, batch, key):
@@ -76,7 +76,7 @@ def matryoshka(
 
 
 def turned(axes: jax.Array, turn: jax.Array) -> jax.Array:
-    """`axes C(turn)`, f32[..., H, H]; see `matryoshka`."""
+    """`axes C(turn)`, f32[..., H, H]; see `train_matryoshka`."""
     lower = jnp.tril(turn, -1)
     half, eye = (lower - lower.mT) / 2, jnp.eye(turn.shape[-1])
     with jax.default_matmul_precision("highest"):  # the default of accelerators is not orthogonal to 1e-5

@@ -49,7 +49,7 @@ def cskv_trained(
 ) -> CacheTransform:
     """`cskv` with maps to coordinates and back that were trained to give each layer's keys and values back.
 
-    Deviations: those of the recipe, `experiments.recipes.cskv`; the window as in `cskv`.
+    Deviations: those of the recipe, `experiments.recipes.cskv.train_cskv`; the window as in `cskv`.
 
     Args:
       calibration: of `experiments.train --gin_file=configs/runs/train_cskv.gin`: `key_axes`, `key_inverse`,

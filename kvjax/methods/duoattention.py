@@ -39,7 +39,7 @@ def duoattention_trained(
 ) -> CacheTransform:
     """Makes streaming heads of the `sparsity` of all KV heads with the lowest trained gates.
 
-    Deviations: those of the recipe, `experiments.recipes.duoattention`.
+    Deviations: those of the recipe, `experiments.recipes.duoattention.train_duoattention`.
 
     Args:
       calibration: of `experiments.train --gin_file=configs/runs/train_duoattention.gin`: `gates` f32[L, K].

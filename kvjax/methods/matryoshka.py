@@ -53,7 +53,7 @@ def matryoshka_trained(
 ) -> CacheTransform:
     """`matryoshka_pca` with axes that were trained so that a head's first R of them serve the model best, for all R.
 
-    Deviations: those of the recipe, `experiments.recipes.matryoshka`.
+    Deviations: those of the recipe, `experiments.recipes.matryoshka.train_matryoshka`.
 
     Args:
       calibration: of `experiments.train --gin_file=configs/runs/train_matryoshka.gin`, in the form of

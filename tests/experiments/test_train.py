@@ -1,0 +1,148 @@
+"""The training program: what it leaves, what it survives, and what it refuses."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import calibrations
+from experiments import train as program
+from experiments.methods import load_method
+from models import load_model
+from tests.experiments import in_process, tiny_checkpoint
+from tests.quick_jit import quick_jit
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUNS = sorted(path.stem.removeprefix("train_") for path in (ROOT / "configs" / "runs").glob("train_*.gin"))
+SMALL = (
+    "TrainingText.context = 48",
+    "TrainingText.follow = 16",
+    "TrainingText.questions = 0.0",
+    "Training.validate_every = 2",
+    "Training.validation_batches = 1",
+    "Training.rows = 2",
+)
+OF = {
+    "matryoshka": ["train_matryoshka.rates = (0.5,)"],
+    "locret": ["train_locret.hidden = 8"],
+    "duoattention": ["train_duoattention.sinks = 2", "train_duoattention.recent = 8"],
+}
+
+train = functools.partial(in_process.call, program)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"the {number} of {number * number}" for number in range(400)))
+    return path
+
+
+def flags(name, checkpoint, text, folder, *more, steps=4):
+    bindings = [*SMALL, *OF.get(name, []), f"TrainingText.file = '{text}'"]
+    return [
+        f"--gin_file={ROOT}/configs/runs/train_{name}.gin",
+        *(f"--gin_bindings={binding}" for binding in bindings),
+        f"--model={checkpoint}",
+        f"--output_dir={folder}",
+        f"--steps={steps}",
+        *more,
+    ]
+
+
+def rows(folder):
+    """The metrics without what a clock says."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in lines]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
+    name, checkpoint, model, text, tmp_path, monkeypatch
+):
+    trainers = []
+
+    class Trainer(program.Trainer):
+        jit = staticmethod(quick_jit)
+
+        def __init__(self, *given):
+            super().__init__(*given)
+            trainers.append(self)
+
+        def start(self):
+            state = super().start()
+            self.first = jax.tree.map(np.array, (state.trained, state.constants))
+            return state
+
+    monkeypatch.setattr(program, "Trainer", Trainer)
+    if name == "matryoshka":  # its search compiles for longer than all else, and is tested with the calibrations
+        ranks = np.full((1, 2, 2), 16.0, np.float32)
+        found = {"rates": np.float32([0.5]), "key_ranks": ranks, "value_ranks": ranks}
+        monkeypatch.setattr(calibrations, "search_ranks", lambda *given, **how: found)
+    folder = tmp_path / "made"
+    before = calibrations.fingerprint(model)
+    code, out, err = train(*flags(name, checkpoint, text, folder))
+    assert code == 0, err
+    (trainer,) = trainers
+    assert trainer.compiled._cache_size() == 1  # one program for all steps
+    assert calibrations.fingerprint(trainer._model) == before
+    found = rows(folder)
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4] and {"loss", "gradient"} <= found[1].keys()
+    assert [row["step"] for row in found if "validation" in row] == [0, 2, 4]
+    assert all(row.get("orthogonality", 0.0) < 1e-5 for row in found)
+    assert (folder / "curves.png").stat().st_size > 1000
+    method = {"matryoshka": "matryoshka_trained", "locret": "locret"}.get(name, f"{name}_trained")
+    data = calibrations.load(folder / "trained", method, model)
+    untrained = trainer._training.recipe.finish(trainer._model, *trainer.first)
+    moved = {key for key in data if not np.array_equal(untrained[key], data[key])}
+    assert moved == {key for key in data if key not in ("rates", "key_ranks", "value_ranks")}
+    load_method(method, budget=0.5, calibrate=lambda recipe, path: data)
+    steps = re.search(r"best [\d.]+ at step (\d+)", out)[1]
+    assert json.loads((folder / "trained" / "calibration.json").read_text())["settings"]["step"] == int(steps)
+
+
+def test_killed_at_any_time_it_goes_on_to_the_same_numbers(checkpoint, text, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    given = functools.partial(flags, "cskv", checkpoint, text, steps=40)
+    assert train(*given(whole))[0] == 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", *given(cut)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    metrics = cut / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # As if the last line had been cut off, and a checkpoint had been under way.
+    with open(metrics, "a") as file:
+        file.write('{"step": 9')
+    (cut / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()
+    assert not (cut / "trained").exists()
+    code, _, err = train(*given(cut), "--resume")
+    assert code == 0, err
+    assert rows(cut) == rows(whole)
+    one, two = (calibrations.load(path / "trained", "cskv_trained", load_model(checkpoint)) for path in (whole, cut))
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])

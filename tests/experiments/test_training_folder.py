@@ -1,0 +1,87 @@
+"""The folder of a training: what is resumed from, what is kept, and what is refused."""
+
+import errno
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.training_folder import TrainingFolder
+
+ABOUT = {"configuration": "Training.steps = 4\nTraining.seed = 0", "model": "tiny"}
+
+
+def state(size=3, dtype=jnp.float32):
+    return {"trained": {"x": jnp.arange(size, dtype=dtype)}, "optimizer": (jnp.int32(7), ())}
+
+
+def opened(path, resume=False, about=ABOUT, keep=1):
+    return TrainingFolder(path, about, keep=keep, resume=resume)
+
+
+def test_the_last_checkpoint_and_the_best_are_kept_and_lines_after_the_last_are_forgotten(tmp_path):
+    with opened(tmp_path) as folder:
+        for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], start=1):
+            folder.log({"step": step, "loss": loss})
+            folder.save(step, state(step), loss)
+        folder.log({"step": 5, "loss": 9.0})
+        assert folder.best_step() == 2
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+    with opened(tmp_path, resume=True) as folder:
+        assert folder.step == 4 and [row["step"] for row in folder.rows] == [1, 2, 3, 4]
+        loaded = folder.load(2, state(2))
+        np.testing.assert_array_equal(loaded["trained"]["x"], [0.0, 1.0])
+        assert int(loaded["optimizer"][0]) == 7
+    with opened(tmp_path) as folder:  # afresh
+        assert folder.step == 0 and folder.rows == []
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_by_name(tmp_path):
+    with opened(tmp_path) as folder:
+        folder.save(1, state(3), 1.0)
+    with opened(tmp_path, resume=True) as folder:
+        with pytest.raises(ValueError, match=r"checkpoints/1 cannot be resumed from: trained/x is float32\[3\] there"):
+            folder.load(1, state(4))
+        with pytest.raises(ValueError, match="trained/x is float32.* there and bfloat16"):
+            folder.load(1, state(3, jnp.bfloat16))
+    for path in (tmp_path / "checkpoints" / "1" / "default").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with opened(tmp_path, resume=True) as folder, pytest.raises(ValueError, match="checkpoints/1 cannot be resumed"):
+        folder.load(1, state(3))
+
+
+def test_another_training_is_not_taken_up(tmp_path):
+    with pytest.raises(ValueError, match="holds no training; leave --resume out"):
+        opened(tmp_path, resume=True)
+    with opened(tmp_path):
+        pass
+    other = ABOUT | {"configuration": "Training.steps = 5\nTraining.seed = 0"}
+    with pytest.raises(ValueError, match="of another configuration: -Training.steps = 4; \\+Training.steps = 5\\."):
+        opened(tmp_path, resume=True, about=other)
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(ValueError, match="training.json is damaged"):
+        opened(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("os error: No space left")])
+def test_a_full_disk_is_named_and_what_is_complete_stays(error, tmp_path, monkeypatch):
+    folder = opened(tmp_path)
+    folder.log({"step": 1, "loss": 1.0})
+    folder.save(1, state(), 1.0)
+    folder.wait()
+
+    def full(*given, **how):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder._manager, "save", full)
+        with pytest.raises(OSError, match="no space left; the checkpoints that are complete are kept: make room"):
+            folder.save(2, state(), 0.5)
+    folder.__exit__(OSError, None, None)
+    with opened(tmp_path, resume=True) as folder:
+        assert folder.step == 1
+        np.testing.assert_array_equal(folder.load(1, state())["trained"]["x"], [0.0, 1.0, 2.0])
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
