@@ -145,6 +145,10 @@ def test_another_model_or_method_is_refused_and_damage_is_named(model, checkpoin
         calibrations.load(folder, "duoattention", other)
     with pytest.raises(ValueError, match="holds no calibration; make one with"):
         calibrations.load(tmp_path / "nothing", "cskv", model)
+    with pytest.raises(ValueError, match=r"train --gin_file=configs/runs/train_locret.gin --output_dir=.*/never\."):
+        calibrations.load(tmp_path / "never" / "trained", "locret", model)
+    with pytest.raises(ValueError, match="calibration.path must name a folder that .*train_cskv.gin .* got None"):
+        calibrations.Calibrations(model, SMALL)("cskv_trained", None)
     for path in (folder / "arrays").rglob("*"):
         if path.is_file() and path.stat().st_size:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 import pytest
 
-from experiments.pictures import plot_needle, plot_pareto
+from experiments.pictures import plot_needle, plot_pareto, plot_training
 
 FULL_BYTES = 1000
 
@@ -99,3 +99,15 @@ def test_needle_without_depths_is_refused(tmp_path):
 def test_import_chooses_no_global_backend():
     program = "import experiments.pictures, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_training_shows_every_step_a_running_mean_and_what_was_validated(drawn, tmp_path):
+    rows = [{"step": 0, "validation": 3.0}] + [{"step": step, "loss": float(step % 2)} for step in range(1, 41)]
+    rows[20]["validation"] = 2.0
+    plot_training(rows, tmp_path / "curves.png")
+    losses, means, validated = (line.get_xydata().tolist() for line in drawn[0].axes[0].lines)
+    assert losses == [[step, step % 2] for step in range(1, 41)]
+    assert means[0] == [1, 1.0] and all(y == 0.5 for _, y in means[1:])
+    assert validated == [[0, 3.0], [20, 2.0]]
+    with pytest.raises(ValueError, match="got none with a loss"):
+        plot_training(rows[:1], tmp_path / "none.png")

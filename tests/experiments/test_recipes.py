@@ -13,6 +13,7 @@ from experiments.recipes.recipe import Frozen
 from experiments.training_text import Batch
 from kvjax.scores import retaining_heads, retaining_scores
 from tests.kvjax import tiny_model
+from tests.quick_jit import quick_jit
 
 CONFIG = tiny_model.CONFIG
 L, K, N, H = CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.num_heads, CONFIG.head_dim
@@ -93,6 +94,19 @@ def test_gates_cost_nothing_where_streaming_sees_everything_and_something_where_
     np.testing.assert_allclose(loss, 0.5, atol=1e-6)
     clipped = recipe.constrain({"gates": jnp.float32([-1.0, 0.5, 2.0])})["gates"]
     np.testing.assert_array_equal(clipped, [0.0, 0.5, 1.0])
+
+
+def test_activations_computed_again_give_the_same_gradients(batch):
+    frozen = Frozen(tiny_model.params(), ())
+
+    def gradient(remat):
+        recipe = train_duoattention(sinks=0, recent=3, remat=remat)
+        loss = lambda trained: recipe.loss(CONFIG, trained, frozen, batch, None)[0]
+        return quick_jit(jax.grad(loss))({"gates": jnp.full((L, K), 0.5)})["gates"]
+
+    kept, again = gradient(False), gradient(True)
+    assert jnp.all(kept != 0)
+    np.testing.assert_allclose(again, kept, **CLOSE)
 
 
 def test_labels_are_the_largest_logits_of_what_predicts_the_answer():
