@@ -46,7 +46,7 @@ class TrainingFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = _manager(folder / "checkpoints", keep)
         self.step = self._manager.latest_step() or 0 if resume else 0
-        self.rows = _rows(self._metrics, self.step) if resume else []
+        self.rows = _rows(self._metrics, self.step) if self.step else []
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         with self._explained():
             _write_atomically(self._about, json.dumps(about, indent=1) + "\n")

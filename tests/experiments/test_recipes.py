@@ -142,3 +142,15 @@ def test_retaining_scores_stay_with_their_tokens(key_rope):
         held = pos >= 0
         assert sorted(pos[held]) == [t for t in range(5) if t != k_head]
         np.testing.assert_allclose(slots.stats["retaining"][0, k_head][held], want[k_head, pos[held]], **CLOSE)
+
+
+def test_heads_of_a_model_with_other_layers_are_refused():
+    heads = {"hidden": jnp.zeros((L + 1, (N + 2 * K) * H, 5)), "out": jnp.zeros((L + 1, 5, K))}
+    step = tiny_model.bind(tiny_model.params())
+    with pytest.raises(ValueError, match="What was trained is of 3 layers, the cache has 2"):
+        jax.eval_shape(
+            lambda tokens: kvjax.prefill(
+                step, kvjax.methods.locret(heads, 4), tokens, jnp.int32([9]), tiny_model.empty(1), room=1
+            ),
+            jnp.zeros((1, 9), jnp.int32),
+        )
