@@ -91,7 +91,7 @@ class State(NamedTuple):
 class Trainer:
     """A training as pure functions of the state and of the step's number."""
 
-    jit = staticmethod(jax.jit)
+    jit = staticmethod(jax.jit)  # may be replaced by one that compiles faster
 
     def __init__(self, training: Training, model: Model):
         if model.config.local_layers:
