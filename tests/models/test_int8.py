@@ -32,7 +32,7 @@ def test_decoder_with_experts_computes_with_the_rounded_weights():
     packed = build_params(config, tensors.__getitem__, jnp.float32, int8=True)
     kinds = {name: type(leaf) for name, leaf in packed["layers"][0].items()}
     assert {name for name, kind in kinds.items() if kind is Int8Matrix} == {
-        "wqkv", "wo", "router", "w_gate_up", "w_down"
+        "wqkv", "wo", "router", "w_gate", "w_up", "w_down"
     }
     rounded = jax.tree.map(dense, packed, is_leaf=lambda x: isinstance(x, Int8Matrix))
     tokens = jnp.int32([ROWS[0][:12]])
