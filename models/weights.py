@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.sharding import PartitionSpec as P
 
 from models.config import DecoderConfig
 from models.int8 import Int8Matrix, Weight
@@ -354,6 +355,39 @@ def abstract_params(config: DecoderConfig, dtype, *, int8: bool = False) -> dict
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
 
     return jax.tree.map(shape, _declare(config))
+
+
+_AXES = {
+    "embed": P("vocab"),
+    "head": P("vocab"),
+    "wqkv": P(None, "heads"),
+    "wqkv_bias": P("heads"),
+    "wo": P("heads"),
+    "w_gate": P(None, "ffn"),
+    "w_gate_bias": P("ffn"),
+    "w_up": P(None, "ffn"),
+    "w_up_bias": P("ffn"),
+    "w_down": P("ffn"),
+}
+
+
+def param_axes(config: DecoderConfig, *, int8: bool = False) -> dict[str, Any]:
+    """The names of the axes of every leaf of the params, for `kvjax.sharding`: what is not named is on every shard.
+
+    Arguments as `build_params`.
+    """
+    of_experts = {"w_gate", "w_up", "w_down"} if config.num_experts else ()
+
+    def axes(path, leaf: _Leaf):
+        name = path[-1].key
+        found = _AXES.get(name, P())
+        found = P(None, *found) if name in of_experts else found
+        if not (int8 and leaf.multiplied):
+            return found
+        padded = (*found, *[None] * (len(leaf.shape) - len(found)))
+        return Int8Matrix(found, P(*padded[:-2], padded[-1]))
+
+    return jax.tree_util.tree_map_with_path(axes, _declare(config))
 
 
 def random_params(config: DecoderConfig, key: jax.Array, dtype) -> dict[str, Any]:
