@@ -133,21 +133,15 @@ class Planner:
         """
         context = self._setting.context
         with sharding.use_mesh(self._setting.mesh, self._setting.rules):
-            say("tracing")
-            started = time.perf_counter()
-            run = self.run(method, context)
-            traced = time.perf_counter() - started
             say("compiling its decoding")
-            token = self._replicated(self._setting.batch, 1)
-            step = functools.partial(self._extend, method, context)
-            decode = compile_program(jax.jit(step, donate_argnums=1), self._params, run, token)
+            run = self.run(method, context)
+            decode, _ = self.decode(method, run)
             say("compiling its prefill")
             prompt = self._replicated(self._setting.batch, context), self._replicated(self._setting.batch)
-            prefill = compile_program(jax.jit(functools.partial(self._prefill, method)), self._params, *prompt)
-            prefill = dataclasses.replace(prefill, compile_seconds=prefill.compile_seconds + traced)
+            prefill, _ = compile_program(jax.jit(functools.partial(self._prefill, method)), self._params, *prompt)
             found = Plan(
                 method.name,
-                weight_bytes=bytes_on_device(self._params),
+                weight_bytes=self.weight_bytes,
                 cache_bytes=bytes_on_device((run.cache, run.state)),
                 step_bytes=self._bytes_read(run),
                 step_flops=self._flops(run),
@@ -159,6 +153,17 @@ class Planner:
             say("looking for the largest context")
             cache_bytes = lambda tokens: bytes_on_device(self.run(method, tokens).cache)
             return dataclasses.replace(found, largest_context=largest_context(found, context, capacity, cache_bytes))
+
+    def decode(self, method: Method, run: kvjax.Run) -> tuple[Program, str]:
+        """A decoding step after `run`, and the text of its program; inside `use_mesh`."""
+        token = self._replicated(self._setting.batch, 1)
+        step = functools.partial(self._extend, method, self._setting.context)
+        return compile_program(jax.jit(step, donate_argnums=1), self._params, run, token)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights, on one device."""
+        return bytes_on_device(self._params)
 
     def run(self, method: Method, context: int) -> kvjax.Run:
         """The shapes after a prompt of `context` tokens, and where they lie; inside `use_mesh`."""
@@ -233,8 +238,8 @@ def _entries(x: jax.ShapeDtypeStruct) -> int:
     return math.prod(x.sharding.shard_shape(x.shape))
 
 
-def compile_program(function: Any, *arguments: Any) -> Program:
-    """Compiles a jitted function for shapes with shardings."""
+def compile_program(function: Any, *arguments: Any) -> tuple[Program, str]:
+    """Compiles a jitted function for shapes with shardings: what it takes, and its text."""
     started = time.perf_counter()
     lowered = function.lower(*arguments)
     given = bytes_on_device(arguments)
@@ -244,16 +249,17 @@ def compile_program(function: Any, *arguments: Any) -> Program:
         needs = memory_wanted(str(error))
         if needs is None:
             raise
-        return Program(given, 0, 0, time.perf_counter() - started, {}, needs_bytes=needs)
+        return Program(given, 0, 0, time.perf_counter() - started, {}, needs_bytes=needs), ""
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    return Program(
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    program = Program(
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         compile_seconds=seconds,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
     )
+    return program, text
 
 
 def memory_wanted(message: str) -> int | None:

@@ -35,7 +35,8 @@ def load_run(folder: str | os.PathLike[str], like: Run) -> Run:
     Args:
       folder: where.
       like: the shapes that it has, from `jax.eval_shape` of the prefill that made it. Inside `use_mesh` every leaf
-        comes to the devices that hold it, whatever mesh it was saved from.
+        comes to the devices that hold it, whatever mesh it was saved from; meshes that round slots differently
+        (`sharding.whole`) make other shapes.
 
     Raises:
       ValueError: there is none, it is damaged, or another model or method made it: names the first leaf that differs.

@@ -122,8 +122,15 @@ def shards(axes: Iterable[str]) -> int:
 
 
 def whole(slots: int, block: int = 1, *, batch: int, kv_heads: int) -> int:
-    """A number of slots rounded up to whole blocks, on a mesh to as many of them on every shard."""
-    unit = block * shards(layout({"batch": batch, "kv_heads": kv_heads, "slots": 0})["slots"])
+    """A number of slots rounded up to whole blocks, on a mesh to as many of them on every shard.
+
+    A shard of 64 blocks or more has a multiple of 8: a TPU holds what blocks have one of in tiles of 8, and copies a
+    cache that ends within a tile.
+    """
+    parts = shards(layout({"batch": batch, "kv_heads": kv_heads, "slots": 0})["slots"])
+    unit = block * parts
+    if parts > 1 and slots >= 64 * unit:
+        unit *= 8
     return -(-slots // unit) * unit
 
 

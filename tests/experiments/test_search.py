@@ -61,17 +61,17 @@ def test_search_writes_configs_that_keep_their_promise(tmp_path):
     tried = {name: entry for name, entry in summary.items() if name != "full"}
     assert set(tried) == {"keydiff_fp8", "knorm_fp8", "keydiff", "knorm", "fp8"}
     full = summary["full"]["mean"]["cache_bytes"]
-    for name in set(tried) - {"fp8"}:
-        entry = tried[name]
-        # The search counts the context's slots and the room; a reserved room is the same for all.
-        assert full / entry["mean"]["cache_bytes"] == pytest.approx(3.0, rel=0.1)
+    for name, entry in tried.items():
+        times = full / entry["mean"]["cache_bytes"]
+        # fp8 alone is more than three times smaller than float32: nothing needs to be dropped.
+        assert times == pytest.approx(3.0, rel=0.05) if name in ("keydiff", "knorm") else times > 3.7
     # Of five, three went on to a second example.
     assert sorted(entry["examples"] for entry in tried.values()) == [1, 1, 2, 2, 2]
     finalists = [name for name, entry in tried.items() if entry["examples"] == 2]
     winner = min(finalists, key=lambda name: tried[name]["mean"]["kl"])
     assert f"The winner at 3 times fewer bytes: {winner}," in out
     text = (tmp_path / "out" / "front" / f"{winner}.gin").read_text()
-    assert load_method(winner, budget=1, text=text).transform.budget < 0.5
+    assert "%budget" not in text and load_method(winner, budget=1, text=text).name == winner
 
 
 def test_search_refuses_what_it_cannot_do(tmp_path):
