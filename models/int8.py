@@ -38,9 +38,9 @@ Weight = jax.Array | Int8Matrix
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """`x @ weight`, [..., in] -> [..., out], in x's dtype."""
+    """`x @ weight`, [..., n, in] -> [..., n, out], in x's dtype."""
     if isinstance(weight, Int8Matrix):
-        return (x @ weight.codes.astype(x.dtype)) * weight.scale.astype(x.dtype)
+        return (x @ weight.codes.astype(x.dtype)) * weight.scale[..., None, :].astype(x.dtype)
     return x @ weight
 
 

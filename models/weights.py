@@ -1,6 +1,8 @@
 """The parameters of a decoder: one declaration of names and shapes, and three ways to fill it.
 
-Axes: V vocabulary, D width, N query heads, K key/value heads, H head dimension, F feed-forward width, E experts. Files
+Axes: V vocabulary, D width, N query heads, K key/value heads, H head dimension, F feed-forward width, E experts; of
+multi-head latent attention, R latent rank and the channels of a head that rotate (P), that do not (C), and of its value
+(V'). Files
 store a matrix as [out, in]; parameters are [in, out], and matrices that read the same input stand side by side in one
 leaf:
 
@@ -11,11 +13,14 @@ leaf:
 The columns of wqkv are the query heads, then the key heads, then the value heads; those of w_gate_up the gate, then up.
 Where a config asks for it there are also "head" [V, D] (untied), "positions" [P, D], "q_norm" and "k_norm" [H],
 "attn_post_norm" and "mlp_post_norm" [D], "w_up" [D, F] in place of w_gate_up (not gated), "router" [D, E] with the
-other feed-forward matrices [E, in, out], and a NAME_bias beside a matrix or a layer norm.
+other feed-forward matrices [E, in, out], "shared_w_gate_up" and "shared_w_down" of the feed-forward beside the experts,
+and a NAME_bias beside a matrix or a layer norm. In place of wqkv latent attention has "wq" [D, N (C + P)], "w_latent"
+[D, R + P], "latent_norm" [R], "w_uk" [N, C, R] and "w_uv" [N, R, V'].
 
 Loading brings every family to one convention. Norms of files that store `w - 1` hold w. In a partly rotated head the
 channels of queries and keys are reordered so that the pairs are `(i, i + H / 2)` (`DecoderConfig.frequencies`), and
-`rope_gain` is multiplied into them.
+`rope_gain` is multiplied into them. The P channels of latent attention, neighbours of which rotate in files, become
+pairs `(i, i + P / 2)`.
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ class Names:
       w_gate_up: one tensor, or gate and up.
       w_up: where the feed-forward layer is not gated.
       expert: what the names of expert e open with, in place of the layer's feed-forward.
+      shared_expert: the same of the feed-forward beside the experts.
+      dense: the same in layers without experts, where others have them.
       norm_offset: added to the weights of norms.
       heads_apart: the rows of the one wqkv tensor are, head after head, its query, key and value.
       skipped_positions: first rows of the table of positions that no token uses.
@@ -59,6 +66,10 @@ class Names:
     layer: str = "model.layers.{}."
     attn_norm: str = "input_layernorm"
     wqkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    wq: str = "self_attn.q_proj"
+    w_latent: str = "self_attn.kv_a_proj_with_mqa"
+    latent_norm: str = "self_attn.kv_a_layernorm"
+    w_ukv: str = "self_attn.kv_b_proj"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     wo: str = "self_attn.o_proj"
@@ -70,6 +81,8 @@ class Names:
     mlp_post_norm: str = "post_feedforward_layernorm"
     router: str = "mlp.gate"
     expert: str = "mlp.experts.{}."
+    shared_expert: str = "mlp.shared_experts."
+    dense: str = ""
     norm_offset: float = 0.0
     heads_apart: bool = False
     skipped_positions: int = 0
@@ -85,6 +98,7 @@ NAMES = {
         w_gate_up=("w1", "w3"),
         w_down="w2",
     ),
+    "deepseek_v2": Names(w_gate_up=("gate_proj", "up_proj"), w_down="down_proj", dense="mlp."),
     "gemma": Names(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
     "phi3": Names(wqkv=("self_attn.qkv_proj",), w_gate_up=("mlp.gate_up_proj",)),
     "gpt_neox": Names(
@@ -200,14 +214,18 @@ def _rotary_gain(config: DecoderConfig) -> np.ndarray | None:
     return gain if channels is None else gain[channels]
 
 
+def _latent_rows(config: DecoderConfig, heads: int, before: int) -> dict[str, np.ndarray | None]:
+    """Where the rows of heads `[before | P]` come from, and what they are multiplied by: P rotate, as halves."""
+    P = config.rotated
+    order = np.concatenate([np.arange(before), before + np.arange(P).reshape(-1, 2).T.reshape(-1)])
+    gain = np.concatenate([np.ones(before, np.float32), np.full(P, config.rope_gain, np.float32)])
+    rows = np.arange(heads * (before + P)).reshape(heads, -1)[:, order].reshape(-1)
+    return {"rows": rows, "gain": None if config.rope_gain == 1.0 else np.tile(gain, heads)}
+
+
 def _declare(config: DecoderConfig) -> dict[str, Any]:
     names = NAMES[config.names]
-    D, F, N, K, H = config.width, config.ffn_width, config.num_heads, config.num_kv_heads, config.head_dim
-    E = config.num_experts
-    rows, gain = _qkv_rows(config, names.heads_apart), _rotary_gain(config)
-    qkv_gain = None
-    if gain is not None and not config.qk_norm:
-        qkv_gain = np.concatenate([np.tile(gain, N + K), np.ones(K * H, np.float32)])
+    D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_dim
 
     def norm(key: str, name: str) -> dict[str, _Leaf]:
         leaves = {key: _vector([f"{name}.weight"], [D], 1.0, offset=names.norm_offset)}
@@ -224,25 +242,50 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
             leaves[f"{key}_bias"] = _vector([f"{name}.bias" for name in parts], outs, 0.0, rows, gain)
         return leaves
 
-    def layer(i: int) -> dict[str, _Leaf]:
-        at = names.layer.format(i)
-        full = lambda parts: [at + (names.expert if E else "") + part for part in parts]
-        leaves = norm("attn_norm", at + names.attn_norm)
-        qkv = [at + part for part in names.wqkv]
-        leaves |= matrix("wqkv", qkv, (N * H, K * H, K * H), D, rows=rows, gain=qkv_gain)
+    def qkv(at: str) -> dict[str, _Leaf]:
+        rows, gain = _qkv_rows(config, names.heads_apart), _rotary_gain(config)
+        qkv_gain = None
+        if gain is not None and not config.qk_norm:
+            qkv_gain = np.concatenate([np.tile(gain, N + K), np.ones(K * H, np.float32)])
+        parts = [at + part for part in names.wqkv]
+        leaves = matrix("wqkv", parts, (N * H, K * H, K * H), D, rows=rows, gain=qkv_gain)
         if config.qk_norm:
             for key, name in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
                 channels = _head_channels(config)
                 channels = np.arange(H) if channels is None and gain is not None else channels
                 head = dict(rows=channels, gain=gain, offset=names.norm_offset)
                 leaves[key] = _vector([f"{at}{name}.weight"], [H], 1.0, **head)
-        leaves |= matrix("wo", [at + names.wo], [D], N * H)
+        return leaves | matrix("wo", [at + names.wo], [D], N * H)
+
+    def latent_qkv(at: str) -> dict[str, _Leaf]:
+        P, R, C, V = config.rotated, config.latent_rank, config.still_channels, config.value_channels
+        of_queries, of_keys = (_latent_rows(config, *sizes) for sizes in ((N, C), (1, R)))
+        leaves = matrix("wq", [at + names.wq], [N * (C + P)], D, **of_queries)
+        leaves |= matrix("w_latent", [at + names.w_latent], [R + P], D, **of_keys)
+        leaves["latent_norm"] = _vector([f"{at}{names.latent_norm}.weight"], [R], 1.0)
+        heads = lambda tensors: tensors[0].reshape(N, C + V, R)
+        both = (f"{at}{names.w_ukv}.weight",), ((N * (C + V), R),)
+        of_k, of_v = lambda x: heads(x)[:, :C].copy(), lambda x: heads(x)[:, C:].swapaxes(1, 2).copy()
+        leaves["w_uk"] = _Leaf(*both, (N, C, R), of_k, multiplied=True)
+        leaves["w_uv"] = _Leaf(*both, (N, R, V), of_v, multiplied=True)
+        return leaves | matrix("wo", [at + names.wo], [D], N * V)
+
+    def layer(i: int) -> dict[str, _Leaf]:
+        at = names.layer.format(i)
+        dense = i < config.dense_layers
+        E, F = (0, config.dense_ffn_width) if dense else (config.num_experts, config.ffn_width)
+        full = lambda parts: [at + (names.expert if E else names.dense) + part for part in parts]
+        leaves = norm("attn_norm", at + names.attn_norm) | (latent_qkv if config.latent_rank else qkv)(at)
         leaves |= norm("mlp_norm", at + names.mlp_norm)
         if config.post_norms:
             leaves |= norm("attn_post_norm", at + names.attn_post_norm)
             leaves |= norm("mlp_post_norm", at + names.mlp_post_norm)
         if E:
             leaves |= matrix("router", [at + names.router], [E], D)
+        if E and config.shared_ffn_width:
+            width, own = config.shared_ffn_width, at + names.shared_expert
+            leaves |= matrix("shared_w_gate_up", [own + part for part in names.w_gate_up], (width, width), D)
+            leaves |= matrix("shared_w_down", [own + names.w_down], [D], width)
         if config.gated:
             leaves |= matrix("w_gate_up", full(names.w_gate_up), (F, F), D, experts=E)
         else:

@@ -22,14 +22,14 @@ class QuantizedSegment:
     """The quantized body of a `BufferedSegment`: written block by block, never slot by slot.
 
     Keys share a scale over `key_group` tokens of a channel or, with `key_axis="token"`, over `key_group` channels
-    of a token; values over `value_group` channels of a token.
+    of a token; values over `value_group` channels of a token. Keys that are the values, too, are stored once.
 
     Bytes, with b bits and scales of e bytes:
     `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4 + (4 if bias))`.
     """
 
     k: Packed
-    v: Packed
+    v: Packed | None  # None: the keys are the values
     pos: jax.Array  # i32[B, K, S]
     bits: int = struct.field(pytree_node=False)
     key_group: int = struct.field(pytree_node=False)
@@ -63,7 +63,7 @@ class QuantizedSegment:
         )
         return cls(
             k=pack(slots.k, key_axis, key_group),
-            v=pack(slots.v, "token", value_group),
+            v=None if slots.v is None else pack(slots.v, "token", value_group),
             pos=slots.pos,
             bits=bits,
             key_group=key_group,
@@ -90,7 +90,7 @@ class QuantizedSegment:
         """For every leaf, the axis along which slots lie."""
         by = {"channel": Packed(2, 2, 2), "token": Packed(2, 3, 3)}
         bias = None if self.bias is None else 2
-        return self.replace(k=by[self.key_axis], v=by["token"], pos=2, bias=bias)
+        return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=2, bias=bias)
 
     def attend(
         self,
@@ -142,7 +142,7 @@ class QuantizedSegment:
         """The dequantized slots, float32."""
         return DenseSegment(
             k=dequantize(self.k, bits=self.bits, axis=self.key_axis),
-            v=dequantize(self.v, bits=self.bits, axis="token"),
+            v=None if self.v is None else dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
             bias=self.bias,
         )
