@@ -30,6 +30,7 @@ from models import Model, orbax_folder
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
 from models.int8 import dense
+from models.weights import split_qkv
 
 Calibration = Mapping[str, jax.Array]
 
@@ -155,7 +156,7 @@ def attention_directions(model: Model, settings: Settings) -> Calibration:
 def weight_directions(model: Model, settings: Settings) -> Calibration:
     """Directions of the key and value projections in the order of an activation-aware SVD, per layer."""
     config = model.config
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    K, H = config.num_kv_heads, config.head_dim
     inputs = None
     for tokens in _progress(_texts(model, settings)):
         read = layer_inputs(model.params, config, tokens)
@@ -163,9 +164,9 @@ def weight_directions(model: Model, settings: Settings) -> Calibration:
         inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
     axes = {"key": [], "value": []}
     for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
-        _, wk, wv = jnp.split(dense(weights["wqkv"]), (N * H, (N + K) * H), axis=1)
+        _, wk, wv = split_qkv(config, dense(weights["wqkv"]))
         for name, weight in (("key", wk), ("value", wv)):
-            directions, _ = activation_aware_svd(weight, mean_abs / settings.texts)
+            directions, _ = activation_aware_svd(weight.reshape(-1, K * H), mean_abs / settings.texts)
             axes[name].append(directions.reshape(K, H, -1))
     return {f"{name}_axes": jnp.stack(parts) for name, parts in axes.items()}
 

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
+from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments import DenseSegment, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.slots import token_order, written_after
@@ -46,7 +48,7 @@ class LayerCache:
         """
         layer = self.inlined(shared)
         partials = [
-            s.attend(queries, window=window, scale=scale, **r)
+            sharding.attend(s, queries, window=window, scale=scale, **r)
             for s, r in zip(layer.segments, layer._ranks(queries))
             if s.pos.shape[-1]
         ]
@@ -64,7 +66,7 @@ class LayerCache:
         """f32[B, N, S] per segment: the probability each slot received from the queries."""
         layer = self.inlined(shared)
         return tuple(
-            s.mass(queries, lse, window=window, scale=scale, **r)
+            sharding.mass(s, queries, lse, window=window, scale=scale, **r)
             for s, r in zip(layer.segments, layer._ranks(queries))
         )
 
@@ -136,6 +138,23 @@ class Cache:
     def inlined(self) -> Cache:
         """The same slots with nothing shared: what to look at, not what to store."""
         return self.map_layers(lambda layer: layer.inlined(self.shared)).replace(shared={})
+
+    def specs(self) -> Cache:
+        """For every leaf, the `PartitionSpec` over the axes of the mesh in use: see `kvjax.sharding`."""
+
+        def of_layer(layer: LayerCache) -> LayerCache:
+            return LayerCache(tuple(map(of_segment, layer.segments, layer.inlined(self.shared).segments)))
+
+        def of_segment(segment: Segment, whole: Segment) -> Segment:
+            return sharding.specs(segment.axes(), segment, sharding.layout(sharding.sizes_of(whole.axes(), whole)))
+
+        shared = {name: of_segment(segment, segment) for name, segment in self.shared.items()}
+        length = sharding.specs(P("batch"), self.length)
+        return self.map_layers(of_layer).replace(length=length, shared=shared)
+
+    def constrained(self) -> Cache:
+        """The same, on a mesh with every leaf split as `specs` says."""
+        return sharding.constrain_tree(self, Cache.specs)
 
     def reserve(self, tokens: int) -> Cache:
         """Makes room for `tokens` more tokens in every layer. Changes shapes: not inside a loop."""

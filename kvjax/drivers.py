@@ -105,7 +105,7 @@ def prefill(
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
     logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
-    return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens), state, lengths)
+    return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens).constrained(), state, lengths)
 
 
 def start(
@@ -138,7 +138,7 @@ def start(
             raise ValueError(f"step and tokens are needed by {transform.name}, which reads the prompt again.")
         observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation)
-    cache = _reserve(transform, cache, room, call_tokens)
+    cache = _reserve(transform, cache, room, call_tokens).constrained()
     return Run(prompt.logits[:, -1], cache, state, observation.prompt)
 
 
@@ -204,6 +204,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache, state = transform.step(cache, state, seen)
         elif collect:
             cache = collect(cache, seen)
+        cache = cache.constrained()
         if keep:
             queries = query_window.extend(queries, seen)
         sums = tuple(sums_of(layer.with_sums(*old)) for old, layer in zip(sums, out.layers))
@@ -249,6 +250,7 @@ def extend(
         out.layers, new=lengths, prompt=run.prompt, prompt_slots=prompt_slots, phase="decode"
     )
     cache, state = transform.step(out.cache, run.state, seen)
+    cache = cache.constrained()
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     logits = jnp.take_along_axis(out.logits, last, axis=1)[:, 0]
     logits = jnp.where((lengths > 0)[:, None], logits, run.logits)

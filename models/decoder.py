@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax import sharding
 from kvjax.cache import Cache, LayerCache, empty_cache
 from kvjax.drivers import Step, StepOutput
 from kvjax.observation import ALL, LayerObservation, Needs, observe, take_last
@@ -21,8 +22,8 @@ from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
 from models.config import DecoderConfig
 from models.int8 import grouped_matmul, matmul
+from models.weights import split_qkv
 from pallas_kernels.logits import Scale, SoftCap
-from pallas_kernels.prefill_attention import prefill_attention
 
 
 def forward(
@@ -72,7 +73,7 @@ def step(
       donate: outside jit, let every layer overwrite its cache; the one passed in is gone then.
     """
     run_layer = _layer_in_place if donate else _layer
-    x = _embed_tokens(params, config, tokens, positions)
+    x = sharding.constrain(_embed_tokens(params, config, tokens, positions), *_STREAM)
     layers, seen = [], []
     last = None
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
@@ -193,6 +194,7 @@ def _linear(x: jax.Array, weights: dict, name: str) -> jax.Array:
     return y if bias is None else y + bias
 
 
+_STREAM = ("batch", "tokens", None)  # names of the axes of the residual stream, see `kvjax.sharding`
 _normed = jax.jit(_norm, static_argnames=("name", "config"))
 
 
@@ -213,6 +215,7 @@ def _unembed(norm: dict, head, x, new, *, config: DecoderConfig, last_only: bool
     if last_only:
         x = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)
     x = _norm(x, norm, "final_norm", config)
+    x = sharding.constrain(x, "batch", None, None)
     logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
     cap = config.output_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -245,7 +248,7 @@ def _one_layer(
     mixed = _feed_forward(weights, _norm(read, weights, "mlp_norm", config), config)
     if config.post_norms:
         mixed = _norm(mixed, weights, "mlp_post_norm", config)
-    return x + attended + mixed, layer, observed
+    return sharding.constrain(x + attended + mixed, *_STREAM), layer, observed
 
 
 _STATIC = ("config", "kind", "needs", "last")
@@ -282,7 +285,7 @@ def _attention(
     T = x.shape[1]
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     if last is None:
-        own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
+        own = sharding.attend_new(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
         attended = layer.attend(queries, shared=shared, new=own, **how)
         layer = layer.append(k, v, positions, rope, after=attended)
     else:
@@ -298,8 +301,7 @@ def _attention(
 
 def _qkv(weights: dict, x: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, T, N, H], keys and values [B, T, K, H]."""
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    q, k, v = jnp.split(_linear(x, weights, "wqkv").reshape(*x.shape[:2], N + 2 * K, H), (N, N + K), axis=2)
+    q, k, v = split_qkv(config, _linear(x, weights, "wqkv"))
     if config.qk_norm:
         q, k = (rms_norm(y, weights[name], config.norm_eps) for y, name in ((q, "q_norm"), (k, "k_norm")))
     return q, k, v
@@ -354,8 +356,7 @@ def _feed_forward(weights: dict, x: jax.Array, config: DecoderConfig) -> jax.Arr
     def hidden(product):
         if not config.gated:
             return activation(product("w_up"))
-        gate, up = jnp.split(product("w_gate_up"), 2, axis=-1)
-        return activation(gate) * up
+        return activation(product("w_gate")) * product("w_up")
 
     if "router" not in weights:
         return _linear(hidden(lambda name: _linear(x, weights, name)), weights, "w_down")

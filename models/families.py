@@ -173,7 +173,7 @@ def _llama(f: Fields, context: int | None) -> dict[str, Any]:
     if f.layer_types(lambda i: _GLOBAL):
         raise ValueError(f"layer_types has {_LOCAL!r}, expected only {_GLOBAL!r}.")
     biases = (("wqkv", "wo") if f.get("attention_bias") else ()) + (
-        ("w_gate_up", "w_down") if f.get("mlp_bias") else ()
+        ("w_gate", "w_up", "w_down") if f.get("mlp_bias") else ()
     )
     return _common(f, context) | {"biases": biases}
 

@@ -2,20 +2,18 @@
 
 Axes: V vocabulary, D width, N query heads, K key/value heads, H head dimension, F feed-forward width, E experts; of
 multi-head latent attention, R latent rank and the channels of a head that rotate (P), that do not (C), and of its value
-(V'). Files
-store a matrix as [out, in]; parameters are [in, out], and matrices that read the same input stand side by side in one
-leaf:
+(V'). Files store a matrix as [out, in]; parameters are [in, out]:
 
   {"embed": [V, D], "final_norm": [D], "layers": (layer, ...)}
   layer = {"attn_norm": [D], "wqkv": [D, (N + 2 K) H], "wo": [N H, D],
-           "mlp_norm": [D], "w_gate_up": [D, 2 F], "w_down": [F, D]}
+           "mlp_norm": [D], "w_gate": [D, F], "w_up": [D, F], "w_down": [F, D]}
 
-The columns of wqkv are the query heads, then the key heads, then the value heads; those of w_gate_up the gate, then up.
-Where a config asks for it there are also "head" [V, D] (untied), "positions" [P, D], "q_norm" and "k_norm" [H],
-"attn_post_norm" and "mlp_post_norm" [D], "w_up" [D, F] in place of w_gate_up (not gated), "router" [D, E] with the
-other feed-forward matrices [E, in, out], "shared_w_gate_up" and "shared_w_down" of the feed-forward beside the experts,
-and a NAME_bias beside a matrix or a layer norm. In place of wqkv latent attention has "wq" [D, N (C + P)], "w_latent"
-[D, R + P], "latent_norm" [R], "w_uk" [N, C, R] and "w_uv" [N, R, V'].
+The columns of wqkv are, KV head after KV head, its N / K query heads, its key and its value, so that a part of the KV
+heads is a part of the matrix. Where a config asks for it there are also "head" [V, D] (untied), "positions" [P, D],
+"q_norm" and "k_norm" [H], "attn_post_norm" and "mlp_post_norm" [D], no "w_gate" (not gated), "router" [D, E] with the
+other feed-forward matrices [E, in, out], "shared_w_gate", "shared_w_up" and "shared_w_down" of the feed-forward beside
+the experts, and a NAME_bias beside a matrix or a layer norm. In place of wqkv latent attention has "wq" [D, N (C + P)],
+"w_latent" [D, R + P], "latent_norm" [R], "w_uk" [N, C, R] and "w_uv" [N, R, V'].
 
 Loading brings every family to one convention. Norms of files that store `w - 1` hold w. In a partly rotated head the
 channels of queries and keys are reordered so that the pairs are `(i, i + H / 2)` (`DecoderConfig.frequencies`), and
@@ -48,8 +46,8 @@ class Names:
     Attributes:
       layer: what names of the i-th layer open with.
       wqkv: one tensor, or query, key and value.
-      w_gate_up: one tensor, or gate and up.
-      w_up: where the feed-forward layer is not gated.
+      w_gate: empty where the feed-forward layer is not gated.
+      w_up: that of w_gate where one tensor is both, gate first.
       expert: what the names of expert e open with, in place of the layer's feed-forward.
       shared_expert: the same of the feed-forward beside the experts.
       dense: the same in layers without experts, where others have them.
@@ -75,8 +73,8 @@ class Names:
     wo: str = "self_attn.o_proj"
     attn_post_norm: str = "post_attention_layernorm"
     mlp_norm: str = "post_attention_layernorm"
-    w_gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    w_up: str = ""
+    w_gate: str = "mlp.gate_proj"
+    w_up: str = "mlp.up_proj"
     w_down: str = "mlp.down_proj"
     mlp_post_norm: str = "post_feedforward_layernorm"
     router: str = "mlp.gate"
@@ -91,16 +89,17 @@ class Names:
 
 NAMES = {
     "llama": Names(),
-    "qwen3_moe": Names(w_gate_up=("gate_proj", "up_proj"), w_down="down_proj"),
+    "qwen3_moe": Names(w_gate="gate_proj", w_up="up_proj", w_down="down_proj"),
     "mixtral": Names(
         router="block_sparse_moe.gate",
         expert="block_sparse_moe.experts.{}.",
-        w_gate_up=("w1", "w3"),
+        w_gate="w1",
+        w_up="w3",
         w_down="w2",
     ),
-    "deepseek_v2": Names(w_gate_up=("gate_proj", "up_proj"), w_down="down_proj", dense="mlp."),
+    "deepseek_v2": Names(w_gate="gate_proj", w_up="up_proj", w_down="down_proj", dense="mlp."),
     "gemma": Names(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
-    "phi3": Names(wqkv=("self_attn.qkv_proj",), w_gate_up=("mlp.gate_up_proj",)),
+    "phi3": Names(wqkv=("self_attn.qkv_proj",), w_gate="mlp.gate_up_proj", w_up="mlp.gate_up_proj"),
     "gpt_neox": Names(
         embed="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
@@ -109,6 +108,7 @@ NAMES = {
         wqkv=("attention.query_key_value",),
         heads_apart=True,
         wo="attention.dense",
+        w_gate="",
         w_up="mlp.dense_h_to_4h",
         w_down="mlp.dense_4h_to_h",
         # The causal mask, and what it writes where nothing is seen.
@@ -123,6 +123,7 @@ NAMES = {
         attn_norm="self_attn_layer_norm",
         wo="self_attn.out_proj",
         mlp_norm="final_layer_norm",
+        w_gate="",
         w_up="fc1",
         w_down="fc2",
     ),
@@ -152,7 +153,7 @@ def _matrix(names: Iterable[str], shapes, experts: int, rows: np.ndarray | None,
         whole = np.concatenate(tensors)
         return np.ascontiguousarray(_turned(whole, rows, gain).T)
 
-    fan_in, out = shapes[0][1], sum(shape[0] for shape in shapes)
+    fan_in, out = shapes[0][1], sum(shape[0] for shape in shapes) if rows is None else len(rows)
     if not experts:
         return _Leaf(names, shapes, (fan_in, out), fuse, multiplied=True)
     of_experts = tuple(name.format(e) for e in range(experts) for name in names)
@@ -179,7 +180,8 @@ def _vector(names: Iterable[str], sizes: Iterable[int], untrained: float, rows=N
         return whole.astype(np.float32) + np.float32(offset) if offset else whole
 
     sizes = tuple(sizes)
-    return _Leaf(tuple(names), tuple((size,) for size in sizes), (sum(sizes),), fuse, untrained)
+    shape = (sum(sizes) if rows is None else len(rows),)
+    return _Leaf(tuple(names), tuple((size,) for size in sizes), shape, fuse, untrained)
 
 
 def _head_channels(config: DecoderConfig) -> np.ndarray | None:
@@ -192,17 +194,23 @@ def _head_channels(config: DecoderConfig) -> np.ndarray | None:
     return np.concatenate([channel[:half], channel[R : R + still], channel[half:R], channel[R + still :]])
 
 
-def _qkv_rows(config: DecoderConfig, heads_apart: bool) -> np.ndarray | None:
-    """i32[(N + 2 K) H]: which row of the file's tensors comes where in wqkv; None: as they are."""
+def _qkv_rows(config: DecoderConfig, heads_apart: bool) -> np.ndarray:
+    """i32[(N + 2 K) H]: which row of the file's tensors comes where in wqkv."""
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     channels = _head_channels(config)
-    if channels is None and not heads_apart:
-        return None
     rows = np.arange((N + 2 * K) * H)
     rows = rows.reshape(N, 3, H).swapaxes(0, 1).reshape(-1, H) if heads_apart else rows.reshape(-1, H)
     if channels is not None:
         rows = np.concatenate([rows[: N + K][:, channels], rows[N + K :]])
-    return rows.reshape(-1)
+    queries, key, value = np.split(rows, (N, N + K))
+    return np.concatenate([queries.reshape(K, -1), key, value], axis=1).reshape(-1)
+
+
+def split_qkv(config: DecoderConfig, wqkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[..., (N + 2 K) H], the outputs of wqkv -> queries [..., N, H], keys and values [..., K, H]."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    by_head = wqkv.reshape(*wqkv.shape[:-1], K, N // K + 2, H)
+    return by_head[..., :-2, :].reshape(*wqkv.shape[:-1], N, H), by_head[..., -2, :], by_head[..., -1, :]
 
 
 def _rotary_gain(config: DecoderConfig) -> np.ndarray | None:
@@ -246,7 +254,8 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
         rows, gain = _qkv_rows(config, names.heads_apart), _rotary_gain(config)
         qkv_gain = None
         if gain is not None and not config.qk_norm:
-            qkv_gain = np.concatenate([np.tile(gain, N + K), np.ones(K * H, np.float32)])
+            of_head = np.concatenate([np.tile(gain, N // K + 1), np.ones(H, np.float32)])
+            qkv_gain = np.tile(of_head, K)
         parts = [at + part for part in names.wqkv]
         leaves = matrix("wqkv", parts, (N * H, K * H, K * H), D, rows=rows, gain=qkv_gain)
         if config.qk_norm:
@@ -284,11 +293,15 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
             leaves |= matrix("router", [at + names.router], [E], D)
         if E and config.shared_ffn_width:
             width, own = config.shared_ffn_width, at + names.shared_expert
-            leaves |= matrix("shared_w_gate_up", [own + part for part in names.w_gate_up], (width, width), D)
+            leaves |= matrix("shared_w_gate", [own + names.w_gate], [width], D)
+            leaves |= matrix("shared_w_up", [own + names.w_up], [width], D)
             leaves |= matrix("shared_w_down", [own + names.w_down], [D], width)
-        if config.gated:
-            leaves |= matrix("w_gate_up", full(names.w_gate_up), (F, F), D, experts=E)
+        if config.gated and names.w_gate == names.w_up:
+            leaves |= matrix("w_gate", full([names.w_gate]), [2 * F], D, experts=E, rows=np.arange(F))
+            leaves |= matrix("w_up", full([names.w_up]), [2 * F], D, experts=E, rows=np.arange(F, 2 * F))
         else:
+            if config.gated:
+                leaves |= matrix("w_gate", full([names.w_gate]), [F], D, experts=E)
             leaves |= matrix("w_up", full([names.w_up]), [F], D, experts=E)
         return leaves | matrix("w_down", full([names.w_down]), [D], F, experts=E)
 

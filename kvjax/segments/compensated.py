@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
+from kvjax.segments.axes import rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import LAST, written_after
@@ -46,6 +48,10 @@ class CompensatedSegment:
         empty = cls(ring, mean.replace(bias=jnp.zeros((B, K, 1), jnp.float32)))
         return empty.replace(mean=empty._mean_with(slots, _lost(slots, ring)))
 
+    def axes(self) -> CompensatedSegment:
+        """See `Segment.axes`; all shards have the mean."""
+        return self.replace(ring=self.ring.axes(), mean=rename(self.mean.axes(), {"slots": None}))
+
     @property
     def key_rope(self) -> KeyRope:
         """Rotated."""
@@ -62,7 +68,7 @@ class CompensatedSegment:
 
     def mass(self, queries: Queries, lse: jax.Array, **how: Any) -> jax.Array:
         """See `Segment.mass`."""
-        return jnp.concatenate([part.mass(queries, lse, **how) for part in (self.ring, self.mean)], axis=-1)
+        return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in (self.ring, self.mean)], axis=-1)
 
     def dense(self) -> DenseSegment:
         """The ring's slots and the mean, float32."""

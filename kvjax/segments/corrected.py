@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.low_rank import Factors, add_product, factorize
 from kvjax.segments.outliers import (
@@ -116,17 +117,18 @@ class CorrectedSegment:
             dtype=self.dtype,
         )
 
-    def slot_axes(self) -> CorrectedSegment:
-        """For every leaf, the axis along which slots lie."""
+    def axes(self) -> CorrectedSegment:
+        """See `Segment.axes`."""
+        last = P("batch", "kv_heads", None, "slots")
 
         def axes(correction: Correction) -> Correction:
-            along = 3 if correction.axis == "token" else 2
+            along = last if correction.axis == "token" else OF_SLOTS
             return correction.replace(
-                factors=correction.factors and Factors(3, 2),
+                factors=correction.factors and Factors(last, OF_SLOTS),
                 outliers=correction.outliers and Outliers(along, along),
             )
 
-        return self.replace(body=self.body.slot_axes(), keys=axes(self.keys), values=self.values and axes(self.values))
+        return self.replace(body=self.body.axes(), keys=axes(self.keys), values=self.values and axes(self.values))
 
     @property
     def key_rope(self) -> KeyRope:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope, re_rotate, rotate
+from kvjax.segments.axes import OF_SLOTS
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import LAST, fold_slots, keep_highest, token_order, write_windows
+from kvjax.segments.slots import LAST, fold_slots, gather_slots, keep_highest, scatter_slots, token_order, write_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
@@ -169,9 +171,9 @@ class DenseSegment:
         """See `Segment.fold_dense`."""
         return fold_slots(self, attend, beside, 1)
 
-    def slot_axes(self) -> DenseSegment:
-        """For every leaf, the axis along which slots lie."""
-        return jax.tree.map(lambda _: 2, self)
+    def axes(self) -> DenseSegment:
+        """See `Segment.axes`."""
+        return jax.tree.map(lambda _: OF_SLOTS, self)
 
     def no_slots(self) -> DenseSegment:
         """One like this without slots: where tokens that follow may go."""
@@ -214,10 +216,11 @@ class DenseSegment:
         )
 
     def reserve(self, tokens: int) -> DenseSegment:
-        """Adds `tokens` empty slots; a ring stays as it is."""
+        """Adds `tokens` empty slots, on a mesh as many more as make its shards equal; a ring stays as it is."""
         if self.ring_sinks is not None:
             return self
-        return self.resize(self.pos.shape[2] + tokens)
+        B, K, S = self.pos.shape
+        return self.resize(sharding.whole(S + tokens, batch=B, kv_heads=K))
 
     def resize(self, slots: int) -> DenseSegment:
         """Pads with empty slots up to `slots`."""
@@ -231,13 +234,7 @@ class DenseSegment:
 
     def take(self, index: jax.Array, valid: jax.Array) -> DenseSegment:
         """Gathers slots: i32[B, K, n] of them, bool[B, K, n] where the result is occupied."""
-
-        def gather(x):
-            expand = (...,) + (None,) * (x.ndim - 3)
-            picked = jnp.take_along_axis(x, index[expand], axis=2)
-            return jnp.where(valid[expand], picked, jnp.zeros((), x.dtype))
-
-        taken = jax.tree.map(gather, self)
+        taken = gather_slots(self, index, valid)
         return taken.replace(pos=jnp.where(valid, taken.pos, -1))
 
     def in_token_order(self) -> DenseSegment:
@@ -264,8 +261,7 @@ class DenseSegment:
 
     def put(self, slot: jax.Array, new: DenseSegment) -> DenseSegment:
         """Writes the one slot of `new` over slot i32[B, K] of every row and head where it is occupied."""
-        real = new.pos[..., 0] >= 0
-        return jax.tree.map(lambda old, fresh: write_windows(old, fresh, slot, real), self, new)
+        return write_slots(self, new, slot, new.pos[..., 0] >= 0)
 
     def drop(self, slots: jax.Array) -> DenseSegment:
         """Empties the slots where bool[B, K, S] is true; their room is used again."""
@@ -298,15 +294,12 @@ class DenseSegment:
 
     def _write(self, new: DenseSegment) -> DenseSegment:
         """Puts the occupied slots of `new` into the first empty (in a full ring: the oldest) slots."""
-        B, K, S = self.pos.shape
-        T = new.pos.shape[2]
+        S, T = self.pos.shape[2], new.pos.shape[2]
         if T == 1:
             return self.put(self._next_slot(), new)
         slot = jnp.argsort(self._order(), axis=-1, stable=True)[..., :T]
         slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
-        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-        put = lambda old, fresh: old.at[rows, heads, slot].set(fresh, mode="drop", unique_indices=True)
-        return jax.tree.map(put, self, new)
+        return scatter_slots(self, new, slot)
 
 
 def unrotated(slots: DenseSegment, rope: Rope) -> DenseSegment:

@@ -8,6 +8,7 @@ import jax
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import fold_slots
@@ -86,11 +87,12 @@ class QuantizedSegment:
             clip=self.clip,
         )
 
-    def slot_axes(self) -> QuantizedSegment:
-        """For every leaf, the axis along which slots lie."""
-        by = {"channel": Packed(2, 2, 2), "token": Packed(2, 3, 3)}
-        bias = None if self.bias is None else 2
-        return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=2, bias=bias)
+    def axes(self) -> QuantizedSegment:
+        """See `Segment.axes`."""
+        of_token = P("batch", "kv_heads", None, "slots")
+        by = {"channel": Packed(OF_SLOTS, OF_SLOTS, OF_SLOTS), "token": Packed(OF_SLOTS, of_token, of_token)}
+        bias = None if self.bias is None else OF_SLOTS
+        return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=OF_SLOTS, bias=bias)
 
     def attend(
         self,

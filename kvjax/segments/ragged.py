@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import P, rename
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import counts_by_owner
@@ -90,6 +91,11 @@ class RaggedSegment:
         taken = slots.take(index[:, None], valid.reshape(B, 1, -1))
         paged = jax.tree.map(lambda x: x.reshape(B, pages, page, *x.shape[3:]), taken)
         return cls(paged, of_page.astype(jnp.int32), kv_heads)
+
+    def axes(self) -> RaggedSegment:
+        """See `Segment.axes`: a page is whole, and pages lie anywhere."""
+        pages = rename(self.pages.axes(), {"kv_heads": "pages", "slots": None})
+        return self.replace(pages=pages, owner=P("batch", "pages"))
 
     @property
     def key_rope(self) -> KeyRope:

@@ -27,14 +27,14 @@ def test_codes_are_within_half_a_scale_of_each_output():
     np.testing.assert_allclose(matmul(x, Int8Matrix.of(matrix[1])), x @ dense(packed)[1], rtol=1e-4, atol=1e-5)
 
 
-EXPERTS = {"wo", "router", "w_gate_up", "w_down"}
+EXPERTS = {"wo", "router", "w_gate", "w_up", "w_down"}
 
 
 @pytest.mark.parametrize(
     "name, leaves",
     [
         ("mixtral", {"wqkv"}),
-        ("deepseek_v2", {"wq", "w_latent", "w_uk", "w_uv", "shared_w_gate_up", "shared_w_down"}),
+        ("deepseek_v2", {"wq", "w_latent", "w_uk", "w_uv", "shared_w_gate", "shared_w_up", "shared_w_down"}),
     ],
 )
 def test_decoder_with_experts_computes_with_the_rounded_weights(name, leaves):

@@ -1,0 +1,21 @@
+"""The names of the axes of segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+OF_SLOTS = P("batch", "kv_heads", "slots")
+"""[B, K, S, ...]."""
+
+
+def rename(named: Any, names: dict[str, str | None]) -> Any:
+    """A tree of names with some of them replaced."""
+    return jax.tree.map(lambda spec: P(*(names.get(name, name) for name in spec)), named)
+
+
+def slot_axis(spec: P) -> int:
+    """The axis along which slots lie; -1 where there is none."""
+    return next((axis for axis, name in enumerate(spec) if name == "slots"), -1)
