@@ -12,6 +12,7 @@ from models import tokenizer as tokenizer_lib
 from models import weights
 from models.config import DecoderConfig
 from models.families import read_config
+from models.rope_scaling import yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
 ARCHITECTURES = {
@@ -99,9 +100,16 @@ _INTEGERS = set(_FIELDS) - {
     "final_logit_softcapping",
 }
 _USED = {*_FIELDS, "attention.value_length", "rope.dimension_count"}
-_SCALING = {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.finetuned"}
+_SCALING = {
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
 # Keys that change nothing at this value; at any other they ask for something this decoder does not do.
-_NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0}
+_NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.yarn_ext_factor": 1.0}
 
 
 def load_gguf(
@@ -239,7 +247,7 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
         long, short = read("rope_factors_long.weight"), read("rope_factors_short.weight")
         gain = given.get("rope.scaling.attn_factor")
         return {"type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": gain}
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         refuse("rope.scaling.type")
     if "rope_freqs.weight" in stored:  # Llama 3.1: a divisor of every frequency, whatever the context
         divisors, pairs = read("rope_freqs.weight"), head_dim // 2
@@ -248,6 +256,11 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
         return {"type": "longrope", "long_factor": divisors, "short_factor": divisors, "attention_factor": 1.0}
     if kind == "linear":
         return {"type": "linear", "factor": given.get("rope.scaling.factor")}
+    if kind == "yarn":
+        yarn = {name: given.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        # llama.cpp multiplies its factor with the gain that config.json leaves out.
+        gain = given.get("rope.scaling.attn_factor", 1.0) * yarn_gain(given.get("rope.scaling.factor", 1.0))
+        return yarn | {"type": "yarn", "factor": given.get("rope.scaling.factor"), "attention_factor": gain}
     if "rope.scaling.factor" in given:
         refuse("rope.scaling.factor")
     return {}

@@ -48,6 +48,16 @@ FILES = {
     "llama2": ("llama", {}),
     "mistral": ("llama", {"attention.sliding_window": 6}),
     "qwen2": ("qwen2", {}),
+    "qwen2_yarn": (
+        "qwen2",
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+        },
+    ),
     "qwen3": ("qwen3", {"attention.key_length": 16}),
     "qwen3_moe": (
         "qwen3moe",
