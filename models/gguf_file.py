@@ -12,6 +12,7 @@ from models import tokenizer as tokenizer_lib
 from models import weights
 from models.config import DecoderConfig
 from models.families import read_config
+from models.leaf import Index
 from models.rope_scaling import yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
@@ -113,7 +114,12 @@ _NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0, "
 
 
 def load_gguf(
-    path: str | pathlib.Path, dtype, *, context: int | None = None, int8: bool = False
+    path: str | pathlib.Path,
+    dtype,
+    *,
+    context: int | None = None,
+    int8: bool = False,
+    shardings: weights.Shardings | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any], tokenizer_lib.Tokenizer]:
     """Loads a decoder, its weights dequantized, and its tokenizer.
 
@@ -122,6 +128,7 @@ def load_gguf(
       dtype: of the params.
       context: tokens the caller needs, see `models.families.read_config`.
       int8: see `models.weights.build_params`.
+      shardings: see `models.weights.build_params`.
 
     Returns:
       The config (named after the file), the params of `models.weights`, and the tokenizer.
@@ -141,8 +148,8 @@ def load_gguf(
         weights.check_names(config, tensors)
         tokenizer = tokenizer_lib.from_gguf(metadata)
         halves = architecture == "llama"
-        get = lambda name: _read_tensor(*tensors[name], name, config, halves)
-        params = weights.build_params(config, get, dtype, int8=int8)
+        get = lambda name: _Stored(*tensors[name], name, config, halves)
+        params = weights.build_params(config, get, dtype, int8=int8, shardings=shardings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer
@@ -291,33 +298,41 @@ def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]
     return found
 
 
-def _read_tensor(
-    tensor: gguf.ReaderTensor, expert: int | None, name: str, config: DecoderConfig, halves: bool
-) -> np.ndarray:
-    """Dequantizes one tensor to float32, as Hugging Face stores it: its order of rows, its norms."""
-    try:
-        data = tensor.data if expert is None else tensor.data[expert]
-        array = gguf.quants.dequantize(data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ValueError(f"Tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be dequantized.") from error
-    if halves and ".q_proj." in name:
-        return _halves(array, config.num_heads)
-    if halves and ".k_proj." in name:
-        return _halves(array, config.num_kv_heads)
-    if ".query_key_value." in name:  # queries of all heads, keys of all, values of all: back to head after head
-        apart = array.reshape(3, config.num_heads, -1, *array.shape[1:])
-        return apart.swapaxes(0, 1).reshape(array.shape)
-    if name.endswith("norm.weight"):
-        return array - np.float32(weights.NAMES[config.names].norm_offset)
-    return array
+class _Stored:
+    """A tensor of the file in Hugging Face's order of rows, with its norms; only what is asked for is dequantized."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, tensor: gguf.ReaderTensor, expert: int | None, name: str, config: DecoderConfig, halves: bool):
+        self._tensor, self._data = tensor, tensor.data if expert is None else tensor.data[expert]
+        self.shape = tuple(int(size) for size in reversed(tensor.shape))[0 if expert is None else 1 :]
+        self._order = None
+        if halves and ".q_proj." in name:
+            self._order = _halves(self.shape[0], config.num_heads)
+        elif halves and ".k_proj." in name:
+            self._order = _halves(self.shape[0], config.num_kv_heads)
+        elif ".query_key_value." in name:  # queries of all heads, keys of all, values of all: back to head after head
+            apart = np.arange(self.shape[0]).reshape(3, config.num_heads, -1)
+            self._order = apart.swapaxes(0, 1).reshape(-1)
+        self._offset = np.float32(weights.NAMES[config.names].norm_offset if name.endswith("norm.weight") else 0.0)
+
+    def __getitem__(self, index: slice | Index) -> np.ndarray:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        data = self._data[rows if self._order is None else self._order[rows]]
+        try:
+            array = gguf.quants.dequantize(data, self._tensor.tensor_type)[(slice(None), *columns)]
+        except NotImplementedError as error:
+            kind = self._tensor.tensor_type.name
+            raise ValueError(f"Tensor {self._tensor.name} is {kind}, which cannot be dequantized.") from error
+        return array - self._offset if self._offset else array
 
 
-def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of each head from rotary pairs (0, 1), (2, 3), ... to pairs (0, H/2), (1, H/2 + 1), ...
+def _halves(rows: int, heads: int) -> np.ndarray | None:
+    """The order of rows that turns the rotary pairs (0, 1), (2, 3), ... of each head into (0, H/2), (1, H/2 + 1), ...
 
     llama.cpp rotates neighbouring channels of this architecture and its converter permutes W_q and W_k to match; here
     the first half of a head rotates with the second.
     """
-    if rows.shape[0] % (2 * heads):
-        return rows  # a wrong shape: build_params reports it with the name
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    if rows % (2 * heads):
+        return None  # a wrong shape: build_params reports it with the name
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
