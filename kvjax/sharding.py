@@ -33,7 +33,6 @@ TENSOR: Rules = (
     ("pages", "model"),
     ("heads", "model"),
     ("ffn", "model"),
-    ("experts", "model"),
     ("vocab", "model"),
 )
 SEQUENCE: Rules = (("slots", "seq"), ("pages", "seq"), ("tokens", "seq"))
@@ -127,16 +126,29 @@ def whole(slots: int, block: int = 1, *, batch: int, kv_heads: int) -> int:
     return -(-slots // unit) * unit
 
 
+def packable(slots: int, *, batch: int, kv_heads: int) -> int:
+    """The same for slots that may be packed later, in groups of up to 128: only a mesh makes them more."""
+    if shards(layout({"batch": batch, "kv_heads": kv_heads, "slots": 0})["slots"]) == 1:
+        return slots
+    return whole(slots, 128, batch=batch, kv_heads=kv_heads)
+
+
+def whole_pages(pages: int, *, batch: int) -> int:
+    """A number of pages rounded up to as many on every shard."""
+    parts = shards(layout({"batch": batch, "pages": 0})["pages"])
+    return -(-pages // parts) * parts
+
+
 def sizes_of(named: Any, tree: Any) -> dict[str, int]:
     """The sizes of the named axes of a tree; of several that share a name, what divides them all.
 
-    An axis of size 1 is one that all shards hold, whatever its name.
+    A single row or head of a leaf is on all shards, whatever others have.
     """
     sizes: dict[str, int] = {}
 
     def visit(spec, x):
         for name, size in zip(spec, x.shape):
-            if name is not None and size != 1:
+            if name is not None and (size != 1 or name not in ("batch", "kv_heads")):
                 sizes[name] = math.gcd(sizes.get(name, 0), size)
 
     jax.tree.map(visit, named, tree)

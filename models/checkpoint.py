@@ -14,7 +14,7 @@ from models import orbax_folder
 from models.config import DecoderConfig
 from models.int8 import Int8Matrix
 from models.tokenizer import Tokenizer
-from models.weights import Shardings, abstract_params, weight_axes
+from models.weights import Shardings, abstract_params, param_axes
 
 FILE = "kvjax_model.json"
 _VERSION = 1
@@ -75,7 +75,7 @@ def load_checkpoint(
         raise ValueError(f"{folder}: its matrices are not in 8 bits; convert the model with --int8.")
     like = abstract_params(config, dtype, int8=about["int8"])
     if shardings is not None:
-        placed = shardings(weight_axes(config, int8=about["int8"]), like)
+        placed = shardings(param_axes(config, int8=about["int8"]), like)
         like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, placed)
     return config, orbax_folder.load(folder, like), tokenizer
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 _PIECE = 8 << 20  # bytes of a leaf that are read at a time
 _NEAR = 512  # rows that far apart are read with what lies between them
@@ -35,7 +34,6 @@ class Leaf:
       shapes: theirs.
       shape: its own.
       read: `(tensors, index) -> part`; the part may be a view of a tensor.
-      axes: names of its axes, for `kvjax.sharding`.
       by: the axis along which it is read piece by piece.
       untrained: what an untrained norm or bias is filled with; None: a matrix.
       multiplied: whether it is a matrix that something is multiplied by, as `x @ leaf`.
@@ -45,7 +43,6 @@ class Leaf:
     shapes: tuple[tuple[int, ...], ...]
     shape: tuple[int, ...]
     read: Callable[[Sequence[Tensor], Index], np.ndarray]
-    axes: P = P()
     by: int = 0
     untrained: float | None = None
     multiplied: bool = False
@@ -64,21 +61,20 @@ class Leaf:
             yield place(slice(first, last)), tuple(inside)
 
 
-def plain(name: str, *shape: int, axes: P = P(), skipped: int = 0) -> Leaf:
+def plain(name: str, *shape: int, skipped: int = 0) -> Leaf:
     """A tensor as it is, without its first rows."""
 
     def read(tensors: Sequence[Tensor], index: Index) -> np.ndarray:
         first, *rest = index
         return tensors[0][(slice(first.start + skipped, first.stop + skipped), *rest)]
 
-    return Leaf((f"{name}.weight",), ((shape[0] + skipped, *shape[1:]),), shape, read, axes)
+    return Leaf((f"{name}.weight",), ((shape[0] + skipped, *shape[1:]),), shape, read)
 
 
 def matrix(
     names: Iterable[str],
     shapes: Iterable[tuple[int, int]],
     *,
-    axes: tuple[str | None, str | None],
     experts: int = 0,
     rows: np.ndarray | None = None,
     gain: np.ndarray | None = None,
@@ -88,7 +84,6 @@ def matrix(
     Args:
       names: of the tensors, which stand one below the other; with `{}` for the expert.
       shapes: theirs.
-      axes: names of the axes in and out.
       experts: how many there are; 0: it is no matter of experts.
       rows: i32[out], which row of the tensors comes where; None: all as they are.
       gain: f32[out], what each is multiplied by then.
@@ -103,7 +98,7 @@ def matrix(
 
     if not experts:
         read = lambda tensors, index: one(tensors, *index)
-        return Leaf(names, shapes, (fan_in, out), read, P(*axes), by=1, multiplied=True)
+        return Leaf(names, shapes, (fan_in, out), read, by=1, multiplied=True)
     count = len(names)
 
     def read_experts(tensors: Sequence[Tensor], index: Index) -> np.ndarray:
@@ -111,8 +106,7 @@ def matrix(
         return np.stack([one(tensors[e * count : (e + 1) * count], *rest) for e in range(which.start, which.stop)])
 
     of_experts = tuple(name.format(e) for e in range(experts) for name in names)
-    shape = (experts, fan_in, out)
-    return Leaf(of_experts, shapes * experts, shape, read_experts, P("experts", *axes), multiplied=True)
+    return Leaf(of_experts, shapes * experts, (experts, fan_in, out), read_experts, multiplied=True)
 
 
 def vector(
@@ -120,7 +114,6 @@ def vector(
     sizes: Iterable[int],
     untrained: float,
     *,
-    axis: str | None = None,
     rows: np.ndarray | None = None,
     gain: np.ndarray | None = None,
     offset: float = 0.0,
@@ -135,7 +128,7 @@ def vector(
         return found.astype(np.float32) + np.float32(offset) if offset else found
 
     shape = (sum(sizes) if rows is None else len(rows),)
-    return Leaf(tuple(names), tuple((size,) for size in sizes), shape, read, P(axis), untrained=untrained)
+    return Leaf(tuple(names), tuple((size,) for size in sizes), shape, read, untrained=untrained)
 
 
 def up_projection(name: str, heads: int, channels: slice, rank: int, of_head: int, *, turned: bool) -> Leaf:
@@ -159,7 +152,7 @@ def up_projection(name: str, heads: int, channels: slice, rank: int, of_head: in
 
     count = channels.stop - channels.start
     shape = (heads, rank, count) if turned else (heads, count, rank)
-    return Leaf((f"{name}.weight",), ((heads * of_head, rank),), shape, read, P("heads"), multiplied=True)
+    return Leaf((f"{name}.weight",), ((heads * of_head, rank),), shape, read, multiplied=True)
 
 
 def _rows(tensors: Sequence[Tensor], wanted: np.ndarray, *columns: slice) -> np.ndarray:

@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
-from models.config import DecoderConfig
 from models import leaf as leaf_of
+from models.config import DecoderConfig
 from models.int8 import Int8Matrix, Weight, quantized
 from models.leaf import Index, Leaf, Tensor
 
@@ -43,11 +43,6 @@ _LONG = 1 << 30  # bytes of params from which loading shows a progress bar
 
 Shardings = Callable[[Any, Any], Any]
 """From the named axes of the params and their shapes to a `jax.sharding.Sharding` for each."""
-
-# Names of the axes [in, out] of a matrix.
-_TO_HEADS, _FROM_HEADS, _TO_FFN, _FROM_FFN, _WHOLE = (
-    (None, "heads"), ("heads", None), (None, "ffn"), ("ffn", None), (None, None)
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +177,15 @@ def _rotary_gain(config: DecoderConfig) -> np.ndarray | None:
 
 def _latent_rows(config: DecoderConfig, heads: int, before: int) -> dict[str, np.ndarray | None]:
     """Where the rows of heads `[before | P]` come from, and what they are multiplied by: P rotate, as halves."""
-    P = config.rotated
-    order = np.concatenate([np.arange(before), before + np.arange(P).reshape(-1, 2).T.reshape(-1)])
-    gain = np.concatenate([np.ones(before, np.float32), np.full(P, config.rope_gain, np.float32)])
-    rows = np.arange(heads * (before + P)).reshape(heads, -1)[:, order].reshape(-1)
+    rotated = config.rotated
+    order = np.concatenate([np.arange(before), before + np.arange(rotated).reshape(-1, 2).T.reshape(-1)])
+    gain = np.concatenate([np.ones(before, np.float32), np.full(rotated, config.rope_gain, np.float32)])
+    rows = np.arange(heads * (before + rotated)).reshape(heads, -1)[:, order].reshape(-1)
     return {"rows": rows, "gain": None if config.rope_gain == 1.0 else np.tile(gain, heads)}
 
 
-def _declare(config: DecoderConfig) -> dict[str, Any]:
+def declare(config: DecoderConfig) -> dict[str, Any]:
+    """The params as leaves that say what they are made of."""
     names = NAMES[config.names]
     D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_dim
 
@@ -200,15 +196,15 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
         return leaves
 
     def matrix(
-        key: str, parts: Iterable[str], outs: Iterable[int], fan_in: int, axes, *, experts=0, rows=None, gain=None
+        key: str, parts: Iterable[str], outs: Iterable[int], fan_in: int, *, experts=0, rows=None, gain=None
     ) -> dict[str, Leaf]:
         parts, outs = tuple(parts), tuple(outs)
         outs = outs if len(parts) > 1 else (sum(outs),)
         weights, shapes = [f"{name}.weight" for name in parts], [(out, fan_in) for out in outs]
-        leaves = {key: leaf_of.matrix(weights, shapes, axes=axes, experts=experts, rows=rows, gain=gain)}
+        leaves = {key: leaf_of.matrix(weights, shapes, experts=experts, rows=rows, gain=gain)}
         if key in config.biases:
             biases = [f"{name}.bias" for name in parts]
-            leaves[f"{key}_bias"] = leaf_of.vector(biases, outs, 0.0, axis=axes[1], rows=rows, gain=gain)
+            leaves[f"{key}_bias"] = leaf_of.vector(biases, outs, 0.0, rows=rows, gain=gain)
         return leaves
 
     def qkv(at: str) -> dict[str, Leaf]:
@@ -218,24 +214,24 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
             of_head = np.concatenate([np.tile(gain, N // K + 1), np.ones(H, np.float32)])
             qkv_gain = np.tile(of_head, K)
         parts = [at + part for part in names.wqkv]
-        leaves = matrix("wqkv", parts, (N * H, K * H, K * H), D, _TO_HEADS, rows=rows, gain=qkv_gain)
+        leaves = matrix("wqkv", parts, (N * H, K * H, K * H), D, rows=rows, gain=qkv_gain)
         if config.qk_norm:
             for key, name in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
                 channels = _head_channels(config)
                 channels = np.arange(H) if channels is None and gain is not None else channels
                 head = dict(rows=channels, gain=gain, offset=names.norm_offset)
                 leaves[key] = leaf_of.vector([f"{at}{name}.weight"], [H], 1.0, **head)
-        return leaves | matrix("wo", [at + names.wo], [D], N * H, _FROM_HEADS)
+        return leaves | matrix("wo", [at + names.wo], [D], N * H)
 
     def latent_qkv(at: str) -> dict[str, Leaf]:
-        P, R, C, V = config.rotated, config.latent_rank, config.still_channels, config.value_channels
+        R, C, V = config.latent_rank, config.still_channels, config.value_channels
         of_queries, of_keys = (_latent_rows(config, *sizes) for sizes in ((N, C), (1, R)))
-        leaves = matrix("wq", [at + names.wq], [N * (C + P)], D, _TO_HEADS, **of_queries)
-        leaves |= matrix("w_latent", [at + names.w_latent], [R + P], D, _WHOLE, **of_keys)
+        leaves = matrix("wq", [at + names.wq], [N * (C + config.rotated)], D, **of_queries)
+        leaves |= matrix("w_latent", [at + names.w_latent], [R + config.rotated], D, **of_keys)
         leaves["latent_norm"] = leaf_of.vector([f"{at}{names.latent_norm}.weight"], [R], 1.0)
         for key, channels, turned in (("w_uk", slice(0, C), False), ("w_uv", slice(C, C + V), True)):
             leaves[key] = leaf_of.up_projection(at + names.w_ukv, N, channels, R, C + V, turned=turned)
-        return leaves | matrix("wo", [at + names.wo], [D], N * V, _FROM_HEADS)
+        return leaves | matrix("wo", [at + names.wo], [D], N * V)
 
     def layer(i: int) -> dict[str, Leaf]:
         at = names.layer.format(i)
@@ -248,29 +244,28 @@ def _declare(config: DecoderConfig) -> dict[str, Any]:
             leaves |= norm("attn_post_norm", at + names.attn_post_norm)
             leaves |= norm("mlp_post_norm", at + names.mlp_post_norm)
         if E:
-            leaves |= matrix("router", [at + names.router], [E], D, _WHOLE)
+            leaves |= matrix("router", [at + names.router], [E], D)
         if E and config.shared_ffn_width:
             width, own = config.shared_ffn_width, at + names.shared_expert
-            leaves |= matrix("shared_w_gate", [own + names.w_gate], [width], D, _TO_FFN)
-            leaves |= matrix("shared_w_up", [own + names.w_up], [width], D, _TO_FFN)
-            leaves |= matrix("shared_w_down", [own + names.w_down], [D], width, _FROM_FFN)
+            leaves |= matrix("shared_w_gate", [own + names.w_gate], [width], D)
+            leaves |= matrix("shared_w_up", [own + names.w_up], [width], D)
+            leaves |= matrix("shared_w_down", [own + names.w_down], [D], width)
         if config.gated and names.w_gate == names.w_up:
             for key, rows in (("w_gate", np.arange(F)), ("w_up", np.arange(F, 2 * F))):
-                leaves |= matrix(key, full([names.w_up]), [2 * F], D, _TO_FFN, experts=E, rows=rows)
+                leaves |= matrix(key, full([names.w_up]), [2 * F], D, experts=E, rows=rows)
         else:
             if config.gated:
-                leaves |= matrix("w_gate", full([names.w_gate]), [F], D, _TO_FFN, experts=E)
-            leaves |= matrix("w_up", full([names.w_up]), [F], D, _TO_FFN, experts=E)
-        return leaves | matrix("w_down", full([names.w_down]), [D], F, _FROM_FFN, experts=E)
+                leaves |= matrix("w_gate", full([names.w_gate]), [F], D, experts=E)
+            leaves |= matrix("w_up", full([names.w_up]), [F], D, experts=E)
+        return leaves | matrix("w_down", full([names.w_down]), [D], F, experts=E)
 
-    table = lambda name, rows, **how: leaf_of.plain(name, rows, D, **how)
-    vocabulary = dict(axes=PartitionSpec("vocab"))
-    leaves = {"embed": table(names.embed, config.vocab_size, **vocabulary)} | norm("final_norm", names.final_norm)
+    leaves = {"embed": leaf_of.plain(names.embed, config.vocab_size, D)} | norm("final_norm", names.final_norm)
     if config.learned_positions:
-        leaves["positions"] = table(names.positions, config.learned_positions, skipped=names.skipped_positions)
+        shape = config.learned_positions, D
+        leaves["positions"] = leaf_of.plain(names.positions, *shape, skipped=names.skipped_positions)
     leaves["layers"] = tuple(layer(i) for i in range(config.num_layers))
     if not config.tied_embeddings:
-        leaves["head"] = table(names.head, config.vocab_size, **vocabulary)
+        leaves["head"] = leaf_of.plain(names.head, config.vocab_size, D)
     return leaves
 
 
@@ -323,10 +318,10 @@ def build_params(
         progress.update(size(leaf))
         return jax.block_until_ready(built)  # what it was copied from is free now
 
-    declared = _declare(config)
+    declared = declare(config)
     placed = []
     if shardings is not None:
-        placed = [shardings(weight_axes(config, int8=int8), abstract_params(config, dtype, int8=int8))]
+        placed = [shardings(param_axes(config, int8=int8), abstract_params(config, dtype, int8=int8))]
     size = lambda leaf: math.prod(leaf.shape) * (1 if int8 and leaf.multiplied else jnp.dtype(dtype).itemsize)
     total = sum(map(size, jax.tree.leaves(declared)))
     bar = dict(desc=f"loading {config.name}", total=total, unit="B", unit_scale=True, leave=False)
@@ -388,7 +383,7 @@ def check_names(config: DecoderConfig, found: Iterable[str]) -> None:
       ValueError: naming tensors that `build_params` would never ask for.
     """
     names = NAMES[config.names]
-    known = {name for leaf in jax.tree.leaves(_declare(config)) for name in leaf.names}
+    known = {name for leaf in jax.tree.leaves(declare(config)) for name in leaf.names}
     known.add(f"{names.head}.weight")  # a second copy of tied embeddings
     unknown = sorted(name for name in set(found) - known if not name.endswith(names.ignored))
     if unknown:
@@ -405,24 +400,43 @@ def abstract_params(config: DecoderConfig, dtype, *, int8: bool = False) -> dict
             return Int8Matrix(jax.ShapeDtypeStruct(leaf.shape, jnp.int8), scale)
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
 
-    return jax.tree.map(shape, _declare(config))
+    return jax.tree.map(shape, declare(config))
 
 
-def weight_axes(config: DecoderConfig, *, int8: bool = False) -> dict[str, Any]:
-    """The names of the axes of the params, as `kvjax.sharding` takes them. Arguments as `build_params`.
+_AXES = {
+    "embed": P("vocab"),
+    "head": P("vocab"),
+    "wqkv": P(None, "heads"),
+    "wqkv_bias": P("heads"),
+    "wq": P(None, "heads"),
+    "w_uk": P("heads"),
+    "w_uv": P("heads"),
+    "wo": P("heads"),
+    "w_gate": P(None, "ffn"),
+    "w_gate_bias": P("ffn"),
+    "w_up": P(None, "ffn"),
+    "w_up_bias": P("ffn"),
+    "w_down": P("ffn"),
+}
 
-    "heads" are the columns of wqkv and the rows of wo, "ffn" those of the feed-forward, "experts" and "vocab" what they
-    say; what has no name is on every shard.
+
+def param_axes(config: DecoderConfig, *, int8: bool = False) -> dict[str, Any]:
+    """The names of the axes of every leaf of the params, for `kvjax.sharding`: what is not named is on every shard.
+
+    Arguments as `build_params`.
     """
 
-    def axes(leaf: Leaf):
-        spec = leaf.axes
-        if int8 and leaf.multiplied:
-            of_codes = (*spec, *[None] * (len(leaf.shape) - len(spec)))
-            return Int8Matrix(spec, PartitionSpec(*of_codes[:-2], of_codes[-1]))
-        return spec
+    def axes(path, leaf: Leaf):
+        name = path[-1].key
+        found = _AXES.get(name.removeprefix("shared_"), P())
+        of_experts = len(leaf.shape) == 3 and name in ("w_gate", "w_up", "w_down")
+        found = P(None, *found) if of_experts else found
+        if not (int8 and leaf.multiplied):
+            return found
+        padded = (*found, *[None] * (len(leaf.shape) - len(found)))
+        return Int8Matrix(found, P(*padded[:-2], padded[-1]))
 
-    return jax.tree.map(axes, _declare(config))
+    return jax.tree_util.tree_map_with_path(axes, declare(config))
 
 
 def random_params(config: DecoderConfig, key: jax.Array, dtype) -> dict[str, Any]:
@@ -433,7 +447,7 @@ def random_params(config: DecoderConfig, key: jax.Array, dtype) -> dict[str, Any
       key: a PRNG key; the same key gives the same params, rounded, in every dtype.
       dtype: of every leaf.
     """
-    leaves, treedef = jax.tree.flatten(_declare(config))
+    leaves, treedef = jax.tree.flatten(declare(config))
 
     def draw(i: int, leaf: Leaf) -> jax.Array:
         if leaf.untrained is not None:

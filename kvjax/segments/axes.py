@@ -16,6 +16,12 @@ def rename(named: Any, names: dict[str, str | None]) -> Any:
     return jax.tree.map(lambda spec: P(*(names.get(name, name) for name in spec)), named)
 
 
+def heads_alike(named: Any, *parts: Any) -> Any:
+    """A tree of names in which no part is split by KV head if one of them is not: queries come for all or for some."""
+    by_head = lambda part: any("kv_heads" in spec for spec in jax.tree.leaves(part))
+    return named if all(map(by_head, parts)) else rename(named, {"kv_heads": None})
+
+
 def slot_axis(spec: P) -> int:
     """The axis along which slots lie; -1 where there is none."""
     return next((axis for axis, name in enumerate(spec) if name == "slots"), -1)

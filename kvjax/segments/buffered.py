@@ -8,7 +8,7 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments.axes import rename
+from kvjax.segments.axes import heads_alike, rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import slice_slots, slot_axes, write_slots
@@ -49,7 +49,8 @@ class BufferedSegment:
 
     def axes(self) -> BufferedSegment:
         """See `Segment.axes`; all shards have the tail."""
-        return self.replace(body=self.body.axes(), tail=rename(self.tail.axes(), {"slots": None}))
+        body, tail = self.body.axes(), rename(self.tail.axes(), {"slots": None})
+        return heads_alike(self.replace(body=body, tail=tail), body, tail)
 
     @property
     def key_rope(self) -> KeyRope:

@@ -12,7 +12,7 @@ from kvjax import sharding
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.segments.axes import OF_SLOTS
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import LAST, fold_slots, gather_slots, keep_highest, scatter_slots, token_order, write_slots
+from kvjax.segments.slots import LAST, fill_slots, fold_slots, gather_slots, keep_highest, token_order, write_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
@@ -294,12 +294,7 @@ class DenseSegment:
 
     def _write(self, new: DenseSegment) -> DenseSegment:
         """Puts the occupied slots of `new` into the first empty (in a full ring: the oldest) slots."""
-        S, T = self.pos.shape[2], new.pos.shape[2]
-        if T == 1:
-            return self.put(self._next_slot(), new)
-        slot = jnp.argsort(self._order(), axis=-1, stable=True)[..., :T]
-        slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
-        return scatter_slots(self, new, slot)
+        return self.put(self._next_slot(), new) if new.pos.shape[2] == 1 else fill_slots(self, new)
 
 
 def unrotated(slots: DenseSegment, rope: Rope) -> DenseSegment:

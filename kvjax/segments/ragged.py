@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments.axes import P, rename
 from kvjax.segments.dense import DenseSegment, dense_tail
@@ -66,13 +67,13 @@ class RaggedSegment:
           keep: bool[B, M]; with `c` kept slots of a head, `sum(ceil(c / page)) <= pages` must hold.
           kv_heads: [K].
           page: slots of a page.
-          pages: [P].
+          pages: [P]; on a mesh as many more as make its shards equal.
         """
         slots, owner = held
         if slots.key_rope == "rank":
             raise TypeError("RaggedSegment does not re-index positions.")
         B, M = owner.shape
-        K = kv_heads
+        K, pages = kv_heads, sharding.whole_pages(pages, batch=B)
         pos = slots.pos[:, 0]
         order = jnp.lexsort((pos, jnp.where(keep, owner, K)), axis=-1)  # by head, then token; the rest last
         count = counts_by_owner(keep, owner, K)

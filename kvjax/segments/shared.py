@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
-from kvjax.segments.axes import OF_SLOTS, rename
+from kvjax.segments.axes import OF_SLOTS, heads_alike, rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from pallas_kernels.partial import Partial
@@ -56,7 +56,8 @@ class ScaledSegment:
         named = self.replace(key_scale=OF_SLOTS, value_scale=OF_SLOTS)
         if self.direction is None:
             return named
-        named = named.replace(direction=self.direction.axes())
+        direction = self.direction.axes()
+        named = heads_alike(named.replace(direction=direction), direction)
         alike = self.direction.pos.shape[2] == self.key_scale.shape[2]  # or scales would lie beside other slots
         return named if alike else rename(named, {"slots": None})
 

@@ -16,6 +16,7 @@ LAST = jnp.iinfo(jnp.int32).max
 """A position after every real one."""
 
 _TILE = 512  # slots that are expanded at a time
+_OF_ROWS = P("batch", "kv_heads")  # names of the axes of what is beside a segment
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
@@ -161,30 +162,39 @@ def write_slots(old, new, start: jax.Array, on: jax.Array):
 
     to = sharding.specs(named, old, split)
     of_new = sharding.specs(rename(named, {"slots": None}), new, split)
-    of_rows = sharding.specs(_of_rows(named), start, split)
+    of_rows = sharding.specs(_OF_ROWS, start, split)
     return sharding.over_shards(here, (to, of_new, of_rows, of_rows), to)(old, new, start, on)
 
 
-def scatter_slots(old, new, slot: jax.Array):
-    """Writes slot j of one segment, of every row and head, into slot i32[B, K, n] `slot[.., j]` of another.
+def fill_slots(old, new):
+    """Writes the occupied slots of one segment, one after the other, into the first empty slots of another.
 
-    Slots are distinct; those that `old` does not have are written nowhere. On a mesh every shard writes its own.
+    What finds no empty slot is lost. On a mesh every shard fills its own, the first ones first.
+
+    Args:
+      old: whose leaves are all [B, K, S, ...].
+      new: the same with n slots, the occupied ones first.
     """
     named = old.axes()
     split, axes = _split(named, old)
 
-    def here(old, new, slot):
+    def here(old, new):
         B, K, S = old.pos.shape
-        slot = slot - sharding.first_on_shard(axes, S)
-        slot = jnp.where(slot < 0, S, slot)  # a negative index would count from the end
+        filled = jnp.cumsum(old.pos < 0, axis=-1, dtype=jnp.int32)  # [B, K, S]: empty slots up to each
+        nth = jnp.broadcast_to(jnp.arange(1, new.pos.shape[2] + 1), new.pos.shape)  # the empty slot each takes
+        if axes:
+            counts = jax.lax.all_gather(filled[..., -1], axes)  # [shards, B, K]
+            before = jnp.arange(counts.shape[0])[:, None, None] < jax.lax.axis_index(axes)
+            nth = nth - jnp.sum(jnp.where(before, counts, 0), axis=0)[..., None]
+        find = jax.vmap(jax.vmap(lambda row, n: jnp.searchsorted(row, n)))
+        slot = jnp.where((nth > 0) & (new.pos >= 0), find(filled, nth), S)  # S: nowhere
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-        put = lambda x, fresh: x.at[rows, heads, slot].set(fresh, mode="drop", unique_indices=True)
+        put = lambda x, fresh: x.at[rows, heads, slot].set(fresh, mode="drop")
         return jax.tree.map(put, old, new)
 
     to = sharding.specs(named, old, split)
     of_new = sharding.specs(rename(named, {"slots": None}), new, split)
-    of_slots = sharding.specs(_of_rows(named), slot, split)
-    return sharding.over_shards(here, (to, of_new, of_slots), to)(old, new, slot)
+    return sharding.over_shards(here, (to, of_new), to)(old, new)
 
 
 def gather_slots(segment, index: jax.Array, valid: jax.Array):
@@ -226,7 +236,7 @@ def gather_slots(segment, index: jax.Array, valid: jax.Array):
         return jax.lax.fori_loop(0, parts, turn, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
 
     of_result = split if spread else split | {"slots": ()}
-    rows = sharding.specs(_of_rows(named), index, split)
+    rows = sharding.specs(_OF_ROWS, index, split)
     out = jax.tree.map(lambda spec, x: sharding.specs(spec, x, of_result), named, segment)
     return sharding.over_shards(here, (sharding.specs(named, segment, split), rows, rows), out)(segment, index, valid)
 
@@ -235,11 +245,6 @@ def _split(named, segment):
     """How a segment is laid out, and the axes of the mesh that its slots are split over."""
     split = sharding.layout(sharding.sizes_of(named, segment))
     return split, split.get("slots", ())
-
-
-def _of_rows(named) -> P:
-    """The names of [B, K, ...] beside a segment."""
-    return P(*named.pos[:2])
 
 
 def write_windows(
