@@ -8,11 +8,12 @@ from typing import Any
 import gguf
 import numpy as np
 
+from models import gguf_deepseek2 as deepseek2
 from models import tokenizer as tokenizer_lib
 from models import weights
 from models.config import DecoderConfig
 from models.families import read_config
-from models.leaf import Index
+from models.leaf import Index, Tensor
 from models.rope_scaling import yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
@@ -25,6 +26,7 @@ ARCHITECTURES = {
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gptneox": "GPTNeoXForCausalLM",
+    "deepseek2": "DeepseekV2ForCausalLM",
 }
 
 # GGUF name -> Hugging Face name, without ".weight".
@@ -57,6 +59,7 @@ _NEOX = {
 }
 _GEMMA = _BLOCK | {"ffn_norm": "pre_feedforward_layernorm"}
 _BLOCKS = {"gemma2": _GEMMA, "gemma3": _GEMMA, "phi3": _BLOCK | {"ffn_up": "mlp.gate_up_proj"}, "gptneox": _NEOX}
+_BLOCKS["deepseek2"] = _BLOCK | deepseek2.BLOCK
 # Tensors of all experts in one; name of one of them.
 _EXPERTS = {
     "ffn_gate_exps": "mlp.experts.{}.gate_proj",
@@ -148,7 +151,13 @@ def load_gguf(
         weights.check_names(config, tensors)
         tokenizer = tokenizer_lib.from_gguf(metadata)
         halves = architecture == "llama"
-        get = lambda name: _Stored(*tensors[name], name, config, halves)
+
+        def get(name: str) -> Tensor:
+            tensor, part = tensors[name]
+            if not isinstance(part, gguf.ReaderTensor):
+                return _Stored(tensor, part, name, config, halves)
+            return deepseek2.UpProjections(*(_Stored(of, None, name, config, halves) for of in (tensor, part)))
+
         params = weights.build_params(config, get, dtype, int8=int8, shardings=shardings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -195,10 +204,13 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
     def refuse(key: str, expected: str = "which this decoder does not support"):
         raise ValueError(f"{prefix}{key} is {given[key]!r}, {expected}.")
 
+    used, neutral, latent = _USED | _SCALING, _NEUTRAL, architecture == deepseek2.ARCHITECTURE
+    if latent:
+        used, neutral = used | deepseek2.KEYS, neutral | deepseek2.NEUTRAL
     for key, value in given.items():
         if key in _INTEGERS and not isinstance(value, int):  # some families give one value per layer
             refuse(key, "expected one integer")
-        if key not in _USED | _SCALING and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+        if key not in used and (key not in neutral or value != neutral[key]):
             refuse(key)
     epsilon = f"attention.layer_norm{'' if architecture == 'gptneox' else '_rms'}_epsilon"
     if epsilon not in given:
@@ -208,7 +220,7 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
     fields["tie_word_embeddings"] = "output.weight" not in stored
     fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
-    if heads and width:
+    if heads and width and not latent:
         head_dim = fields.setdefault("head_dim", width // heads)
         rotated = given.get("rope.dimension_count", head_dim)
         if given.get("attention.value_length", head_dim) != head_dim:
@@ -231,7 +243,12 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         fields["query_pre_attn_scalar"] = width // heads if largest else fields["head_dim"]
     if architecture == "qwen2":
         fields.pop("sliding_window", None)
+    if latent:
+        fields |= deepseek2.fields(given)
     scaling = _scaling(given, stored, fields.get("head_dim", 0), refuse)
+    if latent and scaling:
+        scaling = scaling | deepseek2.yarn(given)
+        scaling.pop("attention_factor")
     if scaling:
         fields["rope_scaling"] = scaling
     return fields
@@ -274,7 +291,10 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
 
 
 def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]) -> dict[str, Any]:
-    """By the Hugging Face name of a tensor, or its own where it has none: the tensor, and which expert's part it is."""
+    """By the Hugging Face name of a tensor, or its own where it has none: the tensor, and which expert's part it is.
+
+    The up-projection of latent attention may be two tensors; the second is that of the values.
+    """
     parts = _BLOCKS.get(architecture, _BLOCK)
     top, layer = (_NEOX_TOP, "gpt_neox.layers.") if architecture == "gptneox" else (_TOP, "model.layers.")
     rename = _MIXTRAL if config.names == "mixtral" else {}
@@ -289,6 +309,11 @@ def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]
             found[f"{top[stem]}.{suffix}"] = tensor, None
         elif stem.startswith("blk.") and part in parts:
             found[f"{at}{rename.get(parts[part], parts[part])}.{suffix}"] = tensor, None
+        elif part == deepseek2.UP_OF_KEYS and f"blk.{block}.{deepseek2.UP_OF_VALUES}.{suffix}" in stored:
+            of_values = stored[f"blk.{block}.{deepseek2.UP_OF_VALUES}.{suffix}"]
+            found.setdefault(f"{at}{deepseek2.UP}.{suffix}", (tensor, of_values))
+        elif part == deepseek2.UP_OF_VALUES:
+            continue  # beside the keys'
         elif stem.startswith("blk.") and part in _EXPERTS:
             of_expert = rename.get(_EXPERTS[part], _EXPERTS[part])
             for expert in range(config.num_experts):
