@@ -162,7 +162,7 @@ def write_gguf(name: str, path, whole_up_projection: bool = False) -> None:
         }[type(value)]
         add(f"{architecture}.{key}", value)
     writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", "qwen2")
+    writer.add_string("tokenizer.ggml.pre", "deepseek-llm" if architecture == "deepseek2" else "qwen2")
     writer.add_array("tokenizer.ggml.tokens", [*map(chr, range(97, 160)), "ab"])
     writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_array("tokenizer.ggml.token_type", [1] * 64)
