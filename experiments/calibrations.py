@@ -16,6 +16,7 @@ import tqdm
 
 import kvjax
 from experiments import synthetic
+from kvjax import orbax_folder
 from kvjax.calibration import (
     Moments,
     activation_aware_svd,
@@ -26,7 +27,7 @@ from kvjax.calibration import (
     weighted_components,
 )
 from kvjax.segments.dense import unrotated
-from models import Model, orbax_folder
+from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
 from models.int8 import dense

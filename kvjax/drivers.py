@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from kvjax import query_window
+from kvjax import query_window, sharding
 from kvjax.cache import Cache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.reread import reread
@@ -51,6 +52,16 @@ class Run(NamedTuple):
     cache: Cache
     state: Any  # of the transform
     prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
+
+    def specs(self) -> Run:
+        """For every leaf, the `PartitionSpec` over the axes of the mesh in use."""
+        rows = lambda x: sharding.specs(P("batch"), x)
+        state = jax.tree.map(lambda _: P(), self.state)  # budgets of rows and the like, on every device
+        return Run(rows(self.logits), self.cache.specs(), state, rows(self.prompt))
+
+    def placed(self) -> Run:
+        """The shapes of all leaves, on a mesh with where they lie: to compile for, and to restore into."""
+        return sharding.placed(self, Run.specs)
 
 
 def _positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:

@@ -185,6 +185,15 @@ def constrain_tree(tree: Any, specs_of: Callable[[Any], Any]) -> Any:
     return jax.lax.with_sharding_constraint(tree, specs_of(tree))
 
 
+def placed(tree: Any, specs_of: Callable[[Any], Any]) -> Any:
+    """Every leaf as a `jax.ShapeDtypeStruct`, on a mesh with the sharding that `specs_of(tree)` gives it."""
+    if _active() is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    mesh = jax.sharding.get_mesh()
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(place, tree, specs_of(tree))
+
+
 def over_shards(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`run` on every shard by itself, with collectives of its own; `run` as it is where there is no mesh."""
     if _active() is None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import tokenizers
 
-from models import orbax_folder
+from kvjax import orbax_folder
 from models.config import DecoderConfig
 from models.int8 import Int8Matrix
 from models.tokenizer import Tokenizer
