@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order
@@ -300,7 +301,8 @@ def massive_activations(entries: int = 20) -> Scorer:
 
 
 def _mass(segment: DenseSegment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:
-    return segment.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale, reduce=reduce)
+    how = dict(window=seen.window, scale=seen.scale, reduce=reduce)
+    return sharding.mass(segment, seen.queries, seen.lse, **how)
 
 
 def _variance(segment: DenseSegment, seen: LayerObservation) -> jax.Array:

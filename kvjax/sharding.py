@@ -41,6 +41,7 @@ RULES: Rules = DATA + SEQUENCE + TENSOR
 WEIGHTS_OVER_SEQUENCE: Rules = RULES + (("heads", "seq"), ("ffn", "seq"), ("vocab", "seq"))
 """`RULES`, and the weights split over the sequence axis too: for models that the model axis alone cannot hold."""
 
+_GATHERED = 4096  # tokens of a call whose keys and values every shard can have
 _BLOCK = 512  # queries that attend to the keys of another shard at a time
 
 _rules = jax.make_user_context(RULES)
@@ -201,6 +202,16 @@ def over_shards(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Calla
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def made_on_shards(make: Callable[[Any], Any], slots: Any) -> Any:
+    """`make(slots)`, a segment with the same slots in another representation; on a mesh every shard makes its own."""
+    if _active() is None:
+        return make(slots)
+    like = jax.eval_shape(make, slots)
+    named = like.axes()
+    split = layout(sizes_of(named, like))
+    return over_shards(make, (specs(slots.axes(), slots, split),), specs(named, like, split))(slots)
+
+
 def attend(segment: Any, queries: Any, *, ranks: Any = None, **how: Any) -> Partial:
     """`Segment.attend`; on a mesh every shard attends to the slots it holds, and the parts are merged."""
     if _active() is None:
@@ -296,7 +307,9 @@ def _rank_specs(ranks: Any, split: dict[str, tuple[str, ...]]) -> Any:
 
 
 def attend_new(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, **how: Any) -> Partial:
-    """`prefill_attention`; on a mesh each shard has some of the tokens, and keys and values go round in a ring.
+    """`prefill_attention`; on a mesh each shard has queries of some of the tokens.
+
+    Keys and values of a chunk are gathered; those of a long prompt go round in a ring, so that no shard has them all.
 
     Args:
       q: [B, T, N, H] queries, rotated.
@@ -314,6 +327,9 @@ def attend_new(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, **how: 
     parts = shards(split["tokens"])
 
     def one_shard(q, k, v, pos):
+        if parts > 1 and parts * q.shape[1] <= _GATHERED:
+            gather = lambda x, axis: jax.lax.all_gather(x, tokens, axis=axis, tiled=True)
+            return _attend_blocks(q, gather(k, 2), gather(v, 2), pos, gather(pos, 1), **how)
         merged = prefill_attention(q, k, v, pos, **how)
 
         def turn(_, carry):

@@ -7,6 +7,7 @@ import math
 import jax
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.dense import DenseSegment
@@ -58,22 +59,22 @@ class QuantizedSegment:
             raise TypeError(
                 f"QuantizedSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}."
             )
-        occupied = slots.pos >= 0
-        pack = lambda x, axis, group: quantize_pack(
-            x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip
-        )
-        return cls(
-            k=pack(slots.k, key_axis, key_group),
-            v=None if slots.v is None else pack(slots.v, "token", value_group),
-            pos=slots.pos,
-            bits=bits,
-            key_group=key_group,
-            value_group=value_group,
-            scale_dtype=scale_dtype,
-            bias=slots.bias,
-            key_axis=key_axis,
-            clip=clip,
-        )
+
+        def pack(slots: DenseSegment) -> QuantizedSegment:
+            how = dict(bits=bits, scale_dtype=scale_dtype, clip=clip)
+            occupied = slots.pos >= 0
+            return cls(
+                k=quantize_pack(slots.k, occupied, group=key_group, axis=key_axis, **how),
+                v=None if slots.v is None else quantize_pack(slots.v, occupied, group=value_group, axis="token", **how),
+                pos=slots.pos,
+                key_group=key_group,
+                value_group=value_group,
+                bias=slots.bias,
+                key_axis=key_axis,
+                **how,
+            )
+
+        return sharding.made_on_shards(pack, slots.replace(stats={}))
 
     def encode_like(self, slots: DenseSegment) -> QuantizedSegment:
         """Quantizes dense slots the way this segment is quantized."""
