@@ -63,7 +63,7 @@ class DenseSegment:
         """[B, K, S, H], as stored."""
         return self.k if self.v is None else self.v
 
-    def own_values(self, what: str) -> jax.Array:
+    def values_apart(self, what: str) -> jax.Array:
         """[B, K, S, H], for what cannot work where the keys are the values.
 
         Raises:

@@ -167,9 +167,9 @@ class LatentSegment:
         if joint and slots.bias is not None:
             raise TypeError("A joint LatentSegment cannot keep slots that each head has merged in its own way.")
         if value_basis is not None:
-            slots.own_values("A basis of the values")
+            slots.values_apart("A basis of the values")
         if isinstance(key_basis, Channels):
-            slots.own_values("A selection of key channels")
+            slots.values_apart("A selection of key channels")
         like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint, slots.v is not None)
         return like.encode_like(slots)
 
