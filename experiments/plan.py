@@ -30,14 +30,14 @@ from models.config import DecoderConfig
 from models.families import read_config
 
 flags.adopt_module_key_flags(cli)
-_CONTEXT = flags.DEFINE_integer("context", 131072, "Tokens of each prompt.")
+_TOKENS = 131072  # of each prompt, without --context
 _BATCH = flags.DEFINE_integer("batch", 1, "Prompts at once.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Slice, such as v5e:16x16 or v5p:4x4x4.")
 _MESH = flags.DEFINE_string("mesh", None, "Such as seq:32,model:8; without it the KV heads are split first.")
 _SPLIT_WEIGHTS = flags.DEFINE_bool("split_weights", False, "Split weights over the sequence axis too.")
 _INT8_WEIGHTS = flags.DEFINE_bool("int8_weights", False, "Matrices of the layers in 8 bits.")
 _CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a chunk of the prompt.")
-_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 1024, "Tokens to make room for behind the prompt.")
+_ROOM = flags.DEFINE_integer("room", 1024, "Tokens to make room for behind the prompt.")
 _LARGEST = flags.DEFINE_bool("largest", True, "Look for the largest context that fits.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
@@ -147,12 +147,14 @@ the bytes of their results. largest: tokens that fit, with what is beside growin
 
 def run() -> None:
     """The program."""
-    for flag, least in ((_CONTEXT, 1), (_BATCH, 1), (_CHUNK, 1), (_NEW_TOKENS, 1)):
-        if flag.value < least:
-            raise ValueError(f"--{flag.name} must be at least {least}, got {flag.value}.")
+    cli.refuse(cli.TASKS)
+    context = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
+    for name, value in (("context", context), *((f.name, f.value) for f in (_BATCH, _CHUNK, _ROOM))):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
     if cli.MODEL.value is None:
         raise ValueError(f"--model says which shape: one of {', '.join(model_names())}, or a path of a config.json.")
-    config = read_model(cli.MODEL.value, _CONTEXT.value)
+    config = read_model(cli.MODEL.value, context)
     chip, chips = read_topology(_TOPOLOGY.value)
     budget = 0.25 if cli.KEEP.value is None else cli.KEEP.value
     how = dict(budget=budget, gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value)
@@ -161,13 +163,13 @@ def run() -> None:
     text = _MESH.value or default_mesh(config, len(devices))
     setting = Setting(
         config,
-        context=_CONTEXT.value,
+        context=context,
         batch=_BATCH.value,
         mesh=sharding.make_mesh(text, devices),
         rules=sharding.WEIGHTS_OVER_SEQUENCE if _SPLIT_WEIGHTS.value else sharding.RULES,
         int8_weights=_INT8_WEIGHTS.value,
         chunk=_CHUNK.value,
-        room=_NEW_TOKENS.value,
+        room=_ROOM.value,
     )
     planner, rows = Planner(setting), []
     per_chip = len(devices) // chips
