@@ -233,6 +233,7 @@ def codebooks(
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
+_OF_ATTENTION = ("d2o", "duoattention", "razorattention")  # measures nothing of values
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
     "d2o": layer_variance,
@@ -249,7 +250,8 @@ def fingerprint(model: Model) -> str:
     """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model."""
     shape = dataclasses.asdict(model.config) | {"name": ""}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for weights in (model.params["layers"][0]["wqkv"], model.params["layers"][-1]["wo"]):
+    reads = "wq" if model.config.latent_rank else "wqkv"
+    for weights in (model.params["layers"][0][reads], model.params["layers"][-1]["wo"]):
         digest.update(np.asarray(dense(weights)[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
     return digest.hexdigest()[:16]
 
@@ -269,6 +271,11 @@ def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calib
         raise ValueError(
             f"--tokens must be from 8 to the {model.config.max_positions} positions of {model.config.name}, got "
             f"{settings.tokens}."
+        )
+    if model.config.latent_rank and recipe not in _OF_ATTENTION:
+        raise ValueError(
+            f"--method: {recipe} compresses values apart from keys, and in the multi-head latent attention of "
+            f"{model.config.name} the keys are the values."
         )
     return RECIPES[recipe](model, settings)
 

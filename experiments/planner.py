@@ -201,7 +201,8 @@ class Planner:
         for path, leaf in jax.tree_util.tree_leaves_with_path(self._params["layers"]):
             name = next(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
             if leaf.ndim >= 2:
-                flops += 2 * _entries(leaf) * (of_experts if name in ("w_gate", "w_up", "w_down") else 1.0)
+                chosen = name in ("w_gate", "w_up", "w_down") and leaf.ndim == 3
+                flops += 2 * _entries(leaf) * (of_experts if chosen else 1.0)
         flops += 2 * _entries(self._params["embed" if c.tied_embeddings else "head"])
         split = sharding.layout({"batch": self._setting.batch})["batch"]
         flops *= self._setting.batch / sharding.shards(split)

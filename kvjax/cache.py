@@ -162,11 +162,19 @@ class Cache:
 
 
 def empty_cache(
-    *, batch: int, layers: int, kv_heads: int, head_dim: int, slots: int, dtype=jnp.float32
+    *,
+    batch: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    slots: int,
+    dtype=jnp.float32,
+    own_values: bool = True,
 ) -> Cache:
     """A dense cache with nothing in it.
 
-    Bytes: `layers * batch * kv_heads * slots * (2 * head_dim * itemsize + 4) + 4 * batch`.
+    Bytes: `layers * batch * kv_heads * slots * (2 * head_dim * itemsize + 4) + 4 * batch`, without values of
+    their own `head_dim` in place of `2 * head_dim`.
 
     Args:
       batch: [B].
@@ -175,8 +183,11 @@ def empty_cache(
       head_dim: [H].
       slots: [S], tokens it can hold; 0 is allowed.
       dtype: of keys and values.
+      own_values: False where the keys are the values (multi-head latent attention).
     """
-    layer = lambda: LayerCache((DenseSegment.empty(batch, kv_heads, slots, head_dim, dtype),))
+    layer = lambda: LayerCache(
+        (DenseSegment.empty(batch, kv_heads, slots, head_dim, dtype, own_values=own_values),)
+    )
     return Cache(
         layers=tuple(layer() for _ in range(layers)), length=jnp.zeros((batch,), jnp.int32)
     )

@@ -230,7 +230,7 @@ def future_attention(
         there = (segment.pos >= sinks)[:, :, None]
         logits = jnp.where(there, logits, -1e30)
         p = jnp.mean(jnp.where(there, jax.nn.softmax(logits, axis=-1), 0.0), axis=2)
-        return p * jnp.linalg.norm(segment.v.astype(jnp.float32), axis=-1) if value_norm else p
+        return p * jnp.linalg.norm(segment.values.astype(jnp.float32), axis=-1) if value_norm else p
 
     return Scorer(score=score, needs=Needs(moments_from=(sinks,)))
 

@@ -45,7 +45,7 @@ class CodebookSegment:
         occupied = slots.pos >= 0
         return cls(
             k=product_quantize(slots.k, occupied, key_codebook),
-            v=product_quantize(slots.v, occupied, value_codebook),
+            v=product_quantize(slots.values_apart("A codebook of the values"), occupied, value_codebook),
             pos=slots.pos,
             key_codebook=key_codebook,
             value_codebook=value_codebook,

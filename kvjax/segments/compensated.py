@@ -44,7 +44,7 @@ class CompensatedSegment:
         if slots.key_rope != "stored":
             raise TypeError(f"CompensatedSegment needs rotated keys, got key_rope={slots.key_rope!r}.")
         B, K, _, H = slots.k.shape
-        mean = DenseSegment.empty(B, K, 1, H, jnp.float32)
+        mean = DenseSegment.empty(B, K, 1, H, jnp.float32, own_values=slots.v is not None)
         empty = cls(ring, mean.replace(bias=jnp.zeros((B, K, 1), jnp.float32)))
         return empty.replace(mean=empty._mean_with(slots, _lost(slots, ring)))
 
@@ -96,7 +96,7 @@ class CompensatedSegment:
         lost = (oldest.pos >= 0) & (pos >= 0)[:, None]
         # A branch of its own, or XLA reads the slot again after the write, from a copy of the ring.
         mean = jax.lax.cond(jnp.any(lost), lambda: self._mean_with(oldest, lost), lambda: self.mean)
-        k, v, pos = written_after(mean.k + mean.v, k, v, pos)
+        k, v, pos = written_after(mean.k + mean.values, k, v, pos)
         return self.replace(ring=self.ring.append(k, v, pos, rope), mean=mean)
 
     def reserve(self, tokens: int) -> CompensatedSegment:
@@ -115,9 +115,7 @@ class CompensatedSegment:
             return (before[..., None] * mean + added) / jnp.maximum(count, 1.0)[..., None]
 
         newest = jnp.max(jnp.where(lost, slots.pos, -1), axis=-1, keepdims=True, initial=-1)
-        return self.mean.replace(
-            k=averaged(self.mean.k, slots.k),
-            v=averaged(self.mean.v, slots.v),
+        return self.mean.map_vectors(averaged, slots).replace(
             pos=jnp.maximum(self.mean.pos, newest),
             bias=jnp.log(jnp.maximum(count, 1.0)),
         )

@@ -141,6 +141,8 @@ class LatentSegment:
     projected and keys never expanded. Keys from before the rotation ("at_attend") are expanded and rotated a
     tile at a time. Values are expanded after the weighted sum either way.
 
+    Where the keys are the values (`DenseSegment.v` is None) so are their coordinates, and one basis serves both.
+
     With `joint`, all KV heads share one coordinate vector a token, and the bases say how each head reads it; the
     coordinates of a token are then the sum over heads.
 
@@ -149,10 +151,11 @@ class LatentSegment:
 
     latent: Segment  # [B, K, S, R], or [B, 1, S, R] when joint
     key_basis: Basis | None  # None: keys as they are
-    value_basis: Basis | None
+    value_basis: Basis | None  # None where the keys are the values, whose basis is that of the keys
     kv_heads: int = struct.field(pytree_node=False)
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
     joint: bool = struct.field(pytree_node=False, default=False)
+    own_values: bool = struct.field(pytree_node=False, default=True)
 
     @classmethod
     def of(
@@ -163,14 +166,18 @@ class LatentSegment:
             raise TypeError("LatentSegment takes plain slots: no rings, no re-indexed positions.")
         if joint and slots.bias is not None:
             raise TypeError("A joint LatentSegment cannot keep slots that each head has merged in its own way.")
-        like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint)
+        if value_basis is not None:
+            slots.values_apart("A basis of the values")
+        if isinstance(key_basis, Channels):
+            slots.values_apart("A selection of key channels")
+        like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint, slots.v is not None)
         return like.encode_like(slots)
 
     def encode_like(self, slots: DenseSegment) -> LatentSegment:
         """Projects dense slots the way this segment is projected; what holds the coordinates is dense."""
         dense = slots.replace(
             k=self._coordinates(slots.k, self.key_basis),
-            v=self._coordinates(slots.v, self.value_basis),
+            v=self._coordinates(slots.v, self.value_basis) if self.own_values else None,
             pos=slots.pos[:, :1] if self.joint else slots.pos,
             key_rope="stored",
             stats={},
@@ -242,7 +249,7 @@ class LatentSegment:
         slots = self.latent.dense().astype(jnp.float32)
         return slots.replace(
             k=self._expanded(slots.k, self.key_basis),
-            v=self._expanded(slots.v, self.value_basis),
+            v=self._expanded(slots.v, self.value_basis) if self.own_values else None,
             pos=self.pos,
             key_rope=self.key_rope,
         )
@@ -296,16 +303,17 @@ class LatentSegment:
         pos = jnp.broadcast_to(tile.pos, (tile.pos.shape[0], self._heads, tile.pos.shape[2]))
         tile = tile.astype(queries.raw.dtype)  # 8-bit floats are for storage only
         k = rotate(self._expanded(tile.k, self.key_basis), pos, queries.rope)
-        v = jnp.broadcast_to(tile.v, (*pos.shape, tile.v.shape[-1]))
+        v = jnp.broadcast_to(tile.values, (*pos.shape, tile.values.shape[-1]))
         return decode_attention(queries.rotated, k, v, queries.pos, pos, bias=tile.bias, **how)
 
     def _expanded_output(self, partial: Partial) -> jax.Array:
-        if self.value_basis is None:
+        basis = self.value_basis if self.own_values else self.key_basis
+        if basis is None:
             return partial.out
         T = partial.out.shape[1]
-        out = self.value_basis.expand(_by_kv_head(partial.out, self._heads))
-        if self.value_basis.mean is not None:
-            out = out + self.value_basis.mean[:, None].astype(out.dtype)
+        out = basis.expand(_by_kv_head(partial.out, self._heads))
+        if basis.mean is not None:
+            out = out + basis.mean[:, None].astype(out.dtype)
         out = _by_token(out, T)
         return jnp.where((partial.lse == -jnp.inf)[..., None], 0.0, out)
 

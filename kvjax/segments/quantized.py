@@ -24,14 +24,14 @@ class QuantizedSegment:
     """The quantized body of a `BufferedSegment`: written block by block, never slot by slot.
 
     Keys share a scale over `key_group` tokens of a channel or, with `key_axis="token"`, over `key_group` channels
-    of a token; values over `value_group` channels of a token.
+    of a token; values over `value_group` channels of a token. Keys that are the values, too, are stored once.
 
     Bytes, with b bits and scales of e bytes:
     `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4 + (4 if bias))`.
     """
 
     k: Packed
-    v: Packed
+    v: Packed | None  # None: the keys are the values
     pos: jax.Array  # i32[B, K, S]
     bits: int = struct.field(pytree_node=False)
     key_group: int = struct.field(pytree_node=False)
@@ -65,7 +65,7 @@ class QuantizedSegment:
             occupied = slots.pos >= 0
             return cls(
                 k=quantize_pack(slots.k, occupied, group=key_group, axis=key_axis, **how),
-                v=quantize_pack(slots.v, occupied, group=value_group, axis="token", **how),
+                v=None if slots.v is None else quantize_pack(slots.v, occupied, group=value_group, axis="token", **how),
                 pos=slots.pos,
                 key_group=key_group,
                 value_group=value_group,
@@ -93,7 +93,7 @@ class QuantizedSegment:
         of_token = P("batch", "kv_heads", None, "slots")
         by = {"channel": Packed(OF_SLOTS, OF_SLOTS, OF_SLOTS), "token": Packed(OF_SLOTS, of_token, of_token)}
         bias = None if self.bias is None else OF_SLOTS
-        return self.replace(k=by[self.key_axis], v=by["token"], pos=OF_SLOTS, bias=bias)
+        return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=OF_SLOTS, bias=bias)
 
     def attend(
         self,
@@ -145,7 +145,7 @@ class QuantizedSegment:
         """The dequantized slots, float32."""
         return DenseSegment(
             k=dequantize(self.k, bits=self.bits, axis=self.key_axis),
-            v=dequantize(self.v, bits=self.bits, axis="token"),
+            v=None if self.v is None else dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
             bias=self.bias,
         )

@@ -11,10 +11,13 @@ import pytest
 from experiments import calibrate as program
 from experiments import calibrations
 from experiments.methods import load_method
-from models import load_model
+from models import Model, load_model
 from models.decoder import layer_inputs
-from models.weights import split_qkv
+from models.families import read_config
+from models.weights import build_params, split_qkv
 from tests.experiments import in_process, tiny_checkpoint
+from tests.golden.tiny_weights import weights
+from tests.models.test_families import CHECKPOINTS
 
 SMALL = calibrations.Settings(texts=2, tokens=64)
 
@@ -46,6 +49,16 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
     code, _, err = calibrate(*given)
     assert code == 2 and "is not empty; pass --replace" in err
     assert calibrate(*given, "--replace")[0] == 0
+
+
+def test_recipes_about_values_refuse_latent_attention():
+    config = read_config("latent", CHECKPOINTS["deepseek_v2"]["config"])
+    params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)
+    model = Model(config, params, None)
+    assert len(calibrations.fingerprint(model)) == 16
+    for recipe in calibrations.RECIPES.keys() - {"d2o", "duoattention", "razorattention"}:
+        with pytest.raises(ValueError, match=f"{recipe} compresses values apart from keys, .* of latent the keys are"):
+            calibrations.measure(recipe, model, SMALL)
 
 
 def test_principal_components_are_those_of_the_cached_keys(model):
