@@ -97,8 +97,11 @@ class Ceilings:
 def prefill_flops(config: DecoderConfig, tokens: int) -> int:
     """Multiplications and additions of a causal prefill: matrices, attention, and the head of the last token."""
     N, K, H, D, F = config.num_heads, config.num_kv_heads, config.head_dim, config.width, config.ffn_width
-    feed_forward = (3 if config.gated else 2) * D * F * max(config.experts_per_token, 1)
+    feed_forward = (3 if config.gated else 2) * D * (F * max(config.experts_per_token, 1) + config.shared_ffn_width)
     matrices = D * (N + 2 * K) * H + N * H * D + feed_forward
+    if config.latent_rank:
+        C, P, R, V = config.still_channels, config.rotated, config.latent_rank, config.value_channels
+        matrices = D * (N * (C + P) + H) + N * R * (C + V) + N * V * D + feed_forward
     attention = 2 * N * H * (tokens + 1) / 2  # per query: its logits and its mix, over half the keys on average
     return int(2 * (config.num_layers * tokens * (matrices + attention) + D * config.vocab_size))
 

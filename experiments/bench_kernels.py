@@ -148,7 +148,7 @@ def timing_line(row: Timing, case: KernelCase, dense: float | None, copy: float)
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.MODEL, cli.METHODS, cli.KEEP, cli.GIN_FILE, cli.GIN_BINDINGS)
+    cli.refuse(cli.MODEL, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.GIN_FILE, cli.GIN_BINDINGS)
     cases = _chosen(_KERNELS, CASES)
     generations = _chosen(_GENERATIONS, GENERATIONS)
     shapes = [

@@ -17,6 +17,7 @@ import tqdm
 
 import kvjax
 from experiments import synthetic
+from kvjax import orbax_folder
 from kvjax.calibration import (
     Moments,
     activation_aware_svd,
@@ -27,10 +28,11 @@ from kvjax.calibration import (
     weighted_components,
 )
 from kvjax.segments.dense import unrotated
-from models import Model, orbax_folder
+from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
 from models.int8 import dense
+from models.weights import split_qkv
 
 Calibration = Mapping[str, jax.Array]
 
@@ -163,7 +165,7 @@ def attention_directions(model: Model, settings: Settings) -> Calibration:
 def weight_directions(model: Model, settings: Settings) -> Calibration:
     """Directions of the key and value projections in the order of an activation-aware SVD, per layer."""
     config = model.config
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    K, H = config.num_kv_heads, config.head_dim
     inputs = None
     for tokens in _progress(_texts(model, settings)):
         read = layer_inputs(model.params, config, tokens)
@@ -171,9 +173,9 @@ def weight_directions(model: Model, settings: Settings) -> Calibration:
         inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
     axes = {"key": [], "value": []}
     for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
-        _, wk, wv = jnp.split(dense(weights["wqkv"]), (N * H, (N + K) * H), axis=1)
+        _, wk, wv = split_qkv(config, dense(weights["wqkv"]))
         for name, weight in (("key", wk), ("value", wv)):
-            directions, _ = activation_aware_svd(weight, mean_abs / settings.texts)
+            directions, _ = activation_aware_svd(weight.reshape(-1, K * H), mean_abs / settings.texts)
             axes[name].append(directions.reshape(K, H, -1))
     return {f"{name}_axes": jnp.stack(parts) for name, parts in axes.items()}
 
@@ -239,6 +241,7 @@ def codebooks(
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
+_OF_ATTENTION = ("d2o", "duoattention", "razorattention")  # measures nothing of values
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
     "d2o": layer_variance,
@@ -263,7 +266,8 @@ def fingerprint(model: Model) -> str:
     """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model."""
     shape = dataclasses.asdict(model.config) | {"name": ""}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for weights in (model.params["layers"][0]["wqkv"], model.params["layers"][-1]["wo"]):
+    reads = "wq" if model.config.latent_rank else "wqkv"
+    for weights in (model.params["layers"][0][reads], model.params["layers"][-1]["wo"]):
         digest.update(np.asarray(dense(weights)[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
     return digest.hexdigest()[:16]
 
@@ -283,6 +287,11 @@ def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calib
         raise ValueError(
             f"--tokens must be from 8 to the {model.config.max_positions} positions of {model.config.name}, got "
             f"{settings.tokens}."
+        )
+    if model.config.latent_rank and recipe not in _OF_ATTENTION:
+        raise ValueError(
+            f"--method: {recipe} compresses values apart from keys, and in the multi-head latent attention of "
+            f"{model.config.name} the keys are the values."
         )
     return RECIPES[recipe](model, settings)
 

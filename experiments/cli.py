@@ -16,6 +16,8 @@ GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win 
 MODEL = flags.DEFINE_string("model", None, "smollm2, gemma3-270m, a path, or a name on the hub.")
 METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods.")
 KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budget methods keep.")
+CONTEXT = flags.DEFINE_integer("context", None, "Tokens of the context.")
+TASKS = flags.DEFINE_string("tasks", None, "A JSONL file of tasks; without it, synthetic ones.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")
 
 

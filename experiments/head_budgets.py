@@ -26,7 +26,7 @@ from models import Model, load_model
 from models.decoder import bind, prompt_cache
 
 flags.adopt_module_key_flags(cli)
-_TOKENS = flags.DEFINE_integer("context", 2048, "Tokens of the text.")
+_TOKENS = 2048  # of the text, without --context
 
 _METHODS = ("adakv_snapkv", "adakv_expected", "kvzip", "duoattention")
 _KEEP = 0.25
@@ -76,11 +76,12 @@ def compare(model: Model, method: Method, ids: list[int]) -> tuple[list[Stored],
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.OUTPUT_DIR)
+    cli.refuse(cli.OUTPUT_DIR, cli.TASKS)
     names = list(cli.METHODS.value or _METHODS)
     check_method_names(names)
-    if _TOKENS.value < 2:
-        raise ValueError(f"--context must be at least 2 tokens, got {_TOKENS.value}.")
+    tokens = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
+    if tokens < 2:
+        raise ValueError(f"--context must be at least 2 tokens, got {tokens}.")
     model = load_model(cli.MODEL.value or "smollm2")
     configs = dict(
         gin_files=cli.GIN_FILE.value,
@@ -89,7 +90,7 @@ def run() -> None:
         tokenizer=model.tokenizer,
     )
     methods = [load_method(name, budget=cli.KEEP.value or _KEEP, **configs) for name in names]
-    ids, _ = read_prompt(model, [_TOKENS.value], 1)
+    ids, _ = read_prompt(model, [tokens], 1)
     full = model.config.num_layers * model.config.num_kv_heads * (len(ids) - 1)
     print(f"{model.config.name}, {len(ids) - 1} tokens, a full cache of {full} slots\n")
     print(f"{'method':<18}{'storage':<12}{'cache':>10}{'of masked':>11}{'logits differ':>15}")

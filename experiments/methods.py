@@ -157,6 +157,7 @@ def load_method(
     bindings: Sequence[str] = (),
     calibrate: Calibrate | None = None,
     tokenizer: Tokenizer | None = None,
+    text: str | None = None,
 ) -> Method:
     """Builds the method that `configs/methods/NAME.gin` describes.
 
@@ -167,17 +168,20 @@ def load_method(
       bindings: read after it, so they win.
       calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
       tokenizer: of the model, for `instruction_tokens()` in a config.
+      text: what stands in the file, where there is none of that name.
 
     Raises:
       ValueError: an unknown name, a binding that reaches nothing, or settings that the method refuses.
     """
-    check_method_names([name])
+    if text is None:
+        check_method_names([name])
+        text = (METHODS_DIR / f"{name}.gin").read_text(encoding="utf-8")
     gin.clear_config()
     with gin.unlock_config():
         for path in gin_files:
             gin.parse_config_file(path)
         gin.parse_config(f"budget = {budget!r}")
-        gin.parse_config_file(str(METHODS_DIR / f"{name}.gin"))
+        gin.parse_config(text)
         gin.parse_config(bindings)
     global _calibrations, _tokenizer
     _calibrations, _tokenizer = calibrate, tokenizer

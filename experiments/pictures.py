@@ -130,6 +130,37 @@ def plot_training(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     figure.savefig(path)
 
 
+def plot_memory(rows: Sequence[Row], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws what each method takes of a device's memory: weights, cache and what is beside them.
+
+    Args:
+      rows: of `experiments.plan`, with `weight_bytes`, `cache_bytes`, `peak_bytes` and `hbm_bytes`.
+      path: of the picture; its suffix decides the format.
+      title: above the picture.
+    """
+    figure = Figure(figsize=(7.2, 1.6 + 0.45 * len(rows)), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = [row["method"] for row in rows]
+    left = [0.0] * len(rows)
+    beside = [max(row["peak_bytes"] - row["weight_bytes"] - row["cache_bytes"], 0) for row in rows]
+    parts = (
+        ("weights", [row["weight_bytes"] for row in rows], _OTHER_COLOR),
+        ("cache", [row["cache_bytes"] for row in rows], _FRONT_COLOR),
+        ("beside, at the peak", beside, "#999999"),
+    )
+    for label, values, color in parts:
+        values = [value / 2**30 for value in values]
+        axes.barh(names, values, left=left, color=color, label=label)
+        left = [a + b for a, b in zip(left, values)]
+    axes.axvline(rows[0]["hbm_bytes"] / 2**30, color=_FULL_COLOR, linestyle="--", label="HBM of a device")
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB on one device")
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path)
+
+
 def _points(summary: Mapping[str, Any], qualities: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
     """(bytes relative to full, quality) of the methods that have both."""
     points = {}

@@ -15,26 +15,31 @@ from jax.sharding import SingleDeviceSharding
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One TPU generation.
+    """One TPU generation, with figures of one chip as published.
 
     Attributes:
       name: as Google Cloud calls it.
       topology: the smallest that can be compiled for.
-      gigabytes_per_second: of HBM, of one chip, as published.
+      gigabytes_per_second: of HBM.
+      hbm_gibibytes: capacity.
+      teraflops: peak of bfloat16 products.
     """
 
     name: str
     topology: str
     gigabytes_per_second: float
+    hbm_gibibytes: float
+    teraflops: float
 
 
-# HBM bandwidth: Google Cloud's pages "TPU v5e", "TPU v6e", "TPU v5p" and "TPU7x (Ironwood)", system architecture.
+# Google Cloud's pages "TPU v5e", "TPU v6e", "TPU v5p", "TPU7x (Ironwood)" and "TPU v4", system architecture.
 GENERATIONS = (
-    Generation("v5e", "v5e:2x2", 819.0),
-    Generation("v6e", "v6e:2x2", 1640.0),
-    Generation("v5p", "v5p:2x2x1", 2765.0),
-    Generation("tpu7x", "tpu7x:2x2x1", 7370.0),
+    Generation("v5e", "v5e:2x2", 819.0, 16, 197.0),
+    Generation("v6e", "v6e:2x2", 1640.0, 32, 918.0),
+    Generation("v5p", "v5p:2x2x1", 2765.0, 95, 459.0),
+    Generation("tpu7x", "tpu7x:2x2x1", 7370.0, 192, 2307.0),
 )
+V4 = Generation("v4", "v4:2x2x1", 1228.0, 32, 275.0)
 
 # libtpu asks the machine what it is, unless told.
 LIBTPU_ENVIRONMENT = {
@@ -46,7 +51,12 @@ LIBTPU_ENVIRONMENT = {
 
 
 def compile_only_device(topology: str) -> jax.Device:
-    """A device to compile for and not to run on; sets the variables that libtpu reads when it loads.
+    """The first of `compile_only_devices`."""
+    return compile_only_devices(topology)[0]
+
+
+def compile_only_devices(topology: str) -> list[jax.Device]:
+    """Devices to compile for and not to run on; sets the variables that libtpu reads when it loads.
 
     Raises:
       ValueError: there is no TPU compiler here, with the command that installs it; or another `topology`.
@@ -55,13 +65,13 @@ def compile_only_device(topology: str) -> jax.Device:
         raise ValueError("no TPU compiler: install it with `pip install 'jax[tpu]'` (Linux on x86-64).")
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return _device(topology)
+    return _devices(topology)
 
 
 @functools.cache
-def _device(topology: str) -> jax.Device:
+def _devices(topology: str) -> list[jax.Device]:
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # jaxlib raises several types of its own
         raise ValueError(f"no TPU topology {topology!r}: {error}") from error
 

@@ -4,12 +4,13 @@
 papers as short compositions, `prefill`, `extend` and `generate` run a decoder with any of them.
 """
 
-from kvjax import inspection, methods, scores
+from kvjax import inspection, methods, scores, sharding
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample
+from kvjax.saved_runs import load_run, save_run
 from kvjax.segments import (
     BufferedSegment,
     CodebookSegment,

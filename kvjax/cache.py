@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
+from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments import DenseSegment, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.slots import token_order, written_after
@@ -46,7 +48,7 @@ class LayerCache:
         """
         layer = self.inlined(shared)
         partials = [
-            s.attend(queries, window=window, scale=scale, **r)
+            sharding.attend(s, queries, window=window, scale=scale, **r)
             for s, r in zip(layer.segments, layer._ranks(queries))
             if s.pos.shape[-1]
         ]
@@ -64,7 +66,7 @@ class LayerCache:
         """f32[B, N, S] per segment: the probability each slot received from the queries."""
         layer = self.inlined(shared)
         return tuple(
-            s.mass(queries, lse, window=window, scale=scale, **r)
+            sharding.mass(s, queries, lse, window=window, scale=scale, **r)
             for s, r in zip(layer.segments, layer._ranks(queries))
         )
 
@@ -137,17 +139,42 @@ class Cache:
         """The same slots with nothing shared: what to look at, not what to store."""
         return self.map_layers(lambda layer: layer.inlined(self.shared)).replace(shared={})
 
+    def specs(self) -> Cache:
+        """For every leaf, the `PartitionSpec` over the axes of the mesh in use: see `kvjax.sharding`."""
+
+        def of_layer(layer: LayerCache) -> LayerCache:
+            return LayerCache(tuple(map(of_segment, layer.segments, layer.inlined(self.shared).segments)))
+
+        def of_segment(segment: Segment, whole: Segment) -> Segment:
+            return sharding.specs(segment.axes(), segment, sharding.layout(sharding.sizes_of(whole.axes(), whole)))
+
+        shared = {name: of_segment(segment, segment) for name, segment in self.shared.items()}
+        length = sharding.specs(P("batch"), self.length)
+        return self.map_layers(of_layer).replace(length=length, shared=shared)
+
+    def constrained(self) -> Cache:
+        """The same, on a mesh with every leaf split as `specs` says."""
+        return sharding.constrain_tree(self, Cache.specs)
+
     def reserve(self, tokens: int) -> Cache:
         """Makes room for `tokens` more tokens in every layer. Changes shapes: not inside a loop."""
         return self.map_layers(lambda layer: layer.with_tail(layer.segments[-1].reserve(tokens)))
 
 
 def empty_cache(
-    *, batch: int, layers: int, kv_heads: int, head_dim: int, slots: int, dtype=jnp.float32
+    *,
+    batch: int,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    slots: int,
+    dtype=jnp.float32,
+    own_values: bool = True,
 ) -> Cache:
     """A dense cache with nothing in it.
 
-    Bytes: `layers * batch * kv_heads * slots * (2 * head_dim * itemsize + 4) + 4 * batch`.
+    Bytes: `layers * batch * kv_heads * slots * (2 * head_dim * itemsize + 4) + 4 * batch`, without values of
+    their own `head_dim` in place of `2 * head_dim`.
 
     Args:
       batch: [B].
@@ -156,8 +183,11 @@ def empty_cache(
       head_dim: [H].
       slots: [S], tokens it can hold; 0 is allowed.
       dtype: of keys and values.
+      own_values: False where the keys are the values (multi-head latent attention).
     """
-    layer = lambda: LayerCache((DenseSegment.empty(batch, kv_heads, slots, head_dim, dtype),))
+    layer = lambda: LayerCache(
+        (DenseSegment.empty(batch, kv_heads, slots, head_dim, dtype, own_values=own_values),)
+    )
     return Cache(
         layers=tuple(layer() for _ in range(layers)), length=jnp.zeros((batch,), jnp.int32)
     )

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from kvjax import query_window
+from kvjax import query_window, sharding
 from kvjax.cache import Cache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.reread import reread
@@ -51,6 +52,16 @@ class Run(NamedTuple):
     cache: Cache
     state: Any  # of the transform
     prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
+
+    def specs(self) -> Run:
+        """For every leaf, the `PartitionSpec` over the axes of the mesh in use."""
+        rows = lambda x: sharding.specs(P("batch"), x)
+        state = jax.tree.map(lambda _: P(), self.state)  # budgets of rows and the like, on every device
+        return Run(rows(self.logits), self.cache.specs(), state, rows(self.prompt))
+
+    def placed(self) -> Run:
+        """The shapes of all leaves, on a mesh with where they lie: to compile for, and to restore into."""
+        return sharding.placed(self, Run.specs)
 
 
 def _positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:
@@ -105,7 +116,7 @@ def prefill(
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
     logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
-    return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens), state, lengths)
+    return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens).constrained(), state, lengths)
 
 
 def start(
@@ -138,7 +149,7 @@ def start(
             raise ValueError(f"step and tokens are needed by {transform.name}, which reads the prompt again.")
         observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation)
-    cache = _reserve(transform, cache, room, call_tokens)
+    cache = _reserve(transform, cache, room, call_tokens).constrained()
     return Run(prompt.logits[:, -1], cache, state, observation.prompt)
 
 
@@ -204,6 +215,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache, state = transform.step(cache, state, seen)
         elif collect:
             cache = collect(cache, seen)
+        cache = cache.constrained()
         if keep:
             queries = query_window.extend(queries, seen)
         sums = tuple(sums_of(layer.with_sums(*old)) for old, layer in zip(sums, out.layers))
@@ -249,6 +261,7 @@ def extend(
         out.layers, new=lengths, prompt=run.prompt, prompt_slots=prompt_slots, phase="decode"
     )
     cache, state = transform.step(out.cache, run.state, seen)
+    cache = cache.constrained()
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     logits = jnp.take_along_axis(out.logits, last, axis=1)[:, 0]
     logits = jnp.where((lengths > 0)[:, None], logits, run.logits)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import sharding
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation, Reread
 from kvjax.segments.dense import DenseSegment, dense_tail
@@ -102,6 +103,6 @@ def _largest(
         at = lambda x, size: segment.window(jnp.full((B, K), x), size)
         slots, head = at(start, chunk), at(0, sinks)
         parts = [slots, after.segments[-1], head.drop(head.pos >= start)]
-        lse = combine([part.attend(seen.queries, **how) for part in parts if part.pos.shape[2]]).lse
-    largest = slots.mass(seen.queries, lse, reduce="max", **how)
+        lse = combine([sharding.attend(part, seen.queries, **how) for part in parts if part.pos.shape[2]]).lse
+    largest = sharding.mass(slots, seen.queries, lse, reduce="max", **how)
     return jnp.max(largest.reshape(B, K, -1, chunk), axis=2)

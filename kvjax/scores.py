@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
 from kvjax.segments.dense import DenseSegment
@@ -231,7 +232,7 @@ def future_attention(
         there = (segment.pos >= sinks)[:, :, None]
         logits = jnp.where(there, logits, -1e30)
         p = jnp.mean(jnp.where(there, jax.nn.softmax(logits, axis=-1), 0.0), axis=2)
-        return p * jnp.linalg.norm(segment.v.astype(jnp.float32), axis=-1) if value_norm else p
+        return p * jnp.linalg.norm(segment.values.astype(jnp.float32), axis=-1) if value_norm else p
 
     return Scorer(score=score, needs=Needs(moments_from=(sinks,)))
 
@@ -352,7 +353,8 @@ def massive_activations(entries: int = 20) -> Scorer:
 
 
 def _mass(segment: DenseSegment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:
-    return segment.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale, reduce=reduce)
+    how = dict(window=seen.window, scale=seen.scale, reduce=reduce)
+    return sharding.mass(segment, seen.queries, seen.lse, **how)
 
 
 def _variance(segment: DenseSegment, seen: LayerObservation) -> jax.Array:

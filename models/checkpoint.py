@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import tokenizers
 
-from models import orbax_folder
+from kvjax import orbax_folder
 from models.config import DecoderConfig
 from models.int8 import Int8Matrix
 from models.tokenizer import Tokenizer
-from models.weights import abstract_params
+from models.weights import Shardings, abstract_params, param_axes
 
 FILE = "kvjax_model.json"
 _VERSION = 1
@@ -40,7 +40,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | pathlib.Path, dtype, *, int8: bool = False
+    folder: str | pathlib.Path, dtype, *, int8: bool = False, shardings: Shardings | None = None
 ) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     """Reads what `save_checkpoint` wrote.
 
@@ -48,6 +48,7 @@ def load_checkpoint(
       folder: the checkpoint.
       dtype: of the params that are not in 8 bits.
       int8: the checkpoint must hold 8-bit matrices; one that does is also read without.
+      shardings: see `models.weights.build_params`.
 
     Raises:
       ValueError: it is damaged, of another version, or holds no 8-bit matrices where `int8` wants them; the message
@@ -72,8 +73,11 @@ def load_checkpoint(
         raise ValueError(f"{folder}: {FILE} or tokenizer.json cannot be used ({error}).") from error
     if int8 and not about["int8"]:
         raise ValueError(f"{folder}: its matrices are not in 8 bits; convert the model with --int8.")
-    params = orbax_folder.load(folder, abstract_params(config, dtype, int8=about["int8"]))
-    return config, params, tokenizer
+    like = abstract_params(config, dtype, int8=about["int8"])
+    if shardings is not None:
+        placed = shardings(param_axes(config, int8=about["int8"]), like)
+        like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, placed)
+    return config, orbax_folder.load(folder, like), tokenizer
 
 
 def _is_int8(params: dict[str, Any]) -> bool:

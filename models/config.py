@@ -52,6 +52,15 @@ class DecoderConfig:
       num_experts: of each feed-forward layer; 0: it is one matrix for all.
       experts_per_token: the likeliest so many are used.
       expert_weights_sum_to_one: their probabilities are divided by their sum.
+      expert_scale: multiplies what the experts give.
+      shared_ffn_width: of a feed-forward that every token also passes, beside its experts; 0: none.
+      dense_layers: first layers, without experts.
+      dense_ffn_width: of these.
+      latent_rank: [R], a vector of so many channels is what the keys and values of all heads are made of (multi-head
+        latent attention); 0: they are made of the residual stream. The one KV head has it and `rotary_channels` beside
+        it, and its keys are its values.
+      still_channels: [C], of a query head, those that do not rotate and meet the latent vector.
+      value_channels: [V], of a head, made of the latent vector.
     """
 
     name: str
@@ -88,6 +97,13 @@ class DecoderConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_weights_sum_to_one: bool = True
+    expert_scale: float = 1.0
+    shared_ffn_width: int = 0
+    dense_layers: int = 0
+    dense_ffn_width: int = 0
+    latent_rank: int = 0
+    still_channels: int = 0
+    value_channels: int = 0
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -108,6 +124,11 @@ class DecoderConfig:
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token must be from 1 to {self.num_experts}, got {self.experts_per_token}."
+            )
+        if self.latent_rank and (self.num_kv_heads, self.head_dim) != (1, self.latent_rank + rotated):
+            raise ValueError(
+                f"latent_rank {self.latent_rank} with {rotated} rotary_channels is one KV head of their sum, got "
+                f"{self.num_kv_heads} of {self.head_dim}."
             )
 
     @property

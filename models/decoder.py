@@ -1,8 +1,8 @@
 """A decoder in one sitting, for every family: plain functions over a pytree of weights.
 
 Families differ in the fields of their config and in which weights they have. Axes: B batch, T new tokens, D width,
-F feed-forward width, E experts, N query heads, K key/value heads, H head dimension, V vocabulary. Layers are a Python
-tuple, unrolled: a scan over stacked layers would copy weights and caches at every step.
+F feed-forward width, E experts, N query heads, K key/value heads, H head dimension, R latent rank, V vocabulary.
+Layers are a Python tuple, unrolled: a scan over stacked layers would copy weights and caches at every step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax import sharding
 from kvjax.cache import Cache, LayerCache, empty_cache
 from kvjax.drivers import Step, StepOutput
 from kvjax.observation import ALL, LayerObservation, Needs, observe, take_last
@@ -21,8 +22,8 @@ from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
 from models.config import DecoderConfig
 from models.int8 import grouped_matmul, matmul
+from models.weights import split_qkv
 from pallas_kernels.logits import Scale, SoftCap
-from pallas_kernels.prefill_attention import prefill_attention
 
 
 def forward(
@@ -74,7 +75,7 @@ def step(
       remat: under differentiation, compute a layer again in the backward pass instead of keeping what it computed.
     """
     run_layer = _layer_in_place if donate else _layer_again if remat else _layer
-    x = _embed_tokens(params, config, tokens, positions)
+    x = sharding.constrain(_embed_tokens(params, config, tokens, positions), *_STREAM)
     layers, seen = [], []
     last = None
     for index, (weights, layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
@@ -107,6 +108,7 @@ def prompt_cache(config: DecoderConfig, batch: int, dtype=jnp.float32) -> Cache:
         head_dim=config.head_dim,
         slots=0,
         dtype=dtype,
+        own_values=not config.latent_rank,
     )
 
 
@@ -198,6 +200,7 @@ def _linear(x: jax.Array, weights: dict, name: str) -> jax.Array:
     return y if bias is None else y + bias
 
 
+_STREAM = ("batch", "tokens", None)  # names of the axes of the residual stream, see `kvjax.sharding`
 _normed = jax.jit(_norm, static_argnames=("name", "config"))
 
 
@@ -218,6 +221,7 @@ def _unembed(norm: dict, head, x, new, *, config: DecoderConfig, last_only: bool
     if last_only:
         x = jnp.take_along_axis(x, jnp.maximum(new - 1, 0)[:, None, None], axis=1)
     x = _norm(x, norm, "final_norm", config)
+    x = sharding.constrain(x, "batch", None, None)
     logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=jnp.float32)
     cap = config.output_cap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -250,7 +254,7 @@ def _one_layer(
     mixed = _feed_forward(weights, _norm(read, weights, "mlp_norm", config), config)
     if config.post_norms:
         mixed = _norm(mixed, weights, "mlp_post_norm", config)
-    return x + attended + mixed, layer, observed
+    return sharding.constrain(x + attended + mixed, *_STREAM), layer, observed
 
 
 _STATIC = ("config", "kind", "needs", "last")
@@ -286,24 +290,63 @@ def _attention(
     last: int | None,
 ) -> tuple[jax.Array, LayerCache, Queries, jax.Array]:
     """Attends to the cache and to the new tokens, then appends these to the cache; see `_one_layer` for `last`."""
-    B, T, _ = x.shape
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     rope, how = kind.rope, dict(window=kind.window, scale=kind.scale)
-    q, k, v = jnp.split(_linear(x, weights, "wqkv").reshape(B, T, N + 2 * K, H), (N, N + K), axis=2)
-    if config.qk_norm:
-        q, k = (rms_norm(y, weights[name], config.norm_eps) for y, name in ((q, "q_norm"), (k, "k_norm")))
+    q, k, v = _latent_qkv(weights, x, config) if config.latent_rank else _qkv(weights, x, config)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
+    T = x.shape[1]
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     if last is None:
-        own = prefill_attention(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
+        own = sharding.attend_new(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
         attended = layer.attend(queries, shared=shared, new=own, **how)
         layer = layer.append(k, v, positions, rope, after=attended)
     else:
         queries = Queries(take_last(q, positions, last), take_last(positions, positions, last, fill=-1), rope)
         layer = layer.append(k, v, positions, rope)
         attended = layer.attend(queries, **how)
-    out = attended.out.astype(x.dtype).reshape(B, -1, N * H)
-    return _linear(out, weights, "wo"), layer, queries, attended.lse
+    out = attended.out.astype(x.dtype)  # [B, T, N, H]
+    if config.latent_rank:
+        _, latent = _unmixed(out, config)
+        out = _per_head(latent, weights, "w_uv")
+    return _linear(out.reshape(*out.shape[:2], -1), weights, "wo"), layer, queries, attended.lse
+
+
+def _qkv(weights: dict, x: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H]."""
+    q, k, v = split_qkv(config, _linear(x, weights, "wqkv"))
+    if config.qk_norm:
+        q, k = (rms_norm(y, weights[name], config.norm_eps) for y, name in ((q, "q_norm"), (k, "k_norm")))
+    return q, k, v
+
+
+def _latent_qkv(weights: dict, x: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Multi-head latent attention as attention to one KV head: `<q_n, W_UK_n c> = <W_UK_n^T q_n, c>`.
+
+    All heads read the same latent vector c [R], as key and as value: queries go through W_UK, outputs through W_UV, and
+    only c and one rotated key are cached. Source: DeepSeek-V2 (2024), section 2.1.
+    """
+    q = _linear(x, weights, "wq").reshape(*x.shape[:2], config.num_heads, -1)
+    still, rotated = jnp.split(q, (config.still_channels,), axis=-1)
+    c, k = jnp.split(_linear(x, weights, "w_latent")[:, :, None], (config.latent_rank,), axis=-1)
+    k = _mixed(k, rms_norm(c, weights["latent_norm"], config.norm_eps))
+    return _mixed(rotated, _per_head(still, weights, "w_uk")), k, k
+
+
+def _mixed(rotated: jax.Array, latent: jax.Array) -> jax.Array:
+    """[..., P] and [..., R] as [..., H] channels of which the first P / 2 of each half rotate."""
+    (a, b), (c, d) = jnp.split(rotated, 2, axis=-1), jnp.split(latent, 2, axis=-1)
+    return jnp.concatenate([a, c, b, d], axis=-1)
+
+
+def _unmixed(x: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `_mixed`."""
+    half, rotated = x.shape[-1] // 2, config.rotated // 2
+    a, c, b, d = jnp.split(x, (rotated, half, half + rotated), axis=-1)
+    return jnp.concatenate([a, b], axis=-1), jnp.concatenate([c, d], axis=-1)
+
+
+def _per_head(x: jax.Array, weights: dict, name: str) -> jax.Array:
+    """[B, T, N, in] @ [N, in, out], head by head."""
+    return matmul(x.swapaxes(1, 2), weights[name]).swapaxes(1, 2)
 
 
 _ACTIVATIONS = {
@@ -315,22 +358,25 @@ _ACTIVATIONS = {
 
 
 def _feed_forward(weights: dict, x: jax.Array, config: DecoderConfig) -> jax.Array:
-    """`W_down (f(W_gate x) * W_up x)`, or `W_down f(W_up x)`; with experts the weighted sum of those chosen."""
+    """`W_down (f(W_gate x) * W_up x)`, or `W_down f(W_up x)`; with experts the weighted sum of those chosen.
+
+    Where a layer has shared experts, these are one more feed-forward that every token passes.
+    """
     activation = _ACTIVATIONS[config.activation]
 
     def hidden(product):
         if not config.gated:
             return activation(product("w_up"))
-        gate, up = jnp.split(product("w_gate_up"), 2, axis=-1)
-        return activation(gate) * up
+        return activation(product("w_gate")) * product("w_up")
 
-    if not config.num_experts:
+    if "router" not in weights:
         return _linear(hidden(lambda name: _linear(x, weights, name)), weights, "w_down")
     tokens = x.reshape(-1, x.shape[-1])
     p = jax.nn.softmax(_linear(tokens, weights, "router").astype(jnp.float32), axis=-1)  # [B T, E]
     p, expert = jax.lax.top_k(p, config.experts_per_token)
     if config.expert_weights_sum_to_one:
         p = p / jnp.sum(p, axis=-1, keepdims=True)
+    p = p * config.expert_scale
     # Every token once for each of its experts, in the order of the experts: groups of rows, one product.
     order = jnp.argsort(expert.reshape(-1))
     count = jnp.bincount(expert.reshape(-1), length=config.num_experts)
@@ -339,4 +385,7 @@ def _feed_forward(weights: dict, x: jax.Array, config: DecoderConfig) -> jax.Arr
     mixed = hidden(lambda name: grouped_matmul(rows, weights[name], group, count))
     mixed = grouped_matmul(mixed, weights["w_down"], group, count)
     mixed = mixed * jnp.take(p.reshape(-1), order)[:, None].astype(x.dtype)
-    return jnp.zeros_like(tokens).at[token].add(mixed).reshape(x.shape)
+    mixed = jnp.zeros_like(tokens).at[token].add(mixed).reshape(x.shape)
+    if not config.shared_ffn_width:
+        return mixed
+    return mixed + _linear(hidden(lambda name: _linear(x, weights, f"shared_{name}")), weights, "shared_w_down")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.config import DecoderConfig
-from models.rope_scaling import read_scaling
+from models.rope_scaling import logit_gain, read_scaling
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -173,7 +173,7 @@ def _llama(f: Fields, context: int | None) -> dict[str, Any]:
     if f.layer_types(lambda i: _GLOBAL):
         raise ValueError(f"layer_types has {_LOCAL!r}, expected only {_GLOBAL!r}.")
     biases = (("wqkv", "wo") if f.get("attention_bias") else ()) + (
-        ("w_gate_up", "w_down") if f.get("mlp_bias") else ()
+        ("w_gate", "w_up", "w_down") if f.get("mlp_bias") else ()
     )
     return _common(f, context) | {"biases": biases}
 
@@ -313,6 +313,38 @@ def _opt(f: Fields, context: int | None) -> dict[str, Any]:
     }
 
 
+def _deepseek_v2(f: Fields, context: int | None) -> dict[str, Any]:
+    f.expect(
+        attention_bias=False,
+        mlp_bias=False,
+        q_lora_rank=None,
+        topk_method="greedy",
+        scoring_func="softmax",
+        moe_layer_freq=1,
+    )
+    rank, rotary, still = f.size("kv_lora_rank", 512), f.size("qk_rope_head_dim", 64), f.size("qk_nope_head_dim", 128)
+    longest, rope = f.size("max_position_embeddings", 2048), f.rope(_GLOBAL)
+    normed = bool(f.get("norm_topk_prob", False))
+    return _common(f, context) | _rotary(f, context, rotary, 10000.0, longest) | {
+        "names": "deepseek_v2",
+        "num_kv_heads": 1,
+        "head_dim": rank + rotary,
+        "rotary_channels": rotary,
+        "latent_rank": rank,
+        "still_channels": still,
+        "value_channels": f.size("v_head_dim", 128),
+        "query_scale": (still + rotary) ** -0.5 * logit_gain(rope) ** 2,
+        "ffn_width": f.size("moe_intermediate_size", 1407),
+        "num_experts": f.size("n_routed_experts", 64),
+        "experts_per_token": f.size("num_experts_per_tok"),
+        "expert_weights_sum_to_one": normed,
+        "expert_scale": 1.0 if normed else float(f.get("routed_scaling_factor", 1.0)),
+        "shared_ffn_width": f.size("n_shared_experts", 2) * f.size("moe_intermediate_size", 1407),
+        "dense_layers": f.size("first_k_dense_replace", 0),
+        "dense_ffn_width": f.size("intermediate_size"),
+    }
+
+
 FAMILIES: dict[str, Callable[[Fields, int | None], dict[str, Any]]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
@@ -325,5 +357,6 @@ FAMILIES: dict[str, Callable[[Fields, int | None], dict[str, Any]]] = {
     "OPTForCausalLM": _opt,
     "MixtralForCausalLM": _mixtral,
     "Qwen3MoeForCausalLM": _qwen3_moe,
+    "DeepseekV2ForCausalLM": _deepseek_v2,
 }
 """By the name in `architectures` of config.json."""

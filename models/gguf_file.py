@@ -8,10 +8,13 @@ from typing import Any
 import gguf
 import numpy as np
 
+from models import gguf_deepseek2 as deepseek2
 from models import tokenizer as tokenizer_lib
 from models import weights
 from models.config import DecoderConfig
 from models.families import read_config
+from models.leaf import Index, Tensor
+from models.rope_scaling import yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
 ARCHITECTURES = {
@@ -23,6 +26,7 @@ ARCHITECTURES = {
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gptneox": "GPTNeoXForCausalLM",
+    "deepseek2": "DeepseekV2ForCausalLM",
 }
 
 # GGUF name -> Hugging Face name, without ".weight".
@@ -55,6 +59,7 @@ _NEOX = {
 }
 _GEMMA = _BLOCK | {"ffn_norm": "pre_feedforward_layernorm"}
 _BLOCKS = {"gemma2": _GEMMA, "gemma3": _GEMMA, "phi3": _BLOCK | {"ffn_up": "mlp.gate_up_proj"}, "gptneox": _NEOX}
+_BLOCKS["deepseek2"] = _BLOCK | deepseek2.BLOCK
 # Tensors of all experts in one; name of one of them.
 _EXPERTS = {
     "ffn_gate_exps": "mlp.experts.{}.gate_proj",
@@ -99,13 +104,25 @@ _INTEGERS = set(_FIELDS) - {
     "final_logit_softcapping",
 }
 _USED = {*_FIELDS, "attention.value_length", "rope.dimension_count"}
-_SCALING = {"rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.finetuned"}
+_SCALING = {
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
 # Keys that change nothing at this value; at any other they ask for something this decoder does not do.
-_NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0}
+_NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.yarn_ext_factor": 1.0}
 
 
 def load_gguf(
-    path: str | pathlib.Path, dtype, *, context: int | None = None, int8: bool = False
+    path: str | pathlib.Path,
+    dtype,
+    *,
+    context: int | None = None,
+    int8: bool = False,
+    shardings: weights.Shardings | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any], tokenizer_lib.Tokenizer]:
     """Loads a decoder, its weights dequantized, and its tokenizer.
 
@@ -114,6 +131,7 @@ def load_gguf(
       dtype: of the params.
       context: tokens the caller needs, see `models.families.read_config`.
       int8: see `models.weights.build_params`.
+      shardings: see `models.weights.build_params`.
 
     Returns:
       The config (named after the file), the params of `models.weights`, and the tokenizer.
@@ -133,8 +151,14 @@ def load_gguf(
         weights.check_names(config, tensors)
         tokenizer = tokenizer_lib.from_gguf(metadata)
         halves = architecture == "llama"
-        get = lambda name: _read_tensor(*tensors[name], name, config, halves)
-        params = weights.build_params(config, get, dtype, int8=int8)
+
+        def get(name: str) -> Tensor:
+            tensor, part = tensors[name]
+            if not isinstance(part, gguf.ReaderTensor):
+                return _Stored(tensor, part, name, config, halves)
+            return deepseek2.UpProjections(*(_Stored(of, None, name, config, halves) for of in (tensor, part)))
+
+        params = weights.build_params(config, get, dtype, int8=int8, shardings=shardings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer
@@ -180,10 +204,13 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
     def refuse(key: str, expected: str = "which this decoder does not support"):
         raise ValueError(f"{prefix}{key} is {given[key]!r}, {expected}.")
 
+    used, neutral, latent = _USED | _SCALING, _NEUTRAL, architecture == deepseek2.ARCHITECTURE
+    if latent:
+        used, neutral = used | deepseek2.KEYS, neutral | deepseek2.NEUTRAL
     for key, value in given.items():
         if key in _INTEGERS and not isinstance(value, int):  # some families give one value per layer
             refuse(key, "expected one integer")
-        if key not in _USED | _SCALING and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+        if key not in used and (key not in neutral or value != neutral[key]):
             refuse(key)
     epsilon = f"attention.layer_norm{'' if architecture == 'gptneox' else '_rms'}_epsilon"
     if epsilon not in given:
@@ -193,7 +220,7 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
     fields["tie_word_embeddings"] = "output.weight" not in stored
     fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
-    if heads and width:
+    if heads and width and not latent:
         head_dim = fields.setdefault("head_dim", width // heads)
         rotated = given.get("rope.dimension_count", head_dim)
         if given.get("attention.value_length", head_dim) != head_dim:
@@ -216,7 +243,12 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         fields["query_pre_attn_scalar"] = width // heads if largest else fields["head_dim"]
     if architecture == "qwen2":
         fields.pop("sliding_window", None)
+    if latent:
+        fields |= deepseek2.fields(given)
     scaling = _scaling(given, stored, fields.get("head_dim", 0), refuse)
+    if latent and scaling:
+        scaling = scaling | deepseek2.yarn(given)
+        scaling.pop("attention_factor")
     if scaling:
         fields["rope_scaling"] = scaling
     return fields
@@ -239,7 +271,7 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
         long, short = read("rope_factors_long.weight"), read("rope_factors_short.weight")
         gain = given.get("rope.scaling.attn_factor")
         return {"type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": gain}
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         refuse("rope.scaling.type")
     if "rope_freqs.weight" in stored:  # Llama 3.1: a divisor of every frequency, whatever the context
         divisors, pairs = read("rope_freqs.weight"), head_dim // 2
@@ -248,13 +280,21 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
         return {"type": "longrope", "long_factor": divisors, "short_factor": divisors, "attention_factor": 1.0}
     if kind == "linear":
         return {"type": "linear", "factor": given.get("rope.scaling.factor")}
+    if kind == "yarn":
+        yarn = {name: given.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        # llama.cpp multiplies its factor with the gain that config.json leaves out.
+        gain = given.get("rope.scaling.attn_factor", 1.0) * yarn_gain(given.get("rope.scaling.factor", 1.0))
+        return yarn | {"type": "yarn", "factor": given.get("rope.scaling.factor"), "attention_factor": gain}
     if "rope.scaling.factor" in given:
         refuse("rope.scaling.factor")
     return {}
 
 
 def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]) -> dict[str, Any]:
-    """By the Hugging Face name of a tensor, or its own where it has none: the tensor, and which expert's part it is."""
+    """By the Hugging Face name of a tensor, or its own where it has none: the tensor, and which expert's part it is.
+
+    The up-projection of latent attention may be two tensors; the second is that of the values.
+    """
     parts = _BLOCKS.get(architecture, _BLOCK)
     top, layer = (_NEOX_TOP, "gpt_neox.layers.") if architecture == "gptneox" else (_TOP, "model.layers.")
     rename = _MIXTRAL if config.names == "mixtral" else {}
@@ -269,6 +309,11 @@ def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]
             found[f"{top[stem]}.{suffix}"] = tensor, None
         elif stem.startswith("blk.") and part in parts:
             found[f"{at}{rename.get(parts[part], parts[part])}.{suffix}"] = tensor, None
+        elif part == deepseek2.UP_OF_KEYS and f"blk.{block}.{deepseek2.UP_OF_VALUES}.{suffix}" in stored:
+            of_values = stored[f"blk.{block}.{deepseek2.UP_OF_VALUES}.{suffix}"]
+            found.setdefault(f"{at}{deepseek2.UP}.{suffix}", (tensor, of_values))
+        elif part == deepseek2.UP_OF_VALUES:
+            continue  # beside the keys'
         elif stem.startswith("blk.") and part in _EXPERTS:
             of_expert = rename.get(_EXPERTS[part], _EXPERTS[part])
             for expert in range(config.num_experts):
@@ -278,33 +323,41 @@ def _hf_tensors(architecture: str, config: DecoderConfig, stored: dict[str, Any]
     return found
 
 
-def _read_tensor(
-    tensor: gguf.ReaderTensor, expert: int | None, name: str, config: DecoderConfig, halves: bool
-) -> np.ndarray:
-    """Dequantizes one tensor to float32, as Hugging Face stores it: its order of rows, its norms."""
-    try:
-        data = tensor.data if expert is None else tensor.data[expert]
-        array = gguf.quants.dequantize(data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise ValueError(f"Tensor {tensor.name} is {tensor.tensor_type.name}, which cannot be dequantized.") from error
-    if halves and ".q_proj." in name:
-        return _halves(array, config.num_heads)
-    if halves and ".k_proj." in name:
-        return _halves(array, config.num_kv_heads)
-    if ".query_key_value." in name:  # queries of all heads, keys of all, values of all: back to head after head
-        apart = array.reshape(3, config.num_heads, -1, *array.shape[1:])
-        return apart.swapaxes(0, 1).reshape(array.shape)
-    if name.endswith("norm.weight"):
-        return array - np.float32(weights.NAMES[config.names].norm_offset)
-    return array
+class _Stored:
+    """A tensor of the file in Hugging Face's order of rows, with its norms; only what is asked for is dequantized."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, tensor: gguf.ReaderTensor, expert: int | None, name: str, config: DecoderConfig, halves: bool):
+        self._tensor, self._data = tensor, tensor.data if expert is None else tensor.data[expert]
+        self.shape = tuple(int(size) for size in reversed(tensor.shape))[0 if expert is None else 1 :]
+        self._order = None
+        if halves and ".q_proj." in name:
+            self._order = _halves(self.shape[0], config.num_heads)
+        elif halves and ".k_proj." in name:
+            self._order = _halves(self.shape[0], config.num_kv_heads)
+        elif ".query_key_value." in name:  # queries of all heads, keys of all, values of all: back to head after head
+            apart = np.arange(self.shape[0]).reshape(3, config.num_heads, -1)
+            self._order = apart.swapaxes(0, 1).reshape(-1)
+        self._offset = np.float32(weights.NAMES[config.names].norm_offset if name.endswith("norm.weight") else 0.0)
+
+    def __getitem__(self, index: slice | Index) -> np.ndarray:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        data = self._data[rows if self._order is None else self._order[rows]]
+        try:
+            array = gguf.quants.dequantize(data, self._tensor.tensor_type)[(slice(None), *columns)]
+        except NotImplementedError as error:
+            kind = self._tensor.tensor_type.name
+            raise ValueError(f"Tensor {self._tensor.name} is {kind}, which cannot be dequantized.") from error
+        return array - self._offset if self._offset else array
 
 
-def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of each head from rotary pairs (0, 1), (2, 3), ... to pairs (0, H/2), (1, H/2 + 1), ...
+def _halves(rows: int, heads: int) -> np.ndarray | None:
+    """The order of rows that turns the rotary pairs (0, 1), (2, 3), ... of each head into (0, H/2), (1, H/2 + 1), ...
 
     llama.cpp rotates neighbouring channels of this architecture and its converter permutes W_q and W_k to match; here
     the first half of a head rotates with the second.
     """
-    if rows.shape[0] % (2 * heads):
-        return rows  # a wrong shape: build_params reports it with the name
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    if rows % (2 * heads):
+        return None  # a wrong shape: build_params reports it with the name
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)

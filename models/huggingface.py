@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import tokenizers
@@ -15,11 +16,34 @@ import tokenizers
 from models import sentencepiece, tekken, weights
 from models.config import DecoderConfig
 from models.families import read_config
+from models.leaf import Index, Tensor
 from models.tokenizer import Tokenizer, stop_ids
+
+# As safetensors calls them; what weights may not be is named in errors.
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
 def load_directory(
-    path: str | pathlib.Path, dtype, name: str | None = None, *, context: int | None = None, int8: bool = False
+    path: str | pathlib.Path,
+    dtype,
+    name: str | None = None,
+    *,
+    context: int | None = None,
+    int8: bool = False,
+    shardings: weights.Shardings | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     """Loads a decoder, its weights and its tokenizer.
 
@@ -29,6 +53,7 @@ def load_directory(
       name: of the model; by default the directory's.
       context: tokens the caller needs, see `models.families.read_config`.
       int8: see `models.weights.build_params`.
+      shardings: see `models.weights.build_params`.
 
     Returns:
       The config, the params of `models.weights`, and the tokenizer.
@@ -45,7 +70,7 @@ def load_directory(
         with contextlib.ExitStack() as stack:
             names, get = _open_tensors(path, stack)
             weights.check_names(config, names)
-            params = weights.build_params(config, get, dtype, int8=int8)
+            params = weights.build_params(config, get, dtype, int8=int8, shardings=shardings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, params, tokenizer
@@ -64,8 +89,8 @@ def _read_json(file: pathlib.Path, required: bool = True) -> dict[str, Any]:
 
 def _open_tensors(
     path: pathlib.Path, stack: contextlib.ExitStack
-) -> tuple[list[str], Callable[[str], np.ndarray]]:
-    """Opens every shard and returns the names of all tensors, and a function from name to array."""
+) -> tuple[list[str], Callable[[str], Tensor]]:
+    """Opens every shard and returns the names of all tensors, and a function from name to tensor."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         shard_of = _read_json(index).get("weight_map")
@@ -94,7 +119,20 @@ def _open_tensors(
         source.update(dict.fromkeys(handle.keys(), handle))
 
     # A KeyError here is a tensor that no shard holds; build_params names it.
-    return list(source), lambda name: source[name].get_tensor(name)
+    return list(source), lambda name: _Stored(source[name].get_slice(name))
+
+
+class _Stored:
+    """A tensor of a file, of which only what is asked for is read."""
+
+    def __init__(self, slices):
+        self._slices = slices
+        self.shape = tuple(slices.get_shape())
+        name = slices.get_dtype()
+        self.dtype = np.dtype(_DTYPES[name]) if name in _DTYPES else np.dtype(np.void)
+
+    def __getitem__(self, index: slice | Index) -> np.ndarray:
+        return self._slices[index]
 
 
 def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:

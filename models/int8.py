@@ -18,10 +18,7 @@ class Int8Matrix:
     @classmethod
     def of(cls, matrix: np.ndarray) -> Int8Matrix:
         """Rounds [..., in, out] to the nearest code; off by at most half a scale."""
-        largest = np.max(np.abs(matrix), axis=-2).astype(np.float32)
-        scale = np.where(largest > 0, largest, 1.0).astype(np.float32) / np.float32(127)
-        codes = np.rint(matrix.astype(np.float32) / scale[..., None, :]).astype(np.int8)
-        return cls(jnp.asarray(codes), jnp.asarray(scale))
+        return cls(*map(jnp.asarray, quantized(matrix)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,13 +31,20 @@ class Int8Matrix:
         return self.codes.nbytes + self.scale.nbytes
 
 
+def quantized(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`(codes i8[..., in, out], scale f32[..., out])` of a matrix, see `Int8Matrix`."""
+    largest = np.max(np.abs(matrix), axis=-2).astype(np.float32)
+    scale = np.where(largest > 0, largest, 1.0).astype(np.float32) / np.float32(127)
+    return np.rint(matrix.astype(np.float32) / scale[..., None, :]).astype(np.int8), scale
+
+
 Weight = jax.Array | Int8Matrix
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """`x @ weight`, [..., in] -> [..., out], in x's dtype."""
+    """`x @ weight`, [..., n, in] -> [..., n, out], in x's dtype."""
     if isinstance(weight, Int8Matrix):
-        return (x @ weight.codes.astype(x.dtype)) * weight.scale.astype(x.dtype)
+        return (x @ weight.codes.astype(x.dtype)) * weight.scale[..., None, :].astype(x.dtype)
     return x @ weight
 
 

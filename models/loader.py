@@ -14,6 +14,7 @@ from models.config import DecoderConfig
 from models.gguf_file import load_gguf
 from models.huggingface import load_directory
 from models.tokenizer import Tokenizer
+from models.weights import Shardings
 
 _EMBEDDED = {"smollm2": assets.SMOLLM2, "smollm2-135m": assets.SMOLLM2, "gemma3-270m": assets.GEMMA3}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -38,7 +39,7 @@ class Model:
 
     Attributes:
       config: its shape.
-      params: its weights, as `models.weights` lays them out, on the default device.
+      params: its weights, as `models.weights` lays them out.
       tokenizer: its vocabulary and chat template.
     """
 
@@ -48,7 +49,12 @@ class Model:
 
 
 def load_model(
-    name_or_path: str | pathlib.Path, dtype: str = "float32", *, int8: bool = False, context: int | None = None
+    name_or_path: str | pathlib.Path,
+    dtype: str = "float32",
+    *,
+    int8: bool = False,
+    context: int | None = None,
+    shardings: Shardings | None = None,
 ) -> Model:
     """Loads a model from wherever its name points.
 
@@ -60,6 +66,9 @@ def load_model(
       int8: store the matrices of the layers in 8 bits, with a scale for each output.
       context: tokens that will be read and written, for models whose rotary frequencies depend on it (Phi); None: as
         many as they were first trained on.
+      shardings: where the params go, see `models.weights.build_params`: with a mesh of devices
+        `functools.partial(kvjax.sharding.shardings, mesh=mesh)`; None: all on the default device. Every host reads only
+        what its devices hold.
 
     Returns:
       The model.
@@ -71,11 +80,11 @@ def load_model(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     name, path = str(name_or_path), pathlib.Path(name_or_path).expanduser()
-    how = dict(int8=int8, context=context)
+    how = dict(int8=int8, context=context, shardings=shardings)
     if name.lower() in _EMBEDDED:
         return Model(*load_gguf(assets.fetch(_EMBEDDED[name.lower()]), _DTYPES[dtype], **how))
     if (path / checkpoint.FILE).is_file():
-        return Model(*checkpoint.load_checkpoint(path, _DTYPES[dtype], int8=int8))
+        return Model(*checkpoint.load_checkpoint(path, _DTYPES[dtype], int8=int8, shardings=shardings))
     if path.is_dir():
         return Model(*load_directory(path, _DTYPES[dtype], **how))
     if path.suffix == ".gguf":

@@ -89,10 +89,20 @@ def read_scaling(
     return Scaling(tuple(map(float, divisors)), gain, longest if beyond else trained)
 
 
+def logit_gain(rope: Mapping[str, Any]) -> float:
+    """What models with `mscale_all_dim` multiply both queries and keys by, all of their channels."""
+    scale, factor = rope.get("mscale_all_dim"), rope.get("factor")
+    return yarn_gain(factor, scale) if scale and factor else 1.0
+
+
 def _yarn_gain(rope: Mapping[str, Any], factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    gain = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return gain(rope["mscale"]) / gain(rope["mscale_all_dim"])
-    return gain(1.0)
+        return yarn_gain(factor, rope["mscale"]) / yarn_gain(factor, rope["mscale_all_dim"])
+    return yarn_gain(factor)
+
+
+def yarn_gain(factor: float, scale: float = 1.0) -> float:
+    """`0.1 scale log(factor) + 1`: queries and keys are multiplied by it where a context was stretched."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -14,7 +14,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from models import sentencepiece
+from models import deepseek_words, sentencepiece
 
 # Ends of a turn under the names that the common chat formats give them: whichever of these a vocabulary has stops
 # generation, because files often declare only one of the two that a model emits.
@@ -119,8 +119,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    def pattern(regex: str) -> list[pre_tokenizers.PreTokenizer]:
-        return [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated"), _byte_level(pattern=False)]
+    def pattern(*regexes: str, digits: bool = False) -> list[pre_tokenizers.PreTokenizer]:
+        cuts = [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes]
+        return [*cuts, *[pre_tokenizers.Digits(individual_digits=True)] * digits, _byte_level(pattern=False)]
 
     split = {
         # llama.cpp isolates every \p{N}, then applies GPT-2's pattern; `Digits` tests the same Unicode class.
@@ -129,6 +130,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         "llama-bpe": lambda: pattern(_LLAMA3_PATTERN),
         "qwen2": lambda: pattern(_QWEN2_PATTERN),
         "tekken": lambda: pattern(_TEKKEN_PATTERN),
+        "deepseek-llm": lambda: pattern(*deepseek_words.PATTERNS, digits=True),
     }
     name = metadata.get("tokenizer.ggml.pre")
     if name not in split:

@@ -26,7 +26,7 @@ def combine(partials: Sequence[Partial]) -> Partial:
     `out = sum_i w_i out_i / sum_i w_i`, `lse = m + log sum_i w_i`.
 
     Associative and commutative. Serves segments of a layer, split-K inside a kernel, shared prefixes
-    and, with collectives in place of the sums, shards of the slot axis.
+    and, with collectives in place of the sums (`combine_shards`), shards of the slot axis.
 
     Args:
       partials: one or more parts, each `out` f32[B, T, N, H] and `lse` f32[B, T, N].
@@ -49,6 +49,23 @@ def combine(partials: Sequence[Partial]) -> Partial:
     inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
     out = sum((w * inverse)[..., None] * p.out for w, p in zip(weights, partials))
     return Partial(out=out, lse=m_finite + jnp.log(total))
+
+
+def combine_shards(partial: Partial, axes: Sequence[str]) -> Partial:
+    """`combine` over the shards of a mesh, each with attention over its own slots: sums become collectives.
+
+    Args:
+      partial: this shard's, inside `jax.shard_map`.
+      axes: of the mesh, over which the slots are split.
+
+    Returns:
+      The part that covers the slots of all shards, the same on each.
+    """
+    m = jax.lax.pmax(jax.lax.stop_gradient(partial.lse), axes)
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    weight = jnp.exp(partial.lse - m)
+    out, total = jax.lax.psum((weight[..., None] * partial.out, weight), axes)
+    return Partial(out=out / jnp.where(total == 0.0, 1.0, total)[..., None], lse=m + jnp.log(total))
 
 
 def combine_by_owner(

@@ -1,8 +1,11 @@
 """Fixtures that every test may ask for."""
 
+import jax
 import pytest
 
 from models import load_model
+
+jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; all others run on the first
 
 
 @pytest.fixture(scope="session")

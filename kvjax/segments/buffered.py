@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
+from kvjax.segments.axes import heads_alike, rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
-from kvjax.segments.slots import write_windows
+from kvjax.segments.slots import slice_slots, slot_axes, write_slots
 from pallas_kernels.partial import Partial, combine
 
 
@@ -17,7 +19,7 @@ from pallas_kernels.partial import Partial, combine
 class BufferedSegment:
     """New tokens land in `tail`; whenever a row and head has `block` of them, they are encoded into `body`.
 
-    The body is any segment with `encode_like(DenseSegment)` and `slot_axes()`. Rows and heads flush each
+    The body is any segment with `encode_like(DenseSegment)`. Rows and heads flush each
     on their own, so a row of a padded batch holds what its own run holds. The newest `length mod block`
     tokens are exact.
     """
@@ -36,14 +38,19 @@ class BufferedSegment:
         """
         if slots.ring_sinks is not None:
             raise TypeError("BufferedSegment cannot keep a ring: blocks are written once and never overwritten.")
-        S = slots.pos.shape[2]
+        B, K, S = slots.pos.shape
         slots = slots.replace(stats={})  # nothing scores slots once they are encoded
-        slots = slots.resize(-(-S // block) * block).in_token_order()
+        slots = slots.resize(sharding.whole(S, block, batch=B, kv_heads=K)).in_token_order()
         occupied = jnp.sum(slots.pos >= 0, axis=-1, keepdims=True)
         full = occupied // block * block
         in_body = jnp.arange(slots.pos.shape[2]) < full
         tail = slots.resize(slots.pos.shape[2] + block).window(full[..., 0], block)
         return cls(body=encode(slots.drop(~in_body)), tail=tail)
+
+    def axes(self) -> BufferedSegment:
+        """See `Segment.axes`; all shards have the tail."""
+        body, tail = self.body.axes(), rename(self.tail.axes(), {"slots": None})
+        return heads_alike(self.replace(body=body, tail=tail), body, tail)
 
     @property
     def key_rope(self) -> KeyRope:
@@ -63,7 +70,7 @@ class BufferedSegment:
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`."""
-        return jnp.concatenate([part.mass(queries, lse, **how) for part in self._parts()], axis=-1)
+        return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in self._parts()], axis=-1)
 
     def dense(self) -> DenseSegment:
         """Body and tail as one dense segment, float32."""
@@ -116,8 +123,8 @@ class BufferedSegment:
     def reserve(self, tokens: int) -> BufferedSegment:
         """Grows the body by the blocks that `tokens` more tokens can fill."""
         block = self.tail.pos.shape[2]
-        extra = -(-tokens // block) * block
-        S = self.body.pos.shape[2]
+        B, K, S = self.body.pos.shape
+        extra = sharding.whole(S + -(-tokens // block) * block, block, batch=B, kv_heads=K) - S
 
         def grow(x, axis):
             if axis < 0:  # not of slots
@@ -131,7 +138,7 @@ class BufferedSegment:
             slots = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype), self.tail)
             body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1)))
             return self.replace(body=body)
-        return self.replace(body=jax.tree.map(grow, self.body, self.body.slot_axes()))
+        return self.replace(body=jax.tree.map(grow, self.body, slot_axes(self.body)))
 
     def _parts(self) -> list[Segment]:
         """Body and tail, or the tail alone where the body has no slots yet."""
@@ -152,15 +159,8 @@ class BufferedSegment:
         free = jnp.all(self.body.pos.reshape(B, K, S // block, block) < 0, axis=-1)
         first = jnp.argmax(free, axis=-1)  # [B, K]
 
-        def write(j, old, new, axis):
-            if axis < 0:
-                return old
-            per = old.shape[axis] * block // S  # entries of this leaf in a block
-            fresh = jax.lax.slice_in_dim(new, j * per, (j + 1) * per, axis=axis)
-            heads = old.shape[1]  # 1 where all heads share their coordinates, and so their tokens
-            return write_windows(old, fresh, ((first + j) * per)[:, :heads], (j < flushes)[:, :heads], axis)
-
-        body = self.body
+        body, axes = self.body, slot_axes(blocks)
         for j in range(most):
-            body = jax.tree.map(lambda *x, j=j: write(j, *x), body, blocks, self.body.slot_axes())
+            fresh = slice_slots(blocks, axes, most * block, j * block, block, block)
+            body = write_slots(body, fresh, (first + j) * block, j < flushes)
         return body

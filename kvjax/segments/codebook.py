@@ -6,6 +6,7 @@ import jax
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import fold_slots
@@ -44,7 +45,7 @@ class CodebookSegment:
         occupied = slots.pos >= 0
         return cls(
             k=product_quantize(slots.k, occupied, key_codebook),
-            v=product_quantize(slots.v, occupied, value_codebook),
+            v=product_quantize(slots.values_apart("A codebook of the values"), occupied, value_codebook),
             pos=slots.pos,
             key_codebook=key_codebook,
             value_codebook=value_codebook,
@@ -54,10 +55,10 @@ class CodebookSegment:
         """Encodes dense slots with this segment's codebooks."""
         return CodebookSegment.encode(slots, self.key_codebook, self.value_codebook)
 
-    def slot_axes(self) -> CodebookSegment:
-        """For every leaf, the axis along which slots lie; -1 for the codebooks."""
-        axes = jax.tree.map(lambda _: 2, self)
-        return axes.replace(key_codebook=-1, value_codebook=-1)
+    def axes(self) -> CodebookSegment:
+        """See `Segment.axes`; all shards have the codebooks."""
+        axes = jax.tree.map(lambda _: OF_SLOTS, self)
+        return axes.replace(key_codebook=P(), value_codebook=P())
 
     def attend(
         self,

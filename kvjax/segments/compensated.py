@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
+from kvjax.segments.axes import rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import LAST, written_after
@@ -42,9 +44,13 @@ class CompensatedSegment:
         if slots.key_rope != "stored":
             raise TypeError(f"CompensatedSegment needs rotated keys, got key_rope={slots.key_rope!r}.")
         B, K, _, H = slots.k.shape
-        mean = DenseSegment.empty(B, K, 1, H, jnp.float32)
+        mean = DenseSegment.empty(B, K, 1, H, jnp.float32, own_values=slots.v is not None)
         empty = cls(ring, mean.replace(bias=jnp.zeros((B, K, 1), jnp.float32)))
         return empty.replace(mean=empty._mean_with(slots, _lost(slots, ring)))
+
+    def axes(self) -> CompensatedSegment:
+        """See `Segment.axes`; all shards have the mean."""
+        return self.replace(ring=self.ring.axes(), mean=rename(self.mean.axes(), {"slots": None}))
 
     @property
     def key_rope(self) -> KeyRope:
@@ -62,7 +68,7 @@ class CompensatedSegment:
 
     def mass(self, queries: Queries, lse: jax.Array, **how: Any) -> jax.Array:
         """See `Segment.mass`."""
-        return jnp.concatenate([part.mass(queries, lse, **how) for part in (self.ring, self.mean)], axis=-1)
+        return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in (self.ring, self.mean)], axis=-1)
 
     def dense(self) -> DenseSegment:
         """The ring's slots and the mean, float32."""
@@ -90,7 +96,7 @@ class CompensatedSegment:
         lost = (oldest.pos >= 0) & (pos >= 0)[:, None]
         # A branch of its own, or XLA reads the slot again after the write, from a copy of the ring.
         mean = jax.lax.cond(jnp.any(lost), lambda: self._mean_with(oldest, lost), lambda: self.mean)
-        k, v, pos = written_after(mean.k + mean.v, k, v, pos)
+        k, v, pos = written_after(mean.k + mean.values, k, v, pos)
         return self.replace(ring=self.ring.append(k, v, pos, rope), mean=mean)
 
     def reserve(self, tokens: int) -> CompensatedSegment:
@@ -109,9 +115,7 @@ class CompensatedSegment:
             return (before[..., None] * mean + added) / jnp.maximum(count, 1.0)[..., None]
 
         newest = jnp.max(jnp.where(lost, slots.pos, -1), axis=-1, keepdims=True, initial=-1)
-        return self.mean.replace(
-            k=averaged(self.mean.k, slots.k),
-            v=averaged(self.mean.v, slots.v),
+        return self.mean.map_vectors(averaged, slots).replace(
             pos=jnp.maximum(self.mean.pos, newest),
             bias=jnp.log(jnp.maximum(count, 1.0)),
         )

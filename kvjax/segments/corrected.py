@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.low_rank import Factors, add_product, factorize
 from kvjax.segments.outliers import (
@@ -49,7 +50,7 @@ class CorrectedSegment:
 
     body: Segment
     keys: Correction
-    values: Correction
+    values: Correction | None  # None: the keys are the values
     block: int = struct.field(pytree_node=False)
     rank: int = struct.field(pytree_node=False)
     loops: int = struct.field(pytree_node=False)
@@ -80,9 +81,10 @@ class CorrectedSegment:
           dtype: of factors and outliers.
         """
         occupied = slots.pos >= 0
-        exact = {"k": slots.k.astype(jnp.float32), "v": slots.v.astype(jnp.float32)}
+        axes = {"k": "channel"} if slots.v is None else {"k": "channel", "v": "token"}
+        exact = {name: getattr(slots, name).astype(jnp.float32) for name in axes}
         found, filled = {}, dict(exact)
-        for name, axis in (("k", "channel"), ("v", "token")) if outliers else ():
+        for name, axis in axes.items() if outliers else ():
             x = exact[name]
             count = count_outliers(outliers, block if axis == "channel" else x.shape[3])
             found[name] = find_outliers(x, occupied, count, axis=axis, block=block)
@@ -100,7 +102,8 @@ class CorrectedSegment:
                 factors = factorize(missed, rank=rank, block=block, loops=loops, dtype=dtype)
             return Correction(factors, taken, axis)
 
-        return cls(body, correct("k", "channel"), correct("v", "token"), block, rank, loops, outliers, dtype)
+        values = correct("v", "token") if "v" in axes else None
+        return cls(body, correct("k", "channel"), values, block, rank, loops, outliers, dtype)
 
     def encode_like(self, slots: DenseSegment) -> CorrectedSegment:
         """Encodes dense slots the way this segment is encoded."""
@@ -114,17 +117,18 @@ class CorrectedSegment:
             dtype=self.dtype,
         )
 
-    def slot_axes(self) -> CorrectedSegment:
-        """For every leaf, the axis along which slots lie."""
+    def axes(self) -> CorrectedSegment:
+        """See `Segment.axes`."""
+        last = P("batch", "kv_heads", None, "slots")
 
         def axes(correction: Correction) -> Correction:
-            along = 3 if correction.axis == "token" else 2
+            along = last if correction.axis == "token" else OF_SLOTS
             return correction.replace(
-                factors=correction.factors and Factors(3, 2),
+                factors=correction.factors and Factors(last, OF_SLOTS),
                 outliers=correction.outliers and Outliers(along, along),
             )
 
-        return self.replace(body=self.body.slot_axes(), keys=axes(self.keys), values=axes(self.values))
+        return self.replace(body=self.body.axes(), keys=axes(self.keys), values=self.values and axes(self.values))
 
     @property
     def key_rope(self) -> KeyRope:
@@ -163,7 +167,8 @@ class CorrectedSegment:
                 x = add_product(x, by.factors, block=self.block)
             return x
 
-        return slots.replace(k=corrected(slots.k, self.keys), v=corrected(slots.v, self.values))
+        values = self.values and corrected(slots.v, self.values)
+        return slots.replace(k=corrected(slots.k, self.keys), v=values)
 
     def map_dense(self, body, tail) -> Segment:
         """Refused: its slots are compressed already."""

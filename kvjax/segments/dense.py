@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope, re_rotate, rotate
+from kvjax.segments.axes import OF_SLOTS
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import LAST, fold_slots, keep_highest, token_order, write_windows
+from kvjax.segments.slots import LAST, fill_slots, fold_slots, gather_slots, keep_highest, token_order, write_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
@@ -27,11 +31,14 @@ class DenseSegment:
     A leading axis of 1 under a larger batch is a prefix shared by all rows: the queries of the whole batch
     attend to it in one product.
 
-    Bytes: `B * K * S * (2 * H * itemsize + 4 + 4 * len(stats) + (4 if bias))`.
+    Where `v` is None the keys are the values, stored once: multi-head latent attention. What is appended as a value is
+    left out then, and what is read from rotated channels of a value means nothing.
+
+    Bytes: `B * K * S * (2 * H * itemsize + 4 + 4 * len(stats) + (4 if bias))`, or `H` in place of `2 * H`.
     """
 
     k: jax.Array  # [B, K, S, H]
-    v: jax.Array  # [B, K, S, H]
+    v: jax.Array | None  # [B, K, S, H]
     pos: jax.Array  # i32[B, K, S]
     bias: jax.Array | None = None  # f32[B, K, S], log of how many tokens the slot stands for
     stats: dict[str, jax.Array] = struct.field(default_factory=dict)  # each f32[B, K, S]
@@ -39,15 +46,35 @@ class DenseSegment:
     ring_sinks: int | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def empty(cls, batch: int, heads: int, slots: int, head_dim: int, dtype, **static) -> DenseSegment:
-        """`slots` empty slots for every row and KV head."""
+    def empty(
+        cls, batch: int, heads: int, slots: int, head_dim: int, dtype, *, own_values: bool = True, **static
+    ) -> DenseSegment:
+        """`slots` empty slots for every row and KV head; without values of their own, the keys are the values."""
         shape = (batch, heads, slots)
         return cls(
             k=jnp.zeros((*shape, head_dim), dtype),
-            v=jnp.zeros((*shape, head_dim), dtype),
+            v=jnp.zeros((*shape, head_dim), dtype) if own_values else None,
             pos=jnp.full(shape, -1, jnp.int32),
             **static,
         )
+
+    @property
+    def values(self) -> jax.Array:
+        """[B, K, S, H], as stored."""
+        return self.k if self.v is None else self.v
+
+    def values_apart(self, what: str) -> jax.Array:
+        """[B, K, S, H], for what cannot work where the keys are the values.
+
+        Raises:
+          ValueError: they are; names `what`.
+        """
+        if self.v is None:
+            raise ValueError(
+                f"{what} needs values apart from keys, and in multi-head latent attention the keys are the values: "
+                "evict, merge or quantize them, or let layers share a basis (share_basis)."
+            )
+        return self.v
 
     def attend(
         self,
@@ -64,7 +91,7 @@ class DenseSegment:
             fold = lambda x: x.reshape(1, -1, *x.shape[2:])
             q, q_pos = fold(q), fold(q_pos)
         partial = decode_attention(
-            q, k, self.v, q_pos, self.pos, bias=self.bias, window=window, scale=scale
+            q, k, self.values, q_pos, self.pos, bias=self.bias, window=window, scale=scale
         )
         return Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
 
@@ -90,7 +117,7 @@ class DenseSegment:
         """
         q, k = self._rotated(queries, None)
         how = dict(kv_heads=kv_heads, bias=self.bias, only=only, window=window, scale=scale)
-        return ragged_decode_attention(q, k, self.v, owner, queries.pos, self.pos, **how)
+        return ragged_decode_attention(q, k, self.values, owner, queries.pos, self.pos, **how)
 
     def attend_expanded(
         self,
@@ -112,7 +139,7 @@ class DenseSegment:
         """
         q, inv_freq = queries.rotated, queries.rope.inv_freq
         how = dict(mean=mean, bias=self.bias, window=window, scale=scale)
-        return lowrank_decode_attention(q, self.k, self.v, columns, inv_freq, queries.pos, self.pos, **how)
+        return lowrank_decode_attention(q, self.k, self.values, columns, inv_freq, queries.pos, self.pos, **how)
 
     def mass(
         self,
@@ -144,18 +171,24 @@ class DenseSegment:
         """See `Segment.fold_dense`."""
         return fold_slots(self, attend, beside, 1)
 
-    def slot_axes(self) -> DenseSegment:
-        """For every leaf, the axis along which slots lie."""
-        return jax.tree.map(lambda _: 2, self)
+    def axes(self) -> DenseSegment:
+        """See `Segment.axes`."""
+        return jax.tree.map(lambda _: OF_SLOTS, self)
 
     def no_slots(self) -> DenseSegment:
         """One like this without slots: where tokens that follow may go."""
         B, K, _, H = self.k.shape
-        return DenseSegment.empty(B, K, 0, H, self.k.dtype, key_rope=self.key_rope)
+        own_values = self.v is not None
+        return DenseSegment.empty(B, K, 0, H, self.k.dtype, own_values=own_values, key_rope=self.key_rope)
 
     def astype(self, dtype) -> DenseSegment:
         """The same with keys and values stored in another floating dtype."""
-        return self.replace(k=_store(self.k, dtype), v=_store(self.v, dtype))
+        return self.map_vectors(lambda x: _store(x, dtype))
+
+    def map_vectors(self, change: Callable[..., jax.Array], *others: DenseSegment) -> DenseSegment:
+        """The same with `change(x, *of_others)` in place of its keys and, where it has them, of its values."""
+        k, v = jax.tree.map(change, (self.k, self.v), *((other.k, other.v) for other in others))
+        return self.replace(k=k, v=v)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> DenseSegment:
         """See `Segment.append`. A segment without slots becomes the tokens: the start of a prefill."""
@@ -176,17 +209,18 @@ class DenseSegment:
         fresh = lambda: jnp.zeros(slot_pos.shape, jnp.float32)
         return self.replace(
             k=_store(k, self.k.dtype),
-            v=_store(v, self.v.dtype),
+            v=None if self.v is None else _store(v, self.v.dtype),
             pos=slot_pos,
             bias=None if self.bias is None else fresh(),
             stats={name: fresh() for name in self.stats},
         )
 
     def reserve(self, tokens: int) -> DenseSegment:
-        """Adds `tokens` empty slots; a ring stays as it is."""
+        """Adds `tokens` empty slots, on a mesh as many more as make its shards equal; a ring stays as it is."""
         if self.ring_sinks is not None:
             return self
-        return self.resize(self.pos.shape[2] + tokens)
+        B, K, S = self.pos.shape
+        return self.resize(sharding.whole(S + tokens, batch=B, kv_heads=K))
 
     def resize(self, slots: int) -> DenseSegment:
         """Pads with empty slots up to `slots`."""
@@ -200,13 +234,7 @@ class DenseSegment:
 
     def take(self, index: jax.Array, valid: jax.Array) -> DenseSegment:
         """Gathers slots: i32[B, K, n] of them, bool[B, K, n] where the result is occupied."""
-
-        def gather(x):
-            expand = (...,) + (None,) * (x.ndim - 3)
-            picked = jnp.take_along_axis(x, index[expand], axis=2)
-            return jnp.where(valid[expand], picked, jnp.zeros((), x.dtype))
-
-        taken = jax.tree.map(gather, self)
+        taken = gather_slots(self, index, valid)
         return taken.replace(pos=jnp.where(valid, taken.pos, -1))
 
     def in_token_order(self) -> DenseSegment:
@@ -233,8 +261,7 @@ class DenseSegment:
 
     def put(self, slot: jax.Array, new: DenseSegment) -> DenseSegment:
         """Writes the one slot of `new` over slot i32[B, K] of every row and head where it is occupied."""
-        real = new.pos[..., 0] >= 0
-        return jax.tree.map(lambda old, fresh: write_windows(old, fresh, slot, real), self, new)
+        return write_slots(self, new, slot, new.pos[..., 0] >= 0)
 
     def drop(self, slots: jax.Array) -> DenseSegment:
         """Empties the slots where bool[B, K, S] is true; their room is used again."""
@@ -267,15 +294,7 @@ class DenseSegment:
 
     def _write(self, new: DenseSegment) -> DenseSegment:
         """Puts the occupied slots of `new` into the first empty (in a full ring: the oldest) slots."""
-        B, K, S = self.pos.shape
-        T = new.pos.shape[2]
-        if T == 1:
-            return self.put(self._next_slot(), new)
-        slot = jnp.argsort(self._order(), axis=-1, stable=True)[..., :T]
-        slot = jnp.where(new.pos >= 0, slot, S)  # padding writes nowhere
-        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
-        put = lambda old, fresh: old.at[rows, heads, slot].set(fresh, mode="drop", unique_indices=True)
-        return jax.tree.map(put, self, new)
+        return self.put(self._next_slot(), new) if new.pos.shape[2] == 1 else fill_slots(self, new)
 
 
 def unrotated(slots: DenseSegment, rope: Rope) -> DenseSegment:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from kvjax.segments.axes import P
+
 
 @functools.cache
 def hadamard(n: int) -> np.ndarray:
@@ -54,6 +56,10 @@ class Hadamard:
         rotated = cls(heads=heads).coordinates(jnp.asarray(mean, jnp.float32)[None, :, None])
         order = np.argsort(np.asarray(rotated).ravel(), kind="stable")
         return cls(jnp.int32(order), jnp.int32(np.argsort(order)), heads)
+
+    def axes(self) -> Hadamard:
+        """See `Segment.axes`."""
+        return jax.tree.map(lambda _: P(), self)
 
     @property
     def mixes_heads(self) -> bool:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
+from kvjax.segments.axes import rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from pallas_kernels.partial import Partial
@@ -30,6 +32,11 @@ class HeadsSegment:
         part = lambda of: jax.tree.map(lambda x: x[:, np.array(of)], slots)
         return cls(tuple(encode(part(of), index) for index, of in used), tuple(tuple(of) for _, of in used))
 
+    def axes(self) -> HeadsSegment:
+        """See `Segment.axes`. Which head is in which part is fixed, so all are on every shard."""
+        named = lambda i, part: rename(part.axes(), {"kv_heads": None, "slots": f"slots:{i}"})
+        return self.replace(parts=tuple(named(i, part) for i, part in enumerate(self.parts)))
+
     @property
     def key_rope(self) -> KeyRope:
         """That of the parts."""
@@ -50,7 +57,7 @@ class HeadsSegment:
         """See `Segment.mass`."""
         _refuse_ranks(how)
         each = [
-            part.mass(q, part_lse, **how)
+            sharding.mass(part, q, part_lse, **how)
             for part, q, part_lse in zip(self.parts, self._queries(queries), self._split(lse))
         ]
         widest = max(x.shape[-1] for x in each)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from kvjax.rope import Rope, rotate
+from kvjax.segments.axes import P, rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from pallas_kernels.attention_mass import Reduce
@@ -33,6 +34,9 @@ class Basis(Protocol):
 
     def coordinates_of_queries(self, q: jax.Array) -> jax.Array:
         """[B, K, n, H] -> [B, K, n, R], the transpose of `expand`: `<q, expand(c)> = <result, c>`."""
+
+    def axes(self) -> Basis:
+        """See `Segment.axes`."""
 
 
 @struct.dataclass
@@ -58,6 +62,12 @@ class Matrix:
     def coordinates_of_queries(self, q: jax.Array) -> jax.Array:
         """See `Basis.coordinates_of_queries`."""
         return jnp.matmul(q, self.columns.astype(q.dtype))
+
+    def axes(self) -> Matrix:
+        """See `Segment.axes`."""
+        of_heads = lambda x, names: None if x is None else names
+        inverse = of_heads(self.inverse, P("batch", "kv_heads"))
+        return Matrix(P("batch", "kv_heads"), of_heads(self.mean, P("kv_heads")), inverse)
 
     def cut(self, heads: Sequence[int], rank: int) -> Matrix:
         """The same for some of the KV heads, with the first `rank` coordinates."""
@@ -87,6 +97,10 @@ class Channels:
         """See `Basis.coordinates`."""
         return jnp.take_along_axis(x, self.index[:, :, None], axis=-1)
 
+    def axes(self) -> Channels:
+        """See `Segment.axes`."""
+        return self.replace(index=P("batch", "kv_heads"), mean=None if self.mean is None else P("kv_heads"))
+
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
         B, K, n, _ = c.shape
@@ -108,6 +122,10 @@ class Scales:
         """See `Basis.coordinates`."""
         return (x * self.factor[:, :, None]).astype(x.dtype)
 
+    def axes(self) -> Scales:
+        """See `Segment.axes`."""
+        return Scales(P("batch", "kv_heads"), None if self.mean is None else P("kv_heads"))
+
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
         return (c / self.factor[:, :, None]).astype(c.dtype)
@@ -123,6 +141,8 @@ class LatentSegment:
     projected and keys never expanded. Keys from before the rotation ("at_attend") are expanded and rotated a
     tile at a time. Values are expanded after the weighted sum either way.
 
+    Where the keys are the values (`DenseSegment.v` is None) so are their coordinates, and one basis serves both.
+
     With `joint`, all KV heads share one coordinate vector a token, and the bases say how each head reads it; the
     coordinates of a token are then the sum over heads.
 
@@ -131,10 +151,11 @@ class LatentSegment:
 
     latent: Segment  # [B, K, S, R], or [B, 1, S, R] when joint
     key_basis: Basis | None  # None: keys as they are
-    value_basis: Basis | None
+    value_basis: Basis | None  # None where the keys are the values, whose basis is that of the keys
     kv_heads: int = struct.field(pytree_node=False)
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
     joint: bool = struct.field(pytree_node=False, default=False)
+    own_values: bool = struct.field(pytree_node=False, default=True)
 
     @classmethod
     def of(
@@ -145,14 +166,18 @@ class LatentSegment:
             raise TypeError("LatentSegment takes plain slots: no rings, no re-indexed positions.")
         if joint and slots.bias is not None:
             raise TypeError("A joint LatentSegment cannot keep slots that each head has merged in its own way.")
-        like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint)
+        if value_basis is not None:
+            slots.values_apart("A basis of the values")
+        if isinstance(key_basis, Channels):
+            slots.values_apart("A selection of key channels")
+        like = cls(slots, key_basis, value_basis, slots.pos.shape[1], slots.key_rope, joint, slots.v is not None)
         return like.encode_like(slots)
 
     def encode_like(self, slots: DenseSegment) -> LatentSegment:
         """Projects dense slots the way this segment is projected; what holds the coordinates is dense."""
         dense = slots.replace(
             k=self._coordinates(slots.k, self.key_basis),
-            v=self._coordinates(slots.v, self.value_basis),
+            v=self._coordinates(slots.v, self.value_basis) if self.own_values else None,
             pos=slots.pos[:, :1] if self.joint else slots.pos,
             key_rope="stored",
             stats={},
@@ -160,17 +185,25 @@ class LatentSegment:
         encode = getattr(self.latent, "encode_like", lambda x: x)
         return self.replace(latent=encode(dense))
 
-    def slot_axes(self) -> LatentSegment:
-        """For every leaf, the axis along which slots lie; -1 for the bases."""
-        axes = self.latent.slot_axes()
-        nowhere = lambda basis: jax.tree.map(lambda _: -1, basis)
-        return self.replace(latent=axes, key_basis=nowhere(self.key_basis), value_basis=nowhere(self.value_basis))
+    def axes(self) -> LatentSegment:
+        """See `Segment.axes`. Where coordinates depend on several heads, no head is alone on a shard."""
+        bases = (self.key_basis, self.value_basis)
+        named = self.replace(latent=self.latent and self.latent.axes())
+        named = named.replace(**dict(zip(("key_basis", "value_basis"), (basis and basis.axes() for basis in bases))))
+        if self.joint or any(basis is not None and basis.mixes_heads for basis in bases):
+            return rename(named, {"kv_heads": None})
+        return named
 
     @property
     def pos(self) -> jax.Array:
         """i32[B, K, S]."""
         pos = self.latent.pos
-        return jnp.broadcast_to(pos, (pos.shape[0], self.kv_heads, pos.shape[2]))
+        return jnp.broadcast_to(pos, (pos.shape[0], self._heads, pos.shape[2]))
+
+    @property
+    def _heads(self) -> int:
+        """KV heads that are here: on a mesh, those of the shard."""
+        return self.kv_heads if self.joint else self.latent.pos.shape[1]
 
     def attend(
         self,
@@ -216,7 +249,7 @@ class LatentSegment:
         slots = self.latent.dense().astype(jnp.float32)
         return slots.replace(
             k=self._expanded(slots.k, self.key_basis),
-            v=self._expanded(slots.v, self.value_basis),
+            v=self._expanded(slots.v, self.value_basis) if self.own_values else None,
             pos=self.pos,
             key_rope=self.key_rope,
         )
@@ -253,7 +286,7 @@ class LatentSegment:
     def _projected(self, queries: Queries) -> Queries:
         if self.key_basis is None:
             return Queries(queries.rotated, queries.pos, None)
-        q = _by_kv_head(queries.rotated, self.kv_heads)
+        q = _by_kv_head(queries.rotated, self._heads)
         return Queries(_by_token(self.key_basis.coordinates_of_queries(q), queries.pos.shape[1]), queries.pos, None)
 
     def _mean_logit(self, queries: Queries, scale: Scale) -> jax.Array:
@@ -262,24 +295,25 @@ class LatentSegment:
             return jnp.zeros((), jnp.float32)
         if isinstance(scale, SoftCap):
             raise TypeError("Where logits are capped, keys cannot be read in a basis around their mean: leave it out.")
-        q = _by_kv_head(queries.rotated.astype(jnp.float32), self.kv_heads)
+        q = _by_kv_head(queries.rotated.astype(jnp.float32), self._heads)
         logit = scale * jnp.einsum("bkrh,kh->bkr", q, self.key_basis.mean.astype(jnp.float32))
         return _by_token(logit[..., None], queries.pos.shape[1])[..., 0]
 
     def _attend_tile(self, queries: Queries, tile: DenseSegment, **how) -> Partial:
-        pos = jnp.broadcast_to(tile.pos, (tile.pos.shape[0], self.kv_heads, tile.pos.shape[2]))
+        pos = jnp.broadcast_to(tile.pos, (tile.pos.shape[0], self._heads, tile.pos.shape[2]))
         tile = tile.astype(queries.raw.dtype)  # 8-bit floats are for storage only
         k = rotate(self._expanded(tile.k, self.key_basis), pos, queries.rope)
-        v = jnp.broadcast_to(tile.v, (*pos.shape, tile.v.shape[-1]))
+        v = jnp.broadcast_to(tile.values, (*pos.shape, tile.values.shape[-1]))
         return decode_attention(queries.rotated, k, v, queries.pos, pos, bias=tile.bias, **how)
 
     def _expanded_output(self, partial: Partial) -> jax.Array:
-        if self.value_basis is None:
+        basis = self.value_basis if self.own_values else self.key_basis
+        if basis is None:
             return partial.out
         T = partial.out.shape[1]
-        out = self.value_basis.expand(_by_kv_head(partial.out, self.kv_heads))
-        if self.value_basis.mean is not None:
-            out = out + self.value_basis.mean[:, None].astype(out.dtype)
+        out = basis.expand(_by_kv_head(partial.out, self._heads))
+        if basis.mean is not None:
+            out = out + basis.mean[:, None].astype(out.dtype)
         out = _by_token(out, T)
         return jnp.where((partial.lse == -jnp.inf)[..., None], 0.0, out)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import P
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.ragged import RaggedSegment
 from pallas_kernels.partial import Partial, fold
@@ -25,6 +26,16 @@ class PooledSegment:
     pool: RaggedSegment  # P pages of all layers; owners are KV heads of their layers
     first: jax.Array  # i32[B], the layer's first page
     count: jax.Array  # i32[B], how many it has
+
+    def axes(self) -> PooledSegment:
+        """See `Segment.axes`."""
+        return self.replace(pool=self.pool.axes(), first=P("batch"), count=P("batch"))
+
+    def on_shard(self, first: jax.Array) -> PooledSegment:
+        """Inside a shard whose first page is `first`: the layer's pages that are there."""
+        here = lambda page: jnp.clip(page - first, 0, self.pool.owner.shape[1])
+        start = here(self.first)
+        return self.replace(first=start, count=here(self.first + self.count) - start)
 
     @property
     def key_rope(self) -> KeyRope:
@@ -113,6 +124,10 @@ class PoolView:
     def inlined(self, shared: dict[str, Segment]) -> PooledSegment:
         """See `LayerView.inlined`."""
         return PooledSegment(shared[self.name], self.first, self.count)
+
+    def axes(self) -> PoolView:
+        """See `Segment.axes`."""
+        return self.replace(first=P("batch"), count=P("batch"))
 
     def map_dense(self, body, tail) -> PoolView:
         """Itself: see `LayerView.map_dense`."""

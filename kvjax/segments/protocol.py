@@ -63,6 +63,13 @@ class Segment(Protocol):
     def pos(self) -> jax.Array:
         """i32[B, K, S], token position of every slot, -1 = empty."""
 
+    def axes(self) -> Segment:
+        """The same tree with a `PartitionSpec` of names in place of every array: what its axes are.
+
+        Names are "batch", "kv_heads", "slots" and "pages", or one of them with a suffix (`kvjax.sharding.layout`);
+        None is an axis that is never split. An axis of slots may have an entry for several of them.
+        """
+
     def attend(
         self,
         queries: Queries,
@@ -123,6 +130,9 @@ class LayerView(Protocol):
 
     def inlined(self, shared: dict[str, Segment]) -> Segment:
         """The segment that this layer sees."""
+
+    def axes(self) -> LayerView:
+        """See `Segment.axes`."""
 
     def map_dense(self, body: Rewrite, tail: Rewrite) -> LayerView:
         """Itself: what is shared is rewritten where it lies, once."""

@@ -7,7 +7,9 @@ import math
 import jax
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
+from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import fold_slots
@@ -22,14 +24,14 @@ class QuantizedSegment:
     """The quantized body of a `BufferedSegment`: written block by block, never slot by slot.
 
     Keys share a scale over `key_group` tokens of a channel or, with `key_axis="token"`, over `key_group` channels
-    of a token; values over `value_group` channels of a token.
+    of a token; values over `value_group` channels of a token. Keys that are the values, too, are stored once.
 
     Bytes, with b bits and scales of e bytes:
     `B * K * S * (2 * H * b / 8 + 2 * e * H / key_group + 2 * e * H / value_group + 4 + (4 if bias))`.
     """
 
     k: Packed
-    v: Packed
+    v: Packed | None  # None: the keys are the values
     pos: jax.Array  # i32[B, K, S]
     bits: int = struct.field(pytree_node=False)
     key_group: int = struct.field(pytree_node=False)
@@ -57,22 +59,22 @@ class QuantizedSegment:
             raise TypeError(
                 f"QuantizedSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}."
             )
-        occupied = slots.pos >= 0
-        pack = lambda x, axis, group: quantize_pack(
-            x, occupied, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip
-        )
-        return cls(
-            k=pack(slots.k, key_axis, key_group),
-            v=pack(slots.v, "token", value_group),
-            pos=slots.pos,
-            bits=bits,
-            key_group=key_group,
-            value_group=value_group,
-            scale_dtype=scale_dtype,
-            bias=slots.bias,
-            key_axis=key_axis,
-            clip=clip,
-        )
+
+        def pack(slots: DenseSegment) -> QuantizedSegment:
+            how = dict(bits=bits, scale_dtype=scale_dtype, clip=clip)
+            occupied = slots.pos >= 0
+            return cls(
+                k=quantize_pack(slots.k, occupied, group=key_group, axis=key_axis, **how),
+                v=None if slots.v is None else quantize_pack(slots.v, occupied, group=value_group, axis="token", **how),
+                pos=slots.pos,
+                key_group=key_group,
+                value_group=value_group,
+                bias=slots.bias,
+                key_axis=key_axis,
+                **how,
+            )
+
+        return sharding.made_on_shards(pack, slots.replace(stats={}))
 
     def encode_like(self, slots: DenseSegment) -> QuantizedSegment:
         """Quantizes dense slots the way this segment is quantized."""
@@ -86,11 +88,12 @@ class QuantizedSegment:
             clip=self.clip,
         )
 
-    def slot_axes(self) -> QuantizedSegment:
-        """For every leaf, the axis along which slots lie."""
-        by = {"channel": Packed(2, 2, 2), "token": Packed(2, 3, 3)}
-        bias = None if self.bias is None else 2
-        return self.replace(k=by[self.key_axis], v=by["token"], pos=2, bias=bias)
+    def axes(self) -> QuantizedSegment:
+        """See `Segment.axes`."""
+        of_token = P("batch", "kv_heads", None, "slots")
+        by = {"channel": Packed(OF_SLOTS, OF_SLOTS, OF_SLOTS), "token": Packed(OF_SLOTS, of_token, of_token)}
+        bias = None if self.bias is None else OF_SLOTS
+        return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=OF_SLOTS, bias=bias)
 
     def attend(
         self,
@@ -142,7 +145,7 @@ class QuantizedSegment:
         """The dequantized slots, float32."""
         return DenseSegment(
             k=dequantize(self.k, bits=self.bits, axis=self.key_axis),
-            v=dequantize(self.v, bits=self.bits, axis="token"),
+            v=None if self.v is None else dequantize(self.v, bits=self.bits, axis="token"),
             pos=self.pos,
             bias=self.bias,
         )

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax import sharding
 from kvjax.rope import Rope
+from kvjax.segments.axes import P, rename
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import counts_by_owner
@@ -65,13 +67,13 @@ class RaggedSegment:
           keep: bool[B, M]; with `c` kept slots of a head, `sum(ceil(c / page)) <= pages` must hold.
           kv_heads: [K].
           page: slots of a page.
-          pages: [P].
+          pages: [P]; on a mesh as many more as make its shards equal.
         """
         slots, owner = held
         if slots.key_rope == "rank":
             raise TypeError("RaggedSegment does not re-index positions.")
         B, M = owner.shape
-        K = kv_heads
+        K, pages = kv_heads, sharding.whole_pages(pages, batch=B)
         pos = slots.pos[:, 0]
         order = jnp.lexsort((pos, jnp.where(keep, owner, K)), axis=-1)  # by head, then token; the rest last
         count = counts_by_owner(keep, owner, K)
@@ -90,6 +92,11 @@ class RaggedSegment:
         taken = slots.take(index[:, None], valid.reshape(B, 1, -1))
         paged = jax.tree.map(lambda x: x.reshape(B, pages, page, *x.shape[3:]), taken)
         return cls(paged, of_page.astype(jnp.int32), kv_heads)
+
+    def axes(self) -> RaggedSegment:
+        """See `Segment.axes`: a page is whole, and pages lie anywhere."""
+        pages = rename(self.pages.axes(), {"kv_heads": "pages", "slots": None})
+        return self.replace(pages=pages, owner=P("batch", "pages"))
 
     @property
     def key_rope(self) -> KeyRope:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
+from kvjax.segments.axes import OF_SLOTS, heads_alike, rename
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from pallas_kernels.partial import Partial
@@ -27,6 +28,10 @@ class SharedView:
         """See `LayerView.inlined`."""
         return self.segment.replace(**{self.field: shared[self.name]})
 
+    def axes(self) -> SharedView:
+        """See `Segment.axes`."""
+        return self.replace(segment=self.segment.axes())
+
     def map_dense(self, body, tail) -> SharedView:
         """See `LayerView.map_dense`."""
         return self
@@ -45,6 +50,16 @@ class ScaledSegment:
     direction: Segment  # rotated keys
     key_scale: jax.Array  # f32[B, K, S], or of fewer slots: a packed direction may have more, which are empty
     value_scale: jax.Array  # the same
+
+    def axes(self) -> ScaledSegment:
+        """See `Segment.axes`."""
+        named = self.replace(key_scale=OF_SLOTS, value_scale=OF_SLOTS)
+        if self.direction is None:
+            return named
+        direction = self.direction.axes()
+        named = heads_alike(named.replace(direction=direction), direction)
+        alike = self.direction.pos.shape[2] == self.key_scale.shape[2]  # or scales would lie beside other slots
+        return named if alike else rename(named, {"slots": None})
 
     @property
     def key_rope(self) -> KeyRope:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from kvjax import sharding
+from kvjax.segments.axes import P, rename, slot_axis
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
@@ -14,6 +16,7 @@ LAST = jnp.iinfo(jnp.int32).max
 """A position after every real one."""
 
 _TILE = 512  # slots that are expanded at a time
+_OF_ROWS = P("batch", "kv_heads")  # names of the axes of what is beside a segment
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
@@ -80,14 +83,19 @@ def marked(index: jax.Array, valid: jax.Array, slots: int) -> jax.Array:
 
 
 def fold_slots(segment, attend: Callable[..., Partial], beside: Sequence[jax.Array], block: int) -> Partial:
-    """`Segment.fold_dense` of one whose leaves can be cut every `block` slots, as its `slot_axes` say."""
-    S, axes = segment.pos.shape[2], (segment.slot_axes(), (2,) * len(beside))
+    """`Segment.fold_dense` of one whose leaves can be cut every `block` slots, as its `axes` say."""
+    S, axes = segment.pos.shape[2], (slot_axes(segment), (2,) * len(beside))
 
     def of_tile(start, size):
         tile, rest = slice_slots((segment, tuple(beside)), axes, S, start, size, block)
         return attend(tile.dense(), *rest)
 
     return fold_tiles(of_tile, S, max(_TILE // block, 1) * block)
+
+
+def slot_axes(segment):
+    """For every leaf of a segment, the axis along which slots lie; -1 where there is none."""
+    return jax.tree.map(slot_axis, segment.axes())
 
 
 def slice_slots(tree, axes, slots: int, start: jax.Array | int, size: int, block: int):
@@ -123,6 +131,120 @@ def written_after(read: jax.Array, *written: jax.Array) -> tuple[jax.Array, ...]
     """
     never = jnp.any(read == jnp.inf)
     return tuple(jnp.where(never, jnp.zeros((), x.dtype), x) for x in written)
+
+
+def write_slots(old, new, start: jax.Array, on: jax.Array):
+    """Writes the n slots of one segment over slots `start .. start + n` of every row and head of another, in place.
+
+    Args:
+      old: of S slots; on a mesh every shard writes what falls on it.
+      new: of the same representation.
+      start: i32[B, K], multiples of n.
+      on: bool[B, K]; where false, `old` stays as it is.
+    """
+    count, named = new.pos.shape[2], old.axes()
+    split, axes = _split(named, old)
+
+    def here(old, new, start, on):
+        S = old.pos.shape[2]
+        start = start - sharding.first_on_shard(axes, S)
+        on = on & (start >= 0) & (start < S)
+
+        def write(x, fresh, spec):
+            axis = slot_axis(spec)
+            if axis < 0:
+                return x
+            entries, heads = x.shape[axis] * count // S, x.shape[1]  # 1 head where all share their coordinates
+            at = jnp.clip(start, 0, S - count) // count * entries
+            return write_windows(x, fresh, at[:, :heads], on[:, :heads], axis)
+
+        return jax.tree.map(write, old, new, named)
+
+    to = sharding.specs(named, old, split)
+    of_new = sharding.specs(rename(named, {"slots": None}), new, split)
+    of_rows = sharding.specs(_OF_ROWS, start, split)
+    return sharding.over_shards(here, (to, of_new, of_rows, of_rows), to)(old, new, start, on)
+
+
+def fill_slots(old, new):
+    """Writes the occupied slots of one segment, one after the other, into the first empty slots of another.
+
+    What finds no empty slot is lost. On a mesh every shard fills its own, the first ones first.
+
+    Args:
+      old: whose leaves are all [B, K, S, ...].
+      new: the same with n slots, the occupied ones first.
+    """
+    named = old.axes()
+    split, axes = _split(named, old)
+
+    def here(old, new):
+        B, K, S = old.pos.shape
+        filled = jnp.cumsum(old.pos < 0, axis=-1, dtype=jnp.int32)  # [B, K, S]: empty slots up to each
+        nth = jnp.broadcast_to(jnp.arange(1, new.pos.shape[2] + 1), new.pos.shape)  # the empty slot each takes
+        if axes:
+            counts = jax.lax.all_gather(filled[..., -1], axes)  # [shards, B, K]
+            before = jnp.arange(counts.shape[0])[:, None, None] < jax.lax.axis_index(axes)
+            nth = nth - jnp.sum(jnp.where(before, counts, 0), axis=0)[..., None]
+        find = jax.vmap(jax.vmap(lambda row, n: jnp.searchsorted(row, n)))
+        slot = jnp.where((nth > 0) & (new.pos >= 0), find(filled, nth), S)  # S: nowhere
+        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+        put = lambda x, fresh: x.at[rows, heads, slot].set(fresh, mode="drop")
+        return jax.tree.map(put, old, new)
+
+    to = sharding.specs(named, old, split)
+    of_new = sharding.specs(rename(named, {"slots": None}), new, split)
+    return sharding.over_shards(here, (to, of_new), to)(old, new)
+
+
+def gather_slots(segment, index: jax.Array, valid: jax.Array):
+    """Slots i32[B, K, n] of a segment whose leaves are all [B, K, S, ...]; zeros where bool[B, K, n] is false.
+
+    On a mesh each shard in turn gets its part of the result, summed over those that hold any of it.
+    """
+    named = segment.axes()
+    split, axes = _split(named, segment)
+    parts, count = sharding.shards(axes), index.shape[2]
+    spread = parts > 1 and count % parts == 0  # or every shard gets all of it
+
+    def pick(segment, index, valid):
+        S = segment.pos.shape[2]
+        index = index - sharding.first_on_shard(axes, S)
+        valid = valid & (index >= 0) & (index < S)
+        index = jnp.clip(index, 0, S - 1)
+
+        def gather(x):
+            expand = (...,) + (None,) * (x.ndim - 3)
+            picked = jnp.take_along_axis(x, index[expand], axis=2)
+            return jnp.where(valid[expand], picked, jnp.zeros((), x.dtype))
+
+        picked = jax.tree.map(gather, segment)
+        return jax.lax.psum(picked, axes) if axes else picked
+
+    def here(segment, index, valid):
+        if not spread:
+            return pick(segment, index, valid)
+        size = count // parts
+        part = lambda i: [jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in (index, valid)]
+        like = jax.eval_shape(lambda: pick(segment, *part(0)))
+        mine = jax.lax.axis_index(axes)
+
+        def turn(i, kept):
+            picked = pick(segment, *part(i))
+            return jax.tree.map(lambda new, old: jnp.where(i == mine, new, old), picked, kept)
+
+        return jax.lax.fori_loop(0, parts, turn, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+
+    of_result = split if spread else split | {"slots": ()}
+    rows = sharding.specs(_OF_ROWS, index, split)
+    out = jax.tree.map(lambda spec, x: sharding.specs(spec, x, of_result), named, segment)
+    return sharding.over_shards(here, (sharding.specs(named, segment, split), rows, rows), out)(segment, index, valid)
+
+
+def _split(named, segment):
+    """How a segment is laid out, and the axes of the mesh that its slots are split over."""
+    split = sharding.layout(sharding.sizes_of(named, segment))
+    return split, split.get("slots", ())
 
 
 def write_windows(

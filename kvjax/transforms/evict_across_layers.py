@@ -72,7 +72,7 @@ def evict_across_layers(
         K = segment.pos.shape[1]
         if pool is not None:
             # Or XLA gathers keys and values of all layers at the very end, and holds every layer's until then.
-            gathered = jnp.stack([pool.pages.k, pool.pages.v])
+            gathered = jnp.stack([pool.pages.k, pool.pages.values])
             segment = segment.replace(pos=written_after(gathered, segment.pos)[0])
         fresh = SlotList.of(segment.replace(stats={_SCORE: slot_scores(scorer, segment, seen)}), layer * K)
         held = fresh if pool is None else pool.as_list().plus(fresh)

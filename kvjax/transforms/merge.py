@@ -188,7 +188,7 @@ def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
     target = segment.take(jnp.minimum(into, S - 1), taken_up) if one else segment
     total = 1.0 + add(weight)[..., None]
     mean = lambda own, x: (own.astype(jnp.float32) + add(weight[..., None] * x.astype(jnp.float32))) / total
-    merged = target.replace(k=mean(target.k, given.k), v=mean(target.v, given.v)).astype(segment.k.dtype)
+    merged = target.map_vectors(mean, given).astype(segment.k.dtype)
     if segment.bias is not None:
         count = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
         merged = merged.replace(bias=jnp.log(count))

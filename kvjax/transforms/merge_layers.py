@@ -49,7 +49,7 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
         S = a.pos.shape[2]
         there = a.pos >= 0
         k, k_a, k_b, key_angle = _merged(a.k, b.k, interpolation)
-        v, v_a, v_b, value_angle = _merged(a.v, b.v, interpolation)
+        v, v_a, v_b, value_angle = _merged(*(x.values_apart("merge_layers") for x in (a, b)), interpolation)
         apart = jnp.maximum(_scaled_to_one(key_angle, there), _scaled_to_one(value_angle, there))
         retained = min(budget_slots(retain, S), S) if retain else 0
         exact = keep_highest(apart, there, retained, rows)

@@ -44,7 +44,7 @@ def quantize_corrected(
         raise ValueError(f"loops must be at least 1, got {loops}.")
 
     def encode(slots: DenseSegment) -> CorrectedSegment:
-        channels = min(slots.k.shape[3], slots.v.shape[3])
+        channels = min(slots.k.shape[3], slots.values.shape[3])
         if rank > channels:
             raise ValueError(f"rank must be at most the {channels} channels of a head, got {rank}.")
         whole = slots.resize(-(-slots.pos.shape[2] // block) * block)

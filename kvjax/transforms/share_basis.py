@@ -24,6 +24,8 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
     `Cache.shared`; each layer keeps its columns. Keys are expanded and rotated tile by tile when read. Tokens that
     follow the prompt stay exact. Layers that are left over make a smaller group.
 
+    Where the keys are the values (multi-head latent attention) one factorisation serves both, of the larger rank.
+
     Args:
       layers: of a group.
       key_rank: length of a token's key coordinates: a count, or a fraction of the channels of all heads of the group.
@@ -42,9 +44,13 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
     @jax.jit
     def compress(group: tuple[LayerCache, ...], seen: tuple[LayerObservation, ...]):
         slots = [unrotated(dense_tail(c, "share_basis"), s.queries.rope) for c, s in zip(group, seen)]
-        pos = slots[0].pos[:, :1]
-        keys, key_bases = _factors([s.k for s in slots], pos, key_rank)
-        values, value_bases = _factors([s.v for s in slots], pos, value_rank)
+        pos, width = slots[0].pos[:, :1], len(group) * slots[0].k.shape[1] * slots[0].k.shape[3]
+        key_count, value_count = _count(key_rank, width), _count(value_rank, width)
+        if slots[0].v is None:
+            keys, bases = _factors([s.k for s in slots], pos, max(key_count, value_count))
+            return DenseSegment(k=keys, v=None, pos=pos), [(Matrix(k), None) for k in bases]
+        keys, key_bases = _factors([s.k for s in slots], pos, key_count)
+        values, value_bases = _factors([s.v for s in slots], pos, value_count)
         bases = [(Matrix(k), Matrix(v)) for k, v in zip(key_bases, value_bases)]
         return DenseSegment(k=keys, v=values, pos=pos), bases
 
@@ -59,7 +65,9 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
             name = f"layers {first} to {first + len(group) - 1}"
             shared[name], bases = compress(group, observation.layers[first : first + layers])
             for layer, of_layer in zip(group, bases):
-                view = SharedView(LatentSegment(None, *of_layer, K, "at_attend", joint=True), "latent", name)
+                own_values = shared[name].v is not None
+                view = LatentSegment(None, *of_layer, K, "at_attend", joint=True, own_values=own_values)
+                view = SharedView(view, "latent", name)
                 *before, tail = layer.segments
                 new.append(layer.replace(segments=(*before, view, tail.no_slots())))
         return cache.replace(layers=tuple(new), shared=shared), ()
@@ -67,22 +75,24 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
     return CacheTransform(init=init, name="share_basis", takes=(), leaves="shared")
 
 
-def _factors(
-    parts: Sequence[jax.Array], pos: jax.Array, rank: int | float
-) -> tuple[jax.Array, list[jax.Array]]:
+def _count(rank: int | float, width: int) -> int:
+    """Coordinates of a group whose tokens have `width` channels; a last, smaller group may have fewer."""
+    return max(1, int(rank * width)) if isinstance(rank, float) else min(rank, width)
+
+
+def _factors(parts: Sequence[jax.Array], pos: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
     """The coordinates that layers share, of unit variance, and each layer's basis.
 
     Args:
       parts: [B, K, S, H], keys or values of each layer.
       pos: i32[B, 1, S].
-      rank: see `share_basis`.
+      count: [R], at most; no more than tokens.
 
     Returns:
       `([B, 1, S, R], [[B, K, H, R]])`. Coordinates of equal variance lose least where they are quantized together.
     """
     B, K, S, H = parts[0].shape
     width = len(parts) * K * H
-    count = max(1, int(rank * width)) if isinstance(rank, float) else min(rank, width)
     x = jnp.stack([part.swapaxes(1, 2) for part in parts], axis=2).astype(jnp.float32)  # [B, S, layers, K, H]
     there = pos[:, 0, :, None] >= 0
     x = jnp.where(there, x.reshape(B, S, width), 0.0)

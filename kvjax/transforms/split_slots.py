@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kvjax import sharding
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
@@ -49,7 +50,7 @@ def split_slots(
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
         segment = observed(dense_tail(layer, "split_slots"), seen)
-        S = segment.pos.shape[2]
+        B, K, S = segment.pos.shape
         occupied = segment.pos >= 0
         scores = worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
         segment = segment.replace(stats={})
@@ -60,6 +61,7 @@ def split_slots(
         index, valid = keep_highest(scores, occupied, slots, jnp.maximum(rows, held - (S - slots)))
         rest = segment.drop(marked(index, valid, S)).in_token_order()
         rest = jax.tree.map(lambda x: x[:, :, : S - slots], rest)
+        rest = rest.resize(sharding.packable(S - slots, batch=B, kv_heads=K))
         return layer.replace(segments=(*layer.segments[:-1], rest, segment.take(index, valid)))
 
     @jax.jit

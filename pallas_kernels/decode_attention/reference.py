@@ -10,6 +10,7 @@ from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.visibility import visible
 
 _TILE = 512  # slots of 8-bit floats that are widened at a time
+_LOGITS = 2**24  # held at a time: 64 MB
 
 
 def decode_attention(
@@ -24,10 +25,13 @@ def decode_attention(
     scale: Scale | None = None,
 ) -> Partial:
     """See `pallas_kernels.decode_attention.api.decode_attention`."""
-    if k.dtype.itemsize == 1:
-        return _widened(q, k, v, q_pos, k_pos, bias, window=window, scale=scale)
     B, T, N, H = q.shape
     K, S = k.shape[1], k.shape[2]
+    narrow = k.dtype.itemsize == 1
+    tile = max(_LOGITS // (B * T * N) // _TILE, 1) * _TILE
+    if narrow or S > tile:
+        tile = _TILE if narrow else tile
+        return _tiled(q, k, v, q_pos, k_pos, bias, tile=tile, window=window, scale=scale)
     G = N // K
     qs = (q.reshape(B, T, K, G, H) * jnp.asarray(factor(scale, H), q.dtype)).transpose(0, 2, 1, 3, 4)
     qs = qs.reshape(B, K, T * G, H).astype(k.dtype)
@@ -60,13 +64,13 @@ def decode_attention(
     )
 
 
-def _widened(q, k, v, q_pos, k_pos, bias, **how) -> Partial:
-    """8-bit floats, tile by tile in the queries' dtype."""
+def _tiled(q, k, v, q_pos, k_pos, bias, *, tile: int, **how) -> Partial:
+    """Some slots at a time: 8-bit floats in the queries' dtype, or chunks of queries with long caches."""
 
     def attend(start, size):
-        tile = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
-        wide = lambda x: tile(x).astype(q.dtype)
-        bias_tile = None if bias is None else tile(bias)
-        return decode_attention(q, wide(k), wide(v), q_pos, tile(k_pos), bias=bias_tile, **how)
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+        wide = lambda x: part(x).astype(q.dtype) if x.dtype.itemsize == 1 else part(x)
+        bias_part = None if bias is None else part(bias)
+        return decode_attention(q, wide(k), wide(v), q_pos, part(k_pos), bias=bias_part, **how)
 
-    return fold_tiles(attend, k.shape[2], _TILE)
+    return fold_tiles(attend, k.shape[2], tile)

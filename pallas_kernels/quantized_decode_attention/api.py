@@ -20,7 +20,7 @@ _OP = Op(
 def quantized_decode_attention(
     q: jax.Array,
     k: Packed,
-    v: Packed,
+    v: Packed | None,
     q_pos: jax.Array,
     k_pos: jax.Array,
     *,
@@ -38,7 +38,7 @@ def quantized_decode_attention(
     Args:
       q: [B, T, N, H] queries, already rotated.
       k: keys, packed with `axis=key_axis`.
-      v: values, packed with `axis="token"`.
+      v: values, packed with `axis="token"`. None: the keys are the values.
       q_pos: i32[B, T] token positions, -1 for padding.
       k_pos: i32[B, K, S] token positions, -1 for empty slots.
       bits: of `k` and `v`.

@@ -45,6 +45,8 @@ def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis="channel", 
     """Why the kernel cannot run these arguments, or None if it can."""
     del q_pos, window, scale
     H, S = q.shape[-1], k_pos.shape[-1]
+    if v is None:
+        return "takes values of their own"
     if q.dtype != jnp.bfloat16 or {x.dtype for x in (*k[1:], *v[1:])} != {jnp.dtype(jnp.bfloat16)}:
         return f"takes bfloat16 queries and scales, got {q.dtype} and {k.scale.dtype}"
     if H not in (64, 128) or v.words.shape[-1] != H:

@@ -107,6 +107,8 @@ def _sizes(q, k: Packed, v: Packed, bits: int, key_axis: str) -> Blocks | None:
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> str | None:
+    if v is None:
+        return "takes values of their own"
     limit = row_limit(q, k.words.shape[1], k_pos.shape[2])
     if limit is not None:
         return limit

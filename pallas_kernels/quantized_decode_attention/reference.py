@@ -17,7 +17,7 @@ _TILE = 512  # slots; a float32 tile of 8 heads of 128 channels is 2 MB
 def quantized_decode_attention(
     q: jax.Array,
     k: Packed,
-    v: Packed,
+    v: Packed | None,
     q_pos: jax.Array,
     k_pos: jax.Array,
     bias: jax.Array | None = None,
@@ -31,7 +31,7 @@ def quantized_decode_attention(
     B, T, N, H = q.shape
     S = k_pos.shape[-1]
     if S == 0:
-        return Partial(jnp.zeros((B, T, N, v.words.shape[-1]), jnp.float32), jnp.full((B, T, N), -jnp.inf))
+        return Partial(jnp.zeros((B, T, N, (v or k).words.shape[-1]), jnp.float32), jnp.full((B, T, N), -jnp.inf))
     group = S // k.scale.shape[2] if key_axis == "channel" else 1
     step = math.lcm(group, WORD_BITS // bits)  # whole groups and whole words
 
@@ -47,10 +47,11 @@ def quantized_decode_attention(
                 words, *(jax.lax.dynamic_slice_in_dim(y, start, size, axis=3) for y in x[1:])
             )
 
+        keys = dequantize(packed_tile(k, key_axis), bits=bits, axis=key_axis, dtype=q.dtype)
         return decode_attention(
             q,
-            dequantize(packed_tile(k, key_axis), bits=bits, axis=key_axis, dtype=q.dtype),
-            dequantize(packed_tile(v, "token"), bits=bits, axis="token", dtype=q.dtype),
+            keys,
+            keys if v is None else dequantize(packed_tile(v, "token"), bits=bits, axis="token", dtype=q.dtype),
             q_pos,
             rows(k_pos, start, size),
             bias=None if bias is None else rows(bias, start, size),

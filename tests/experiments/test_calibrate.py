@@ -11,9 +11,13 @@ import pytest
 from experiments import calibrate as program
 from experiments import calibrations
 from experiments.methods import load_method
-from models import load_model
+from models import Model, load_model
 from models.decoder import layer_inputs
+from models.families import read_config
+from models.weights import build_params, split_qkv
 from tests.experiments import in_process, tiny_checkpoint
+from tests.golden.tiny_weights import weights
+from tests.models.test_families import CHECKPOINTS
 
 SMALL = calibrations.Settings(texts=2, tokens=64)
 
@@ -47,6 +51,16 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
     assert calibrate(*given, "--replace")[0] == 0
 
 
+def test_recipes_about_values_refuse_latent_attention():
+    config = read_config("latent", CHECKPOINTS["deepseek_v2"]["config"])
+    params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)
+    model = Model(config, params, None)
+    assert len(calibrations.fingerprint(model)) == 16
+    for recipe in calibrations.RECIPES.keys() - {"d2o", "duoattention", "razorattention"}:
+        with pytest.raises(ValueError, match=f"{recipe} compresses values apart from keys, .* of latent the keys are"):
+            calibrations.measure(recipe, model, SMALL)
+
+
 def test_principal_components_are_those_of_the_cached_keys(model):
     data = calibrations.principal_components(model, SMALL)
     axes, power = np.asarray(data["key_axes"]), np.asarray(data["key_power"])
@@ -69,9 +83,9 @@ def test_principal_components_are_those_of_the_cached_keys(model):
 def test_key_means_are_those_of_the_key_projection(model):
     data = calibrations.key_means(model, SMALL)
     config = model.config
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    K, H = config.num_kv_heads, config.head_dim
     read = [layer_inputs(model.params, config, tokens)[1] for tokens in calibrations._texts(model, SMALL)]
-    wk = np.asarray(model.params["layers"][1]["wqkv"], np.float64)[:, N * H : (N + K) * H]
+    wk = np.asarray(split_qkv(config, model.params["layers"][1]["wqkv"])[1], np.float64).reshape(-1, K * H)
     want = np.mean(np.concatenate(read, axis=1), axis=(0, 1), dtype=np.float64) @ wk
     # Keys are read from the cache and rotated back: two rotations in float32.
     np.testing.assert_allclose(data["key_mean"][1], want.reshape(K, H), rtol=1e-3, atol=1e-4 * np.abs(want).max())
@@ -80,8 +94,8 @@ def test_key_means_are_those_of_the_key_projection(model):
 def test_weight_directions_of_all_ranks_span_the_projection(model):
     data = calibrations.weight_directions(model, SMALL)
     config = model.config
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    wk = np.asarray(model.params["layers"][0]["wqkv"])[:, N * H : (N + K) * H]
+    K, H = config.num_kv_heads, config.head_dim
+    wk = np.asarray(split_qkv(config, model.params["layers"][0]["wqkv"])[1]).reshape(-1, K * H)
     V = np.asarray(data["key_axes"][0]).reshape(K * H, -1)
     np.testing.assert_allclose(wk @ V @ V.T, wk, atol=1e-4 * np.abs(wk).max())
     # Half of the directions explain more of the weighted projection than any other half would: the SVD's promise.

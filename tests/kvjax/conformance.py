@@ -13,9 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 import kvjax
+from kvjax import sharding
 from kvjax.budget import budget_rows
+from models.weights import param_axes
 from tests.kvjax import tiny_model
 from tests.quick_jit import quick_jit
 
@@ -135,6 +138,12 @@ def assert_same_run(a: kvjax.Run, b: kvjax.Run, rows=((0, 0), (1, 1))) -> None:
     for i, j in rows:
         np.testing.assert_allclose(a.logits[i], b.logits[j], **CLOSE)
         assert positions(a.cache, i) == positions(b.cache, j)
+
+
+def bytes_on_one_device(tree) -> int:
+    """Of all arrays, those that the first device holds."""
+    first = jax.devices()[0]
+    return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
@@ -321,3 +330,23 @@ def check_bytes_do_not_grow(h: Harness) -> None:
         assert rows[row] - rounding <= np.min(held) <= np.max(held) <= rows[row] + h.case.slack + rounding
         for head in (head for layer in positions(run.cache, row) for head in layer):
             assert len(set(head)) == len(head) and head[-1] <= LENGTHS[row] + 199
+
+
+def check_sharded(harness: Harness, axes: str) -> None:
+    """On a mesh: the same logits and the same tokens after prompt and decoding, from a part of the bytes."""
+    mesh = sharding.make_mesh(axes, jax.devices()[:8])
+    tokens = tiny_model.prompt(B, 2, seed=3)
+    expected = [harness.run, *harness.decode(harness.run, tokens)]
+    with sharding.use_mesh(mesh):
+        there = Harness(harness.case)
+        there.params = jax.device_put(
+            there.params, sharding.shardings(param_axes(tiny_model.CONFIG), there.params, mesh)
+        )
+        runs = [there.run, *there.decode(there.run, tokens)]
+        # What specs promise is what the program made, and what a loop would carry.
+        for run in runs:
+            placed = jax.tree.map(lambda x, spec: NamedSharding(mesh, spec), run.cache, run.cache.specs())
+            jax.tree.map(lambda x, s: np.testing.assert_(x.sharding.is_equivalent_to(s, x.ndim)), run.cache, placed)
+    for one, other in zip(expected, runs):
+        assert_same_run(one, other)
+    return bytes_on_one_device(runs[-1].cache)

@@ -22,6 +22,12 @@ STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in nam
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
 # A batch of one is another program for each: one case of every kind of state.
 ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
+# A method of every kind of segment, and of every way to rewrite slots.
+SHARDED = [
+    *("full", "int4", "kivi2", "gear", "mikv", "rotatekv", "million"),
+    *("streamingllm", "h2o", "snapkv", "snapkv_int4", "adakv_snapkv", "kvzip", "cake", "lazyeviction", "tova"),
+    *("kvmerger", "d2o", "matryoshka_pca", "think", "cskv", "xkv", "minicache", "razorattention", "duoattention"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +99,11 @@ def test_permuting_dense_slots_changes_nothing(harness):
 @pytest.mark.parametrize("kind", ["one token", "fewer tokens than sinks, window or group", "constant", "huge"])
 def test_hostile_inputs_give_finite_numbers(harness, kind):
     conformance.check_hostile_inputs(harness, kind)
+
+
+@for_each(SHARDED)
+def test_a_mesh_of_eight_devices_changes_nothing(harness):
+    conformance.check_sharded(harness, "data:2,seq:2,model:2")
 
 
 @for_each(FREES_IN_DECODE)

@@ -32,6 +32,12 @@ PARTS = {
     "post_feedforward_layernorm": "post_ffw_norm",
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
 }
 EXPERTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 NEOX = {
@@ -48,6 +54,16 @@ FILES = {
     "llama2": ("llama", {}),
     "mistral": ("llama", {"attention.sliding_window": 6}),
     "qwen2": ("qwen2", {}),
+    "qwen2_yarn": (
+        "qwen2",
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+        },
+    ),
     "qwen3": ("qwen3", {"attention.key_length": 16}),
     "qwen3_moe": (
         "qwen3moe",
@@ -86,6 +102,30 @@ FILES = {
             "attention.head_count_kv": 1,
         },
     ),
+    "deepseek_v2": (
+        "deepseek2",
+        {
+            "feed_forward_length": 40,
+            "attention.head_count_kv": 1,
+            "attention.kv_lora_rank": 40,
+            "attention.key_length": 48,
+            "attention.value_length": 40,
+            "attention.key_length_mla": 16,
+            "attention.value_length_mla": 12,
+            "rope.dimension_count": 8,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 40.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.yarn_log_multiplier": 0.0707,
+            "leading_dense_block_count": 1,
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "expert_shared_count": 2,
+            "expert_feed_forward_length": 24,
+            "expert_weights_scale": 1.5,
+            "expert_gating_func": 1,
+        },
+    ),
     "gpt_neox": (
         "gptneox",
         {
@@ -98,8 +138,11 @@ FILES = {
 }
 
 
-def write_gguf(name: str, path) -> None:
+def write_gguf(name: str, path, whole_up_projection: bool = False) -> None:
     architecture, more = FILES[name]
+    if whole_up_projection:  # as in files before 2025
+        of_heads = {"attention.head_count_kv": 4, "attention.key_length": 16, "attention.value_length": 12}
+        more = {key: value for key, value in more.items() if not key.endswith("_mla")} | of_heads
     config, shapes = CHECKPOINTS[name]["config"], CHECKPOINTS[name]["shapes"]
     fields = {
         "block_count": config["num_hidden_layers"],
@@ -109,7 +152,7 @@ def write_gguf(name: str, path) -> None:
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config.get("num_key_value_heads", 4),
         "attention.layer_norm_rms_epsilon": 1e-6,
-        "rope.freq_base": config.get("rope_theta", 10000.0),
+        "rope.freq_base": float(config.get("rope_theta", 10000.0)),
         "vocab_size": 64,
     } | more
     writer = gguf.GGUFWriter(path, architecture)
@@ -119,14 +162,14 @@ def write_gguf(name: str, path) -> None:
         }[type(value)]
         add(f"{architecture}.{key}", value)
     writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", "qwen2")
+    writer.add_string("tokenizer.ggml.pre", "deepseek-llm" if architecture == "deepseek2" else "qwen2")
     writer.add_array("tokenizer.ggml.tokens", [*map(chr, range(97, 160)), "ab"])
     writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_array("tokenizer.ggml.token_type", [1] * 64)
     tensors, experts = weights(shapes), {}
     for key, tensor in tensors.items():
         stem, _, suffix = key.rpartition(".")
-        if "experts" in stem:
+        if ".experts." in stem:
             at, expert, part = stem.rsplit(".", 2)
             block = at.removeprefix("model.layers.").partition(".")[0]
             experts.setdefault(f"blk.{block}.ffn_{EXPERTS[part]}_exps.weight", {})[int(expert)] = tensor
@@ -144,6 +187,11 @@ def write_gguf(name: str, path) -> None:
             if architecture == "llama" and part.endswith(("q_proj", "k_proj")):
                 heads = config["num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"]
                 tensor = interleave(tensor, heads)
+        if stem.endswith("self_attn.kv_b_proj") and not whole_up_projection:
+            of_keys, of_values = np.split(tensor.reshape(4, 20, 40), (8,), axis=1)
+            writer.add_tensor(f"blk.{block}.attn_k_b.{suffix}", np.ascontiguousarray(of_keys.swapaxes(1, 2)))
+            writer.add_tensor(f"blk.{block}.attn_v_b.{suffix}", np.ascontiguousarray(of_values))
+            continue
         if architecture.startswith("gemma") and stem.endswith("norm"):
             tensor = tensor + np.float32(1)
         writer.add_tensor(f"{named}.{suffix}", tensor)
@@ -158,13 +206,18 @@ def write_gguf(name: str, path) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_config_and_params_are_those_of_the_directory(name, tmp_path, monkeypatch):
-    write_gguf(name, tmp_path / "model.gguf")
+@pytest.mark.parametrize("name, old", [*((name, False) for name in FILES), ("deepseek_v2", True)])
+def test_config_and_params_are_those_of_the_directory(name, old, tmp_path, monkeypatch):
+    write_gguf(name, tmp_path / "model.gguf", whole_up_projection=old)
     folder = tmp_path / "folder"
     if name.startswith("gemma"):
         # llama.cpp derives these: the scale from the head dimension, the layers from the family's own pattern.
         fields = CHECKPOINTS[name]["config"] | {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6}
+        monkeypatch.setitem(CHECKPOINTS, name, CHECKPOINTS[name] | {"config": fields})
+    if name == "deepseek_v2":
+        # llama.cpp has one number for mscale and mscale_all_dim, which published models have alike.
+        scaling = CHECKPOINTS[name]["config"]["rope_scaling"] | {"mscale": 0.707}
+        fields = CHECKPOINTS[name]["config"] | {"rope_scaling": scaling}
         monkeypatch.setitem(CHECKPOINTS, name, CHECKPOINTS[name] | {"config": fields})
     config, params, _ = load_directory(write(name, folder), jnp.float32)
     found, read, _ = load_gguf(tmp_path / "model.gguf", jnp.float32)

@@ -63,7 +63,7 @@ def test_unknown_architecture_lists_the_supported(tiny, tmp_path):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.type", "longrope"),
         ("llama.rope.scaling.factor", 4.0),
         ("llama.expert_shared_count", 1),
         ("llama.attention.sliding_window", [512, 0]),

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from models import weights
 from models.huggingface import load_directory
+from models.weights import split_qkv
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -37,12 +38,10 @@ def test_bfloat16_files_load_exactly_in_both_dtypes(tiny, tmp_path):
 
 def test_smollm2_as_safetensors_equals_its_gguf(smollm2, tmp_path):
     c, params = smollm2.config, smollm2.params
-    q_out, kv_out = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
     for i, layer in enumerate(params["layers"]):
         at = f"model.layers.{i}"
-        q, k, v = np.split(layer["wqkv"], [q_out, q_out + kv_out], axis=1)
-        gate, up = np.split(layer["w_gate_up"], 2, axis=1)
+        q, k, v = (np.asarray(x).reshape(c.width, -1) for x in split_qkv(c, layer["wqkv"]))
         tensors |= {
             f"{at}.input_layernorm.weight": layer["attn_norm"],
             f"{at}.post_attention_layernorm.weight": layer["mlp_norm"],
@@ -50,8 +49,8 @@ def test_smollm2_as_safetensors_equals_its_gguf(smollm2, tmp_path):
             f"{at}.self_attn.k_proj.weight": k.T,
             f"{at}.self_attn.v_proj.weight": v.T,
             f"{at}.self_attn.o_proj.weight": layer["wo"].T,
-            f"{at}.mlp.gate_proj.weight": gate.T,
-            f"{at}.mlp.up_proj.weight": up.T,
+            f"{at}.mlp.gate_proj.weight": layer["w_gate"].T,
+            f"{at}.mlp.up_proj.weight": layer["w_up"].T,
             f"{at}.mlp.down_proj.weight": layer["w_down"].T,
         }
     safetensors.numpy.save_file(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from models.decoder import forward, prompt_cache
 from models.families import read_config
@@ -26,14 +27,22 @@ def test_codes_are_within_half_a_scale_of_each_output():
     np.testing.assert_allclose(matmul(x, Int8Matrix.of(matrix[1])), x @ dense(packed)[1], rtol=1e-4, atol=1e-5)
 
 
-def test_decoder_with_experts_computes_with_the_rounded_weights():
-    config = read_config("tiny", CHECKPOINTS["mixtral"]["config"])
-    tensors = weights(CHECKPOINTS["mixtral"]["shapes"])
+EXPERTS = {"wo", "router", "w_gate", "w_up", "w_down"}
+
+
+@pytest.mark.parametrize(
+    "name, leaves",
+    [
+        ("mixtral", {"wqkv"}),
+        ("deepseek_v2", {"wq", "w_latent", "w_uk", "w_uv", "shared_w_gate", "shared_w_up", "shared_w_down"}),
+    ],
+)
+def test_decoder_with_experts_computes_with_the_rounded_weights(name, leaves):
+    config = read_config("tiny", CHECKPOINTS[name]["config"])
+    tensors = weights(CHECKPOINTS[name]["shapes"])
     packed = build_params(config, tensors.__getitem__, jnp.float32, int8=True)
-    kinds = {name: type(leaf) for name, leaf in packed["layers"][0].items()}
-    assert {name for name, kind in kinds.items() if kind is Int8Matrix} == {
-        "wqkv", "wo", "router", "w_gate_up", "w_down"
-    }
+    kinds = {name: type(leaf) for name, leaf in packed["layers"][1].items()}
+    assert {name for name, kind in kinds.items() if kind is Int8Matrix} == EXPERTS | leaves
     rounded = jax.tree.map(dense, packed, is_leaf=lambda x: isinstance(x, Int8Matrix))
     tokens = jnp.int32([ROWS[0][:12]])
     positions = jnp.arange(12)[None]

@@ -154,6 +154,7 @@ def test_unknown_pre_tokenizer_lists_the_supported(tiny):
         ("qwen2", ["Hello", " World", "It", "'s", " ", "1", "2", "3", "4", ".\n", " x"]),
         # A capital after a small letter opens a word.
         ("tekken", ["Hello", " World", "It", "'s", " ", "1", "2", "3", "4", ".\n", " x"]),
+        ("deepseek-llm", ["Hello", " World", "It", "'", "s", " ", "1", "2", "3", "4", ".", "\n", " x"]),
     ],
 )
 def test_pre_tokenizers_cut_as_their_models_were_trained(tiny, name, words):

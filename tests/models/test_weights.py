@@ -20,16 +20,17 @@ def test_every_leaf_is_the_named_tensors_transposed_side_by_side(tiny):
     assert isinstance(params["layers"], tuple) and len(params["layers"]) == 2
     for i, layer in enumerate(params["layers"]):
         attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        assert set(layer) == {"attn_norm", "wqkv", "wo", "mlp_norm", "w_gate_up", "w_down"}
+        assert set(layer) == {"attn_norm", "wqkv", "wo", "mlp_norm", "w_gate", "w_up", "w_down"}
         np.testing.assert_array_equal(layer["attn_norm"], t[f"model.layers.{i}.input_layernorm.weight"])
         np.testing.assert_array_equal(layer["mlp_norm"], t[f"model.layers.{i}.post_attention_layernorm.weight"])
-        # N H = 24 query columns, then K H = 12 key columns, then 12 value columns.
-        np.testing.assert_array_equal(layer["wqkv"][:, :24], t[f"{attn}.q_proj.weight"].T)
-        np.testing.assert_array_equal(layer["wqkv"][:, 24:36], t[f"{attn}.k_proj.weight"].T)
-        np.testing.assert_array_equal(layer["wqkv"][:, 36:], t[f"{attn}.v_proj.weight"].T)
+        # Two KV heads of 6 channels, each with 12 columns of queries, then 6 of its key and 6 of its value.
+        for name, part in zip("qkv", weights.split_qkv(tiny.config, layer["wqkv"])):
+            np.testing.assert_array_equal(part.reshape(12, -1), t[f"{attn}.{name}_proj.weight"].T)
+        np.testing.assert_array_equal(layer["wqkv"][:, 24:36], t[f"{attn}.q_proj.weight"].T[:, 12:])
+        np.testing.assert_array_equal(layer["wqkv"][:, 12:18], t[f"{attn}.k_proj.weight"].T[:, :6])
         np.testing.assert_array_equal(layer["wo"], t[f"{attn}.o_proj.weight"].T)
-        np.testing.assert_array_equal(layer["w_gate_up"][:, :32], t[f"{mlp}.gate_proj.weight"].T)
-        np.testing.assert_array_equal(layer["w_gate_up"][:, 32:], t[f"{mlp}.up_proj.weight"].T)
+        np.testing.assert_array_equal(layer["w_gate"], t[f"{mlp}.gate_proj.weight"].T)
+        np.testing.assert_array_equal(layer["w_up"], t[f"{mlp}.up_proj.weight"].T)
         np.testing.assert_array_equal(layer["w_down"], t[f"{mlp}.down_proj.weight"].T)
 
 

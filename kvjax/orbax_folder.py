@@ -9,6 +9,9 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 
 def save(
     folder: pathlib.Path,
@@ -17,7 +20,7 @@ def save(
     about: dict[str, Any],
     beside: Callable[[pathlib.Path], None] = lambda staging: None,
 ) -> None:
-    """Replaces a folder.
+    """Replaces a folder, which all processes of a program see; each writes its own shards.
 
     Args:
       folder: where; its parents are made.
@@ -28,18 +31,27 @@ def save(
     """
     import orbax.checkpoint as ocp  # slow to import, and few programs need it
 
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
+    several = jax.process_count() > 1
+    first = jax.process_index() == 0
+    # Processes must agree on a name. One alone does not meet another program that writes the same folder.
+    staging = folder.with_name(f".{folder.name}.{'all' if several else os.getpid()}")
+    meet = multihost_utils.sync_global_devices if several else lambda _: None
     try:
-        staging.mkdir(parents=True)
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        meet(f"{staging} is made")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging / "arrays", arrays)
-        (staging / file).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        beside(staging)
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
+        if first:
+            (staging / file).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            beside(staging)
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.rename(folder)
+        meet(f"{folder} is there")
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def load(folder: pathlib.Path, like: Any) -> Any:
