@@ -99,6 +99,11 @@ class Trainer:
                 f"--model: some layers of {model.config.name} have a sliding window; recipes train decoders whose "
                 "layers all see the whole context."
             )
+        if model.config.latent_rank:
+            raise ValueError(
+                f"--model: in the multi-head latent attention of {model.config.name} the keys are the values; recipes "
+                "train decoders that keep them apart."
+            )
         self._training, self._model = training, model
         self._batches = Batches(training.text, model, training.seed)
         self._chain = training.optimizer(training.steps)
