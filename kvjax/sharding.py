@@ -209,13 +209,16 @@ def over_shards(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Calla
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def made_on_shards(make: Callable[[Any], Any], slots: Any) -> Any:
-    """`make(slots)`, a segment with the same slots in another representation; on a mesh every shard makes its own."""
+def made_on_shards(make: Callable[[Any], Any], slots: Any, *, split_slots: bool = True) -> Any:
+    """`make(slots)`, a segment with the same slots in another representation; on a mesh every shard makes its own.
+
+    Without `split_slots` every shard makes all of them, for the heads that it has.
+    """
     if _active() is None:
         return make(slots)
     like = jax.eval_shape(make, slots)
     named = like.axes()
-    split = layout(sizes_of(named, like))
+    split = layout(sizes_of(named, like)) | ({} if split_slots else {"slots": ()})
     return over_shards(make, (specs(slots.axes(), slots, split),), specs(named, like, split))(slots)
 
 
