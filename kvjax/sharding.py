@@ -45,6 +45,7 @@ _GATHERED = 4096  # tokens of a call whose keys and values every shard can have
 _BLOCK = 512  # queries that attend to the keys of another shard at a time
 
 _rules = jax.make_user_context(RULES)
+_per_shard = jax.make_user_context(False)
 
 
 def make_mesh(axes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -75,10 +76,23 @@ def make_mesh(axes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[Mesh]:
-    """Inside, programs are traced and run for the mesh; jit keeps what it compiled for each mesh and rules apart."""
-    with jax.set_mesh(mesh), _rules(rules):
+def use_mesh(mesh: Mesh, rules: Rules = RULES, *, select_per_shard: bool = False) -> Iterator[Mesh]:
+    """Inside, programs are traced and run for the mesh; jit keeps what it compiled for each mesh and rules apart.
+
+    Args:
+      mesh: from `make_mesh`, or any whose axes the rules name.
+      rules: which axes of arrays are split over which axes of the mesh.
+      select_per_shard: `evict` gives every shard of the slots an equal part of the budget and keeps the best of each,
+        and no slot is sent anywhere. It keeps other tokens than on one device: where the best ones lie on few
+        shards, so do the sinks and the newest, some of them are lost.
+    """
+    with jax.set_mesh(mesh), _rules(rules), _per_shard(select_per_shard):
         yield mesh
+
+
+def selects_per_shard() -> bool:
+    """Whether `use_mesh` asked for it."""
+    return _active() is not None and _per_shard.value
 
 
 def _active():
@@ -209,13 +223,16 @@ def over_shards(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Calla
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def made_on_shards(make: Callable[[Any], Any], slots: Any) -> Any:
-    """`make(slots)`, a segment with the same slots in another representation; on a mesh every shard makes its own."""
+def made_on_shards(make: Callable[[Any], Any], slots: Any, *, split_slots: bool = True) -> Any:
+    """`make(slots)`, a segment with the same slots in another representation; on a mesh every shard makes its own.
+
+    Without `split_slots` every shard makes all of them, for the heads that it has.
+    """
     if _active() is None:
         return make(slots)
     like = jax.eval_shape(make, slots)
     named = like.axes()
-    split = layout(sizes_of(named, like))
+    split = layout(sizes_of(named, like)) | ({} if split_slots else {"slots": ()})
     return over_shards(make, (specs(slots.axes(), slots, split),), specs(named, like, split))(slots)
 
 

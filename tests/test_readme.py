@@ -3,15 +3,37 @@
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
+
+import kvjax
+from tests.kvjax import tiny_model
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ONE_CHIP, MANY_CHIPS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_python_example_runs_and_promises_the_bytes_it_takes(smollm2, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(ONE_CHIP, "README.md", "exec"), {})
     promised, measured = re.findall(r"bytes.*?: (\d+)", capsys.readouterr().out)
     assert promised == measured and 0 < int(measured) < 10_000_000
+
+
+def test_mesh_example_runs_and_leaves_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokens, lengths = tiny_model.prompt(2, 24), jnp.int32([24, 13])
+
+    def read(params, tokens, lengths):
+        return kvjax.prefill(
+            tiny_model.bind(params), kvjax.identity(), tokens, lengths, tiny_model.empty(2), room=8
+        )
+
+    names = dict(jax=jax, kvjax=kvjax, read=read, tokens=tokens, lengths=lengths)
+    names |= dict(config=tiny_model.CONFIG, params=tiny_model.params())
+    exec(compile(MANY_CHIPS, "README.md", "exec"), names)
+    assert len(names["run"].cache.layers[0].segments[-1].k.devices()) == 8
+    assert (tmp_path / "out" / "run" / "kvjax_run.json").is_file()
 
 
 def test_every_method_config_is_listed():

@@ -8,7 +8,7 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments.axes import heads_alike, rename
+from kvjax.segments.axes import heads_alike
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import slice_slots, slot_axes, write_slots
@@ -45,11 +45,11 @@ class BufferedSegment:
         full = occupied // block * block
         in_body = jnp.arange(slots.pos.shape[2]) < full
         tail = slots.resize(slots.pos.shape[2] + block).window(full[..., 0], block)
-        return cls(body=encode(slots.drop(~in_body)), tail=tail)
+        return cls(body=encode(slots.drop(~in_body)), tail=tail.replace(together=True))
 
     def axes(self) -> BufferedSegment:
         """See `Segment.axes`; all shards have the tail."""
-        body, tail = self.body.axes(), rename(self.tail.axes(), {"slots": None})
+        body, tail = self.body.axes(), self.tail.axes()
         return heads_alike(self.replace(body=body, tail=tail), body, tail)
 
     @property
@@ -136,7 +136,7 @@ class BufferedSegment:
 
         if S == 0:
             slots = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype), self.tail)
-            body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1)))
+            body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1), together=False))
             return self.replace(body=body)
         return self.replace(body=jax.tree.map(grow, self.body, slot_axes(self.body)))
 
@@ -146,9 +146,13 @@ class BufferedSegment:
 
     def _encode(self, slots: DenseSegment, needed: jax.Array) -> Segment:
         """Encodes slots when any are needed. Only the small result crosses the branch, never the body."""
-        like = jax.eval_shape(self.body.encode_like, slots)
+
+        def encode(slots: DenseSegment) -> Segment:
+            return sharding.made_on_shards(self.body.encode_like, slots.replace(together=False), split_slots=False)
+
+        like = jax.eval_shape(encode, slots)
         nothing = lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return jax.lax.cond(needed, self.body.encode_like, nothing, slots)
+        return jax.lax.cond(needed, encode, nothing, slots)
 
     def _write(self, blocks: Segment, flushes: jax.Array, most: int) -> Segment:
         """Writes block j of each row and head at its first free block, where j < flushes."""

@@ -10,7 +10,7 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope, re_rotate, rotate
-from kvjax.segments.axes import OF_SLOTS
+from kvjax.segments.axes import OF_SLOTS, P
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import LAST, fill_slots, fold_slots, gather_slots, keep_highest, token_order, write_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
@@ -44,6 +44,7 @@ class DenseSegment:
     stats: dict[str, jax.Array] = struct.field(default_factory=dict)  # each f32[B, K, S]
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
     ring_sinks: int | None = struct.field(pytree_node=False, default=None)
+    together: bool = struct.field(pytree_node=False, default=False)  # on a mesh, every shard has all slots
 
     @classmethod
     def empty(
@@ -161,7 +162,7 @@ class DenseSegment:
 
     def dense(self) -> DenseSegment:
         """Itself."""
-        return self
+        return self.replace(together=False)
 
     def map_dense(self, body, tail) -> Segment:
         """See `Segment.map_dense`."""
@@ -173,7 +174,7 @@ class DenseSegment:
 
     def axes(self) -> DenseSegment:
         """See `Segment.axes`."""
-        return jax.tree.map(lambda _: OF_SLOTS, self)
+        return jax.tree.map(lambda _: P("batch", "kv_heads") if self.together else OF_SLOTS, self)
 
     def no_slots(self) -> DenseSegment:
         """One like this without slots: where tokens that follow may go."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import sharding
-from kvjax.segments.axes import P, rename, slot_axis
+from kvjax.segments.axes import OF_SLOTS, P, rename, slot_axis
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
@@ -41,6 +41,27 @@ def keep_highest(
         valid &= jnp.arange(slots) < count[:, None, None]
     in_slot_order = jnp.argsort(jnp.where(valid, index, LAST), axis=-1)
     return tuple(jnp.take_along_axis(x, in_slot_order, axis=-1) for x in (index, valid))
+
+
+def keep_best(segment, scores: jax.Array, slots: int, rows: jax.Array):
+    """The slots of a dense segment with the highest scores f32[B, K, S], at most i32[B] `rows` of `slots`, in order.
+
+    On a mesh the best of all shards, or, with `use_mesh(select_per_shard=True)`, an equal number of each.
+    """
+    if not sharding.selects_per_shard():
+        return segment.take(*keep_highest(scores, segment.pos >= 0, slots, rows))
+    named = segment.axes()
+    split, axes = _split(named, segment)
+    parts = sharding.shards(axes)
+
+    def here(segment, scores, rows):
+        count = min(-(-slots // parts), segment.pos.shape[2])
+        first = jax.lax.axis_index(axes) < rows % parts if axes else False
+        return segment.take(*keep_highest(scores, segment.pos >= 0, count, rows // parts + first))
+
+    to = sharding.specs(named, segment, split)
+    given = (to, sharding.specs(OF_SLOTS, scores, split), sharding.specs(P("batch"), rows, split))
+    return sharding.over_shards(here, given, to)(segment, scores, rows)
 
 
 def token_order(pos: jax.Array) -> jax.Array:

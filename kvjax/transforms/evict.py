@@ -13,7 +13,7 @@ from kvjax.budget import budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_highest, ranks
+from kvjax.segments.slots import keep_best, ranks
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
 
@@ -73,7 +73,7 @@ def evict(
             segment = segment.resize(slots)
         segment = scorer.observe(with_stats(segment, scorer), seen)
         scores = worth(segment, seen, rows)
-        return layer.with_tail(segment.take(*keep_highest(scores, segment.pos >= 0, slots, rows)))
+        return layer.with_tail(keep_best(segment, scores, slots, rows))
 
     @jax.jit
     def see(layer: LayerCache, seen: LayerObservation):

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import kvjax
 from kvjax import sharding
 from kvjax.segments import DenseSegment
+from kvjax.segments.slots import keep_best, keep_highest
 from models.decoder import bind
 from models.weights import abstract_params, param_axes
 from pallas_kernels.partial import combine, combine_shards
@@ -131,6 +132,29 @@ def test_slots_are_gathered_across_shards(count):
     with sharding.use_mesh(mesh_of("seq:4,model:2")):
         got = jax.jit(lambda s, i, v: s.take(i, v))(held, index, valid)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_selecting_per_shard_keeps_the_best_of_each_and_sends_nothing():
+    held = _slots(filled=32)
+    scores = jnp.float32(np.random.default_rng(4).normal(size=(2, 2, 32)))
+    rows = jnp.int32([12, 9])
+    keep = lambda s, x, r: keep_best(s, x, 12, r)
+    with sharding.use_mesh(mesh_of("seq:4,model:2"), select_per_shard=True):
+        compiled = jax.jit(keep).lower(held, scores, rows).compile()
+        got = jax.jit(keep)(held, scores, rows)
+    for row in range(2):
+        for head in range(2):
+            expected = []
+            for shard in range(4):
+                own = [s for s in range(8 * shard, 8 * shard + 8) if s != 3]  # slot 3 is empty
+                best = sorted(own, key=lambda s: -scores[row, head, s])
+                expected += sorted(best[: 3 if row == 0 else (3, 2, 2, 2)[shard]])
+            kept = got.pos[row, head]
+            assert kept[kept >= 0].tolist() == expected
+    assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "permute"))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(keep)(held, scores, rows), held.take(*keep_highest(
+        scores, held.pos >= 0, 12, rows
+    )))
 
 
 @pytest.mark.parametrize("axes", ["seq:8", "model:8", "data:2,model:4"])
