@@ -11,6 +11,10 @@ OF_SLOTS = P("batch", "kv_heads", "slots")
 """[B, K, S, ...]."""
 
 
+OF_TAIL = P("batch", "kv_heads", "tail")
+"""The same for slots that no rule splits: few, and written at every step."""
+
+
 def rename(named: Any, names: dict[str, str | None]) -> Any:
     """A tree of names with some of them replaced."""
     return jax.tree.map(lambda spec: P(*(names.get(name, name) for name in spec)), named)
@@ -24,4 +28,4 @@ def heads_alike(named: Any, *parts: Any) -> Any:
 
 def slot_axis(spec: P) -> int:
     """The axis along which slots lie; -1 where there is none."""
-    return next((axis for axis, name in enumerate(spec) if name == "slots"), -1)
+    return next((axis for axis, name in enumerate(spec) if name in ("slots", "tail")), -1)

@@ -10,7 +10,7 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope, re_rotate, rotate
-from kvjax.segments.axes import OF_SLOTS, P
+from kvjax.segments.axes import OF_SLOTS, OF_TAIL
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import LAST, fill_slots, fold_slots, gather_slots, keep_highest, token_order, write_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
@@ -174,7 +174,7 @@ class DenseSegment:
 
     def axes(self) -> DenseSegment:
         """See `Segment.axes`."""
-        return jax.tree.map(lambda _: P("batch", "kv_heads") if self.together else OF_SLOTS, self)
+        return jax.tree.map(lambda _: OF_TAIL if self.together else OF_SLOTS, self)
 
     def no_slots(self) -> DenseSegment:
         """One like this without slots: where tokens that follow may go."""

@@ -66,8 +66,9 @@ class Segment(Protocol):
     def axes(self) -> Segment:
         """The same tree with a `PartitionSpec` of names in place of every array: what its axes are.
 
-        Names are "batch", "kv_heads", "slots" and "pages", or one of them with a suffix (`kvjax.sharding.layout`);
-        None is an axis that is never split. An axis of slots may have an entry for several of them.
+        Names are "batch", "kv_heads", "slots", "tail" and "pages", or one of them with a suffix
+        (`kvjax.sharding.layout`); None and "tail" are axes that are never split. An axis of slots may have an entry for
+        several of them.
         """
 
     def attend(
