@@ -36,7 +36,7 @@ from models.weights import split_qkv
 
 Calibration = Mapping[str, jax.Array]
 
-_NOT_BY_LAYER = ("rates",)
+_LAYER_AXIS = {"rates": None, "key_ranks": 1, "value_ranks": 1}  # of all others it is the first
 _VERSION = "v2"  # of what recipes measure: older ones are measured again
 
 
@@ -366,7 +366,12 @@ class Calibrations:
         others = jnp.array([i for i in range(config.num_layers) if i not in config.local_layers], jnp.int32)
         if len(others) in (0, config.num_layers):
             return found
-        return {name: x if name in _NOT_BY_LAYER else x[others] for name, x in found.items()}
+
+        def of_others(name: str, x: jax.Array) -> jax.Array:
+            axis = _LAYER_AXIS.get(name, 0)
+            return x if axis is None else jnp.take(x, others, axis=axis)
+
+        return {name: of_others(name, x) for name, x in found.items()}
 
     def _load(self, recipe: str, path: str | None) -> Calibration:
         if path is not None:

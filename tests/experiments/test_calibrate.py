@@ -203,11 +203,12 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
 
 def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypatch):
     windows = dataclasses.replace(model.config, num_layers=4, window=8, local_layers=(0, 1, 3))
-    given = {"x": jnp.arange(4), "rates": jnp.arange(3)}
+    given = {"x": jnp.arange(4), "rates": jnp.arange(3), "key_ranks": jnp.arange(12).reshape(3, 4)}
     monkeypatch.setattr(calibrations.Calibrations, "_load", lambda self, recipe, path: given)
     of = lambda config: calibrations.Calibrations(dataclasses.replace(model, config=config))("d2o", None)
     found = of(windows)
     assert found["x"].tolist() == [2] and found["rates"].tolist() == [0, 1, 2]
+    assert found["key_ranks"].tolist() == [[2], [6], [10]]  # of every rate
     # All layers alike: the method gets them all.
     for local in ((), (0, 1, 2, 3)):
         assert of(dataclasses.replace(windows, local_layers=local)) is given
