@@ -196,8 +196,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache = collect(cache, nothing_seen)
     keep = window if window not in (0, ALL) else 0
     queries = query_window.start(keep, nothing_seen)
-    sums_of = lambda layer: (layer.moments, layer.largest)
-    sums = tuple(map(sums_of, probe.layers))  # of padding: nothing yet
+    sums = tuple(layer.sums for layer in probe.layers)  # of padding: nothing yet
 
     def body(carry, t):
         cache, state, queries, sums, logits = carry
@@ -218,7 +217,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
         cache = cache.constrained()
         if keep:
             queries = query_window.extend(queries, seen)
-        sums = tuple(sums_of(layer.with_sums(*old)) for old, layer in zip(sums, out.layers))
+        sums = tuple(layer.with_sums(*old).sums for old, layer in zip(sums, out.layers))
         logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
         return (cache, state, queries, sums, logits), None
 
