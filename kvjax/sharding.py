@@ -216,6 +216,11 @@ def placed(tree: Any, specs_of: Callable[[Any], Any]) -> Any:
     return jax.tree.map(place, tree, specs_of(tree))
 
 
+def on_every_device(tree: Any) -> Any:
+    """The tree with every leaf whole on each device of the mesh; as it is where there is none."""
+    return tree if _active() is None else jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
 def over_shards(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`run` on every shard by itself, with collectives of its own; `run` as it is where there is no mesh."""
     if _active() is None:

@@ -148,3 +148,21 @@ def test_killed_at_any_time_it_goes_on_to_the_same_numbers(checkpoint, text, tmp
     one, two = (calibrations.load(path / "trained", "cskv_trained", load_model(checkpoint)) for path in (whole, cut))
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.parametrize("name", ["locret", "duoattention"])  # what reads tokens, and what reads a cache
+def test_a_mesh_of_devices_trains_to_the_same_numbers(name, checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(program.Trainer, "jit", staticmethod(quick_jit))
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    assert train(*flags(name, checkpoint, text, alone, steps=2))[0] == 0
+    mesh = "--gin_bindings=Training.mesh = 'data:2,seq:2,model:2'"
+    code, _, err = train(*flags(name, checkpoint, text, spread, mesh, steps=2))
+    assert code == 0, err
+    for one, two in zip(rows(alone), rows(spread), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)  # float32, summed in another order
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(checkpoint, text, tmp_path):
+    folder = tmp_path / "made"
+    code, _, err = train(*flags("cskv", checkpoint, text, folder, "--gin_bindings=Training.mesh = 'data:3'"))
+    assert code == 2 and "3 places, but there are 8 devices" in err and not folder.exists()

@@ -56,7 +56,9 @@ def test_other_rules_compile_another_program():
     assert len(run(x).devices()) == 1
 
 
-@pytest.mark.parametrize("text, what", [("seq=2", "must name axes"), ("seq:3", "3 places, but there are 8"), ("", "")])
+@pytest.mark.parametrize(
+    "text, what", [("seq=2", "must name axes"), ("seq:3", "3 places, but there are 8"), ("", "must name axes")]
+)
 def test_a_bad_mesh_says_what_is_wrong(text, what):
     with pytest.raises(ValueError, match=what):
         mesh_of(text)

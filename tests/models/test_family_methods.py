@@ -97,7 +97,13 @@ def test_every_method_compresses_every_family(name, method):
 
 @pytest.mark.parametrize(
     "name, method",
-    [("gemma2", "snapkv"), ("phi4_mini", "think"), ("opt", "int4"), ("deepseek_v2", "xkv"), ("gemma3", "matryoshka_pca")],
+    [
+        ("gemma2", "snapkv"),
+        ("phi4_mini", "think"),
+        ("opt", "int4"),
+        ("deepseek_v2", "xkv"),
+        ("gemma3", "matryoshka_pca"),
+    ],
 )
 def test_methods_that_lose_nothing_give_the_logits_of_the_full_cache(name, method):
     """Gemma 2 has capped logits and local layers, Phi-4-mini rotates a part of each head, OPT nothing.
