@@ -254,6 +254,7 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
 }
 
 TRAINED = {
+    "attention_gate": "attention_gate",
     "cskv_trained": "cskv",
     "duoattention_trained": "duoattention",
     "locret": "locret",

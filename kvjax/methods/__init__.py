@@ -1,6 +1,7 @@
 """Methods: published compression schemes, one paper a file, each a short composition of transforms."""
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
+from kvjax.methods.attention_gate import attention_gate
 from kvjax.methods.cake import cake
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
@@ -35,6 +36,7 @@ from kvjax.methods.xkv import xkv
 __all__ = [
     "adakv_expected",
     "adakv_snapkv",
+    "attention_gate",
     "cake",
     "cskv",
     "cskv_trained",

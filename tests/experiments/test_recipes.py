@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 import kvjax
+from experiments.recipes.attention_gate import open_gates, train_attention_gate
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
 from experiments.recipes.locret import answer_logits
 from experiments.recipes.matryoshka import train_matryoshka, turned
-from experiments.recipes.recipe import Frozen
+from experiments.recipes.recipe import Frozen, cross_entropy
 from experiments.training_text import Batch
 from kvjax.scores import retaining_heads, retaining_scores
+from models import Model
 from tests.kvjax import tiny_model
 from tests.quick_jit import quick_jit
 
@@ -107,6 +109,42 @@ def test_activations_computed_again_give_the_same_gradients(batch):
     kept, again = gradient(False), gradient(True)
     assert jnp.all(kept != 0)
     np.testing.assert_allclose(again, kept, **CLOSE)
+
+
+def test_gates_pass_the_highest_of_a_layer_and_the_gradient_of_all():
+    pos = jnp.int32([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, -1, -1]])
+    always = ((pos == 0) | (pos == jnp.int32([[5], [3]])))[:, None]
+    p = jnp.float32(np.random.default_rng(0).permutation(24).reshape(2, 2, 6) / 24)
+    opened, pull = jax.vjp(lambda p: open_gates(p, pos, always, 0.5), p)
+    for row, length in enumerate((6, 4)):
+        worth = np.where(always[row], 2.0, p[row])[:, :length]
+        highest = np.sort(worth.ravel())[::-1][: 2 * (length // 2)]
+        np.testing.assert_array_equal(opened[row, :, :length], np.isin(worth, highest))
+        np.testing.assert_array_equal(opened[row, :, length:], 0)
+    (gradient,) = pull(jnp.ones_like(p))
+    np.testing.assert_array_equal(gradient, np.broadcast_to(~always, p.shape))
+
+
+def method_loss(method, batch):
+    """The cross-entropy of what follows the contexts, when a method has compressed them."""
+    room = batch.follow.shape[1]
+
+    def run(params):
+        step, cache, asked = tiny_model.bind(params), tiny_model.empty(2), jnp.full(2, room)
+        run = kvjax.prefill(step, method, batch.context, batch.lengths, cache, room=room, call_tokens=room)
+        logits = kvjax.extend(step, method, run, batch.follow, asked, prompt_slots=batch.context.shape[1])[1]
+        return cross_entropy(logits, batch)
+
+    return quick_jit(run)(tiny_model.params())
+
+
+def test_gates_lose_in_training_what_their_method_loses(batch):
+    frozen = Frozen(tiny_model.params(), ())
+    recipe = train_attention_gate(rate=0.5, channels=4, sinks=1, recent=2, penalty=0.0)
+    trained, _ = recipe.start(Model(CONFIG, frozen.params, None))
+    loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
+    found = method_loss(kvjax.methods.attention_gate(trained, 0.5, sinks=1, recent=2, page=4), batch)
+    np.testing.assert_allclose(loss, found, rtol=1e-4)
 
 
 def test_labels_are_the_largest_logits_of_what_predicts_the_answer():

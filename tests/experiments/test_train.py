@@ -34,6 +34,7 @@ SMALL = (
 OF = {
     "matryoshka": ["train_matryoshka.rates = (0.5,)"],
     "locret": ["train_locret.hidden = 8"],
+    "attention_gate": [f"train_attention_gate.{x}" for x in ("recent = 4", "channels = 4")],
     "duoattention": ["train_duoattention.sinks = 2", "train_duoattention.recent = 8"],
 }
 
@@ -110,7 +111,7 @@ def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     assert [row["step"] for row in found if "validation" in row] == [0, 2, 4]
     assert all(row.get("orthogonality", 0.0) < 1e-5 for row in found)
     assert (folder / "curves.png").stat().st_size > 1000
-    method = {"matryoshka": "matryoshka_trained", "locret": "locret"}.get(name, f"{name}_trained")
+    method = trainer._training.recipe.method
     data = calibrations.load(folder / "trained", method, model)
     untrained = trainer._training.recipe.finish(trainer._model, *trainer.first)
     moved = {key for key in data if not np.array_equal(untrained[key], data[key])}

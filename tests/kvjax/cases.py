@@ -373,6 +373,15 @@ CASES = [
         "duoattention_trained.recent = 4",
     ),
     _config("locret", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
+    _config(
+        "attention_gate",
+        pages(12, 4),
+        "attention_gate.sinks = 2",
+        "attention_gate.recent = 4",
+        "attention_gate.page = 4",
+        exact=True,
+        shared_by="layer",
+    ),
     _config("million", million(8), "million.residual = 8", exact=(f"million.residual = {_ALL}",)),
     _config(
         "rotatekv",
@@ -462,6 +471,7 @@ CASES = [
 METHODS = {
     "adakv_expected": "adakv_expected",
     "adakv_snapkv": "adakv_snapkv",
+    "attention_gate": "attention_gate",
     "cake": "cake",
     "cskv": "cskv",
     "cskv_trained": "cskv_trained",

@@ -427,6 +427,32 @@ def kvzip_kept(scores: np.ndarray, budget: int, sinks: int) -> list[list[np.ndar
     return [[np.flatnonzero(head) for head in layer] for layer in flat.reshape(scores.shape)]
 
 
+def attention_gate(qkv: np.ndarray, out: np.ndarray, bias: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Attention-Gate: what a gate makes of every token and head, [K, T], from un-rotated k and v [T, K, H].
+
+    qkv [2, K, H, 3, A, C] reads keys and values, each by its root mean square, into A heads of an attention of every
+    token to every token; out [A, C, K] reads the sum of that and of the token's own value.
+    """
+    T = len(k)
+    x = np.concatenate([(y / np.sqrt((y**2).mean(axis=(1, 2), keepdims=True))).reshape(T, -1) for y in (k, v)], axis=1)
+    logits = np.tile(bias[:, None], (1, T))
+    for a in range(out.shape[0]):
+        zq, zk, zv = (x @ qkv[:, :, :, i, a].reshape(x.shape[1], -1) for i in range(3))
+        weights = np.exp(zq @ zk.T / np.sqrt(out.shape[1]))
+        weights /= weights.sum(axis=1, keepdims=True)
+        read = weights @ zv + zv
+        logits += (read / (1 + np.exp(-read)) @ out[a]).T
+    return 1 / (1 + np.exp(-logits))
+
+
+def gated_kept(p: np.ndarray, budget: int, sinks: int, recent: int) -> list[np.ndarray]:
+    """The tokens of each head that pass: those of p [K, T] above the tau that lets `budget` times K through."""
+    p = p.copy()
+    p[:, :sinks], p[:, p.shape[1] - recent :] = 2.0, 2.0
+    tau = np.sort(p.ravel())[::-1][budget * len(p)]
+    return [np.flatnonzero(head > tau) for head in p]
+
+
 def xkv(layers: list[np.ndarray], rank: int) -> list[np.ndarray]:
     """xKV, `fake_svd`: concatenate the heads of all layers, [K, n, H] each, cut the SVD, split again."""
     K, n, H = layers[0].shape

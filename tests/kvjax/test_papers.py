@@ -298,3 +298,19 @@ def test_kvzip(size, chunk):
     run = _kept(method, kept, chunk=chunk)
     held = [[len(head) for head in layer] for layer in positions(run.cache, 0)]
     assert len({n for layer in held for n in layer}) > 2 and sum(map(sum, held)) == 4 * (BUDGET + 2)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_attention_gate(chunk, monkeypatch):
+    monkeypatch.setattr("kvjax.gating._BLOCK", 16)  # several blocks, the last one padded
+    rng, L, K, H = np.random.default_rng(7), table_decoder.LAYERS, table_decoder.KV_HEADS, table_decoder.HEAD_DIM
+    gates = {"qkv": (L, 2, K, H, 3, 2, 4), "out": (L, 2, 4, K), "bias": (L, K)}
+    gates = {name: 0.5 * rng.normal(size=shape) for name, shape in gates.items()}
+    kept = []
+    for row, length in enumerate(LENGTHS):
+        _, k, v = (np.asarray(x, np.float64)[:, _tokens(row, length)] for x in TABLES)
+        p = [papers.attention_gate(*(gates[name][layer] for name in gates), k[layer], v[layer]) for layer in range(L)]
+        kept.append([papers.gated_kept(x, BUDGET, 2, 5) for x in p])
+    gates = {name: jnp.float32(x) for name, x in gates.items()}
+    run = _kept(methods.attention_gate(gates, BUDGET, sinks=2, recent=5, page=4), kept, chunk=chunk)
+    assert len({len(head) for layer in positions(run.cache, 0) for head in layer}) > 2  # heads differ
