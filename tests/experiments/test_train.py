@@ -18,7 +18,7 @@ from experiments import calibrations
 from experiments import train as program
 from experiments.methods import load_method
 from models import load_model
-from tests.experiments import in_process, tiny_checkpoint
+from tests.experiments import in_process
 from tests.quick_jit import quick_jit
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -39,16 +39,6 @@ OF = {
 }
 
 train = functools.partial(in_process.call, program)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint)
 
 
 @pytest.fixture(scope="module")
