@@ -90,6 +90,11 @@ class Method:
     prefill_chunk: int | None
     config: str
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether it must read a prompt by itself: in chunks, or with something before it."""
+        return self.prefill_chunk is not None or self.transform.before is not None
+
 
 @gin.configurable(module="experiments")
 def method(transform: kvjax.CacheTransform = gin.REQUIRED, prefill_chunk: int | None = None):

@@ -49,6 +49,7 @@ from kvjax.transforms import (
     learned,
     merge,
     merge_layers,
+    prefix,
     product_quantize,
     project,
     project_by_head,

@@ -5,4 +5,5 @@ from experiments.recipes.cskv import train_cskv
 from experiments.recipes.duoattention import train_duoattention
 from experiments.recipes.locret import train_locret
 from experiments.recipes.matryoshka import train_matryoshka
+from experiments.recipes.prefix import train_prefix
 from experiments.recipes.recipe import Frozen, Recipe

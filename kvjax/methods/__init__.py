@@ -25,6 +25,7 @@ from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
+from kvjax.methods.reasoncache import reasoncache
 from kvjax.methods.rotatekv import rotatekv
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.snapkv import snapkv
@@ -65,6 +66,7 @@ __all__ = [
     "random_eviction",
     "rotatekv",
     "razorattention",
+    "reasoncache",
     "snapkv",
     "streamingllm",
     "think",

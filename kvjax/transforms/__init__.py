@@ -11,6 +11,7 @@ from kvjax.transforms.learned import learned
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.merge_rules import into_nearest, into_runs
+from kvjax.transforms.prefix import prefix
 from kvjax.transforms.product_quantize import product_quantize
 from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
 from kvjax.transforms.protect import protect
@@ -50,6 +51,7 @@ __all__ = [
     "learned",
     "merge",
     "merge_layers",
+    "prefix",
     "product_quantize",
     "project",
     "project_by_head",

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import kvjax
+from experiments import calibrations
 from experiments.recipes.attention_gate import open_gates, train_attention_gate
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
 from experiments.recipes.locret import answer_logits
 from experiments.recipes.matryoshka import train_matryoshka, turned
-from experiments.recipes.recipe import Frozen, cross_entropy
+from experiments.recipes.prefix import train_prefix
+from experiments.recipes.recipe import Frozen, cross_entropy, read_context, read_follow
 from experiments.training_text import Batch
 from kvjax.scores import retaining_heads, retaining_scores
 from models import Model
@@ -145,6 +147,24 @@ def test_gates_lose_in_training_what_their_method_loses(batch):
     loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
     found = method_loss(kvjax.methods.attention_gate(trained, 0.5, sinks=1, recent=2, page=4), batch)
     np.testing.assert_allclose(loss, found, rtol=1e-4)
+
+
+def test_a_prefix_starts_as_a_text_read_before_the_context(model, batch):
+    """The loss before training is that of the contexts behind the text's first tokens; keys count positions apart."""
+    config, recipe = model.config, train_prefix(slots=8)
+    trained, first = recipe.start(model)
+    small = batch._replace(context=batch.context % config.vocab_size, follow=batch.follow % config.vocab_size)
+    loss = quick_jit(recipe.loss, static_argnums=0)(config, trained, Frozen(model.params, first), small, None)[0]
+    (text,) = calibrations._texts(model, calibrations.Settings(texts=1, tokens=8))
+    before = np.concatenate([np.repeat(text, 2, axis=0), small.context], axis=1)
+    longer = small._replace(context=before, lengths=batch.lengths + 8)
+    cache = read_context(config, model.params, longer).cache
+    np.testing.assert_allclose(
+        loss, cross_entropy(read_follow(config, model.params, longer, cache).logits, longer), rtol=1e-4
+    )
+    made = recipe.finish(model, jax.tree.map(jnp.ones_like, trained), first)
+    unit = np.sqrt(np.mean(np.square(first["key"][1])))
+    np.testing.assert_allclose(made["key"][1] - first["key"][1], np.full(first["key"][1].shape, unit), rtol=1e-3)
 
 
 def test_labels_are_the_largest_logits_of_what_predicts_the_answer():

@@ -382,6 +382,11 @@ CASES = [
         exact=True,
         shared_by="layer",
     ),
+    _config(
+        "reasoncache",
+        lambda s: grows()(s) + s.layers * s.kv_heads * 3 * (2 * s.head_dim * FLOAT + INDEX),  # once for all rows
+        prefix=3,
+    ),
     _config("million", million(8), "million.residual = 8", exact=(f"million.residual = {_ALL}",)),
     _config(
         "rotatekv",
@@ -500,6 +505,7 @@ METHODS = {
     "random_eviction": "random",
     "rotatekv": "rotatekv",
     "razorattention": "razorattention",
+    "reasoncache": "reasoncache",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
     "think": "think",
