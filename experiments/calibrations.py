@@ -270,6 +270,7 @@ TRAINED = {
     "attention_gate": "attention_gate",
     "cskv_trained": "cskv",
     "duoattention_trained": "duoattention",
+    "lococo": "lococo",
     "locret": "locret",
     "matryoshka_trained": "matryoshka",
     "reasoncache": "prefix",

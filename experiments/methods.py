@@ -23,6 +23,7 @@ METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
     "accumulated_attention",
+    "call_attention",
     "dispersion",
     "future_attention",
     "key_difference",

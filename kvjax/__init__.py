@@ -37,6 +37,7 @@ from kvjax.transforms import (
     cast,
     chain,
     check_step,
+    convolve,
     every,
     every_chunk,
     every_step,

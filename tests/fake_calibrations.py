@@ -56,6 +56,8 @@ def calibrate(config: DecoderConfig):
             return gate | {"bias": normal(L, K)}
         if recipe == "reasoncache":
             return {"key": normal(L, K, 3, H), "value": normal(L, K, 3, H)}
+        if recipe == "lococo":
+            return {"kernel": normal(L, 5, 2 * H, 4) * H**-0.5, "bias": normal(L, 4), "mix": jnp.full(L, 0.5)}
         if recipe == "kqsvd":
             stretch = lambda x: {"axes": x * 2.0, "inverse": x / 2.0}
             bases = {name: stretch(rotation(L, K, H)) for name in ("key", "value")}

@@ -17,6 +17,7 @@ from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lazyeviction import lazyeviction
+from kvjax.methods.lococo import lococo
 from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.locret import locret
 from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
@@ -55,6 +56,7 @@ __all__ = [
     "kvmerger",
     "kvzip",
     "lazyeviction",
+    "lococo",
     "locret",
     "kqsvd",
     "matryoshka_pca",

@@ -3,6 +3,7 @@
 from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
+from kvjax.transforms.convolve import convolve
 from kvjax.transforms.evict import Scorer, evict
 from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
@@ -39,6 +40,7 @@ __all__ = [
     "cast",
     "chain",
     "check_step",
+    "convolve",
     "every",
     "every_chunk",
     "every_step",

@@ -387,6 +387,7 @@ CASES = [
         lambda s: grows()(s) + s.layers * s.kv_heads * 3 * (2 * s.head_dim * FLOAT + INDEX),  # once for all rows
         prefix=3,
     ),
+    _config("lococo", grows(12), exact=True),
     _config("million", million(8), "million.residual = 8", exact=(f"million.residual = {_ALL}",)),
     _config(
         "rotatekv",
@@ -495,6 +496,7 @@ METHODS = {
     "kvzip": "kvzip",
     "kqsvd": "kqsvd",
     "lazyeviction": "lazyeviction",
+    "lococo": "lococo",
     "locret": "locret",
     "matryoshka_pca": "matryoshka_pca",
     "matryoshka_trained": "matryoshka_trained",

@@ -7,6 +7,7 @@ as every kvjax method states.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -326,6 +327,44 @@ class KVMerger:
         dropped = sorted(droppable, key=lambda i: mass[i])[: len(kept) - self.budget]
         kept = np.array(sorted(set(kept) - set(dropped)))
         return Slots(head.pos[kept], k[kept], v[kept])
+
+
+@dataclasses.dataclass
+class LoCoCo:
+    """LoCoCo, `memory_compressor.py`: heavy hitters of the chunk stay, a convolution mixes the rest into C slots.
+
+    `turn(x, pos)` rotates; kernel [width, 2 H, C], bias [C] and mix are of the layer.
+    """
+
+    budget: int
+    recent: int
+    kernel: np.ndarray
+    bias: np.ndarray
+    mix: float
+    turn: Callable
+    prompt: int  # tokens of it; afterwards nothing happens
+
+    def __call__(self, probability, heads):
+        if heads[0].pos[-1] >= self.prompt or len(heads[0].pos) <= self.budget:
+            return heads
+        return [self.mixed(weights.sum(axis=1).mean(axis=0), head) for weights, head in zip(probability, heads)]
+
+    def mixed(self, mass, head):
+        count = self.kernel.shape[2]
+        worth = np.where(head.pos > head.pos[-1] - self.recent, 1e9 + head.pos, mass)
+        ranked = np.argsort(-worth, kind="stable")
+        stays, pivots = np.sort(ranked[: self.budget - count]), np.sort(ranked[self.budget - count : self.budget])
+        rest = np.sort(ranked[self.budget - count :])
+        k = self.turn(head.k[rest], -head.pos[rest])
+        v = head.v[rest]
+        half = len(self.kernel) // 2
+        x = np.pad(np.concatenate([k, v], axis=1), ((half, half), (0, 0)))
+        windows = [np.einsum("wi,wic->c", x[p : p + len(self.kernel)], self.kernel) for p in range(len(rest))]
+        weights = np.exp(np.maximum(np.stack(windows) + self.bias, 0.0))
+        weights = (1 - self.mix) * (rest[:, None] == pivots) + self.mix * weights / weights.sum(axis=0)
+        new = Slots(head.pos[pivots], self.turn(weights.T @ k, head.pos[pivots]), weights.T @ v)
+        order = np.argsort(np.concatenate([head.pos[stays], new.pos]))
+        return Slots(*(np.concatenate([x[stays], y])[order] for x, y in zip(head, new)))
 
 
 @dataclasses.dataclass
