@@ -10,6 +10,7 @@ from experiments import calibrations
 from experiments.recipes.attention_gate import open_gates, train_attention_gate
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
 from experiments.recipes.locret import answer_logits
+from experiments.recipes.lococo import train_lococo
 from experiments.recipes.matryoshka import train_matryoshka, turned
 from experiments.recipes.prefix import train_prefix
 from experiments.recipes.recipe import Frozen, cross_entropy, read_context, read_follow
@@ -127,13 +128,14 @@ def test_gates_pass_the_highest_of_a_layer_and_the_gradient_of_all():
     np.testing.assert_array_equal(gradient, np.broadcast_to(~always, p.shape))
 
 
-def method_loss(method, batch):
+def method_loss(method, batch, chunk=None):
     """The cross-entropy of what follows the contexts, when a method has compressed them."""
     room = batch.follow.shape[1]
 
     def run(params):
         step, cache, asked = tiny_model.bind(params), tiny_model.empty(2), jnp.full(2, room)
-        run = kvjax.prefill(step, method, batch.context, batch.lengths, cache, room=room, call_tokens=room)
+        how = dict(room=room, call_tokens=room, chunk=chunk)
+        run = kvjax.prefill(step, method, batch.context, batch.lengths, cache, **how)
         logits = kvjax.extend(step, method, run, batch.follow, asked, prompt_slots=batch.context.shape[1])[1]
         return cross_entropy(logits, batch)
 
@@ -147,6 +149,16 @@ def test_gates_lose_in_training_what_their_method_loses(batch):
     loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
     found = method_loss(kvjax.methods.attention_gate(trained, 0.5, sinks=1, recent=2, page=4), batch)
     np.testing.assert_allclose(loss, found, rtol=1e-4)
+
+
+def test_convolutions_lose_in_training_what_their_method_loses_over_chunks(batch):
+    frozen, recipe = Frozen(tiny_model.params(), ()), train_lococo(budget=6, merged=3, chunk=4, width=3, recent=1)
+    trained, _ = recipe.start(Model(CONFIG, frozen.params, None))
+    loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
+    method = kvjax.methods.lococo(trained, 6, recent=1)
+    np.testing.assert_allclose(loss, method_loss(method, batch, chunk=4), rtol=1e-4)
+    clipped = recipe.constrain(trained | {"mix": jnp.float32([-1.0, 2.0])})["mix"]
+    np.testing.assert_array_equal(clipped, [0.0, 1.0])
 
 
 def test_a_prefix_starts_as_a_text_read_before_the_context(model, batch):
