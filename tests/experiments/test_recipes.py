@@ -8,6 +8,7 @@ import pytest
 import kvjax
 from experiments import calibrations
 from experiments.recipes.attention_gate import open_gates, train_attention_gate
+from experiments.recipes.cskv import rounded
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
 from experiments.recipes.locret import answer_logits
 from experiments.recipes.lococo import train_lococo
@@ -177,6 +178,20 @@ def test_a_prefix_starts_as_a_text_read_before_the_context(model, batch):
     made = recipe.finish(model, jax.tree.map(jnp.ones_like, trained), first)
     unit = np.sqrt(np.mean(np.square(first["key"][1])))
     np.testing.assert_allclose(made["key"][1] - first["key"][1], np.full(first["key"][1].shape, unit), rtol=1e-3)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_rounded_coordinates_are_the_nearest_of_sixteen_and_pass_the_gradient(axis):
+    c = normal(0, 2, 24, 16)
+    near, pull = jax.vjp(lambda c: rounded(c, 4, 8, axis), c)
+    groups = lambda x: np.asarray(x).reshape((2, 3, 8, 16) if axis == "channel" else (2, 24, 2, 8))
+    which = 2 if axis == "channel" else 3
+    lo, hi = groups(c).min(axis=which, keepdims=True), groups(c).max(axis=which, keepdims=True)
+    step = (hi - lo) / 15
+    off = np.abs(groups(near) - groups(c))
+    # The nearest of sixteen is half a step away at most; scales and zeros are bfloat16, off by up to a 128th. It is not 0 either.
+    assert np.all(off <= 0.51 * step + np.abs(lo) / 15 / 128) and np.mean(off / step) > 0.15
+    np.testing.assert_array_equal(pull(jnp.ones_like(c))[0], 1.0)
 
 
 def test_labels_are_the_largest_logits_of_what_predicts_the_answer():
