@@ -30,7 +30,9 @@ def train_cskv(
     own loss takes no part.
 
     Deviations: A reads k instead of the layer's input x; with `k = x W`, `x (W A)` is the paper's, and no other map
-    of x of that rank comes closer to k.
+    of x of that rank comes closer to k. Afterwards A and B become one matrix, the orthonormal columns that span B, in
+    B's order: the projection on them is as close to every k as B can come, and the cache holds one matrix, as it does
+    untrained. Where coordinates are rounded A and B stay as they are.
 
     Args:
       key_density: coordinates of a token's keys over all heads, as a fraction of K H.
@@ -70,9 +72,17 @@ def train_cskv(
         return mean, {f"{name}_error": x / len(cache.layers) for name, x in total.items()}
 
     def finish(model, trained, constants):
-        return trained
+        if bits is not None:
+            return trained
+        return {f"{name}_axes": _orthonormal(trained[f"{name}_inverse"]) for name in ("key", "value")}
 
     return Recipe("cskv_trained", start, loss, finish)
+
+
+def _orthonormal(columns: jax.Array) -> jax.Array:
+    """f32[L, K, H, R]: columns of all heads together, of which the first r span what the first r given ones do."""
+    L, K, H, R = columns.shape
+    return jnp.linalg.qr(columns.reshape(L, K * H, R))[0].reshape(L, K, H, R)
 
 
 def rounded(c: jax.Array, bits: int, group: int, axis: Axis) -> jax.Array:

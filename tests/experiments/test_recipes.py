@@ -8,7 +8,7 @@ import pytest
 import kvjax
 from experiments import calibrations
 from experiments.recipes.attention_gate import open_gates, train_attention_gate
-from experiments.recipes.cskv import rounded
+from experiments.recipes.cskv import rounded, train_cskv
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
 from experiments.recipes.locret import answer_logits
 from experiments.recipes.lococo import train_lococo
@@ -180,6 +180,18 @@ def test_a_prefix_starts_as_a_text_read_before_the_context(model, batch):
     np.testing.assert_allclose(made["key"][1] - first["key"][1], np.full(first["key"][1].shape, unit), rtol=1e-3)
 
 
+def test_one_matrix_in_place_of_two_comes_at_least_as_close():
+    maps = {name: normal(i, 2, K, H, 5) for i, name in enumerate(("key_axes", "key_inverse"))}
+    maps |= {name.replace("key", "value"): x for name, x in maps.items()}
+    (one, _), two = train_cskv().finish(None, maps, ()).values(), list(maps.values())[:2]
+    flat = lambda x: np.asarray(x[1], np.float64).reshape(K * H, -1)
+    np.testing.assert_allclose(flat(one).T @ flat(one), np.eye(5), atol=1e-6)
+    x = np.random.default_rng(2).normal(size=(20, K * H))
+    best = x @ np.linalg.pinv(flat(two[1]).T) @ flat(two[1]).T  # least squares in the span of B
+    np.testing.assert_allclose(x @ flat(one) @ flat(one).T, best, atol=1e-5)
+    assert train_cskv(bits=4).finish(None, maps, ()) is maps
+
+
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_rounded_coordinates_are_the_nearest_of_sixteen_and_pass_the_gradient(axis):
     c = normal(0, 2, 24, 16)
@@ -189,7 +201,8 @@ def test_rounded_coordinates_are_the_nearest_of_sixteen_and_pass_the_gradient(ax
     lo, hi = groups(c).min(axis=which, keepdims=True), groups(c).max(axis=which, keepdims=True)
     step = (hi - lo) / 15
     off = np.abs(groups(near) - groups(c))
-    # The nearest of sixteen is half a step away at most; scales and zeros are bfloat16, off by up to a 128th. It is not 0 either.
+    # The nearest of sixteen is half a step away at most; scales and zeros are bfloat16, off by up to a 128th. It is
+    # further away than where nothing is rounded.
     assert np.all(off <= 0.51 * step + np.abs(lo) / 15 / 128) and np.mean(off / step) > 0.15
     np.testing.assert_array_equal(pull(jnp.ones_like(c))[0], 1.0)
 
