@@ -27,6 +27,7 @@ from kvjax.calibration import (
     product_codebook,
     weighted_components,
 )
+from kvjax.rope import re_rotate
 from kvjax.segments.dense import unrotated
 from models import Model
 from models.assets import ESSAYS, cache_dir, fetch
@@ -241,6 +242,18 @@ def codebooks(
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
+def demonstration(model: Model, tokens: int) -> Calibration:
+    """`key`, `value` f32[L, K, m, H] of the first m tokens of a text, keys rotated as if a prompt came after them."""
+    (text,) = _texts(model, Settings(texts=1, tokens=tokens))
+    found = {"key": [], "value": []}
+    for index, layer in enumerate(_read(model, text).cache.layers):
+        slots = layer.segments[0]
+        k = re_rotate(slots.k, jnp.int32(-tokens), layer_rope(model.config, index))
+        found["key"].append(k[0].astype(jnp.float32))
+        found["value"].append(slots.v[0].astype(jnp.float32))
+    return {name: jnp.stack(parts) for name, parts in found.items()}
+
+
 _OF_ATTENTION = ("d2o", "duoattention", "razorattention")  # measures nothing of values
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "cskv": weight_directions,
@@ -254,10 +267,13 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
 }
 
 TRAINED = {
+    "attention_gate": "attention_gate",
     "cskv_trained": "cskv",
     "duoattention_trained": "duoattention",
+    "lococo": "lococo",
     "locret": "locret",
     "matryoshka_trained": "matryoshka",
+    "reasoncache": "prefix",
 }
 """What `experiments.train` makes, and the NAME of configs/runs/train_NAME.gin that makes it."""
 

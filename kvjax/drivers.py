@@ -108,6 +108,8 @@ def prefill(
         raise ValueError(f"room must be at least 0 tokens, got {room}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token or None, got {chunk}.")
+    if transform.before is not None:
+        cache, transform = transform.before(cache), transform._replace(before=None)
     T = tokens.shape[1]
     if chunk is None or chunk >= T:
         out = step(
@@ -141,8 +143,11 @@ def start(
       tokens: i32[B, T], the prompt, for the same.
 
     Raises:
-      ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so.
+      ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so; or the prompt
+        should have seen what the transform puts before it.
     """
+    if transform.before is not None:
+        raise ValueError(f"{transform.name} puts something before the prompt, which was read without it: use prefill.")
     how = transform.needs.reread
     if how is not None:
         if step is None or tokens is None:

@@ -21,17 +21,6 @@ from tests.models.test_families import CHECKPOINTS
 
 SMALL = calibrations.Settings(texts=2, tokens=64)
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint)
-
-
 calibrate = functools.partial(in_process.call, program)
 
 

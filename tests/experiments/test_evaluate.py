@@ -52,11 +52,6 @@ def calibrations_elsewhere(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def task_file(tmp_path_factory):
     """Three questions, two with an answer to score and one without an answer."""
     rng = np.random.default_rng(1)

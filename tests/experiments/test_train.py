@@ -18,7 +18,7 @@ from experiments import calibrations
 from experiments import train as program
 from experiments.methods import load_method
 from models import load_model
-from tests.experiments import in_process, tiny_checkpoint
+from tests.experiments import in_process
 from tests.quick_jit import quick_jit
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,20 +34,13 @@ SMALL = (
 OF = {
     "matryoshka": ["train_matryoshka.rates = (0.5,)"],
     "locret": ["train_locret.hidden = 8"],
+    "prefix": ["train_prefix.slots = 4"],
+    "lococo": ["train_lococo.budget = 24", "train_lococo.merged = 4", "train_lococo.chunk = 24"],
+    "attention_gate": [f"train_attention_gate.{x}" for x in ("recent = 4", "channels = 4")],
     "duoattention": ["train_duoattention.sinks = 2", "train_duoattention.recent = 8"],
 }
 
 train = functools.partial(in_process.call, program)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +103,7 @@ def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     assert [row["step"] for row in found if "validation" in row] == [0, 2, 4]
     assert all(row.get("orthogonality", 0.0) < 1e-5 for row in found)
     assert (folder / "curves.png").stat().st_size > 1000
-    method = {"matryoshka": "matryoshka_trained", "locret": "locret"}.get(name, f"{name}_trained")
+    method = trainer._training.recipe.method
     data = calibrations.load(folder / "trained", method, model)
     untrained = trainer._training.recipe.finish(trainer._model, *trainer.first)
     moved = {key for key in data if not np.array_equal(untrained[key], data[key])}
