@@ -12,7 +12,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from experiments import calibrations
+from experiments import measurements
 from experiments.recipes.recipe import Recipe, context_positions, read_context
 from kvjax.segments.dense import unrotated
 from models.decoder import layer_rope
@@ -43,8 +43,8 @@ def train_cskv(
     """
 
     def start(model):
-        found = calibrations.weight_directions(
-            model, calibrations.Settings(tokens=min(calibrations.Settings.tokens, model.config.max_positions))
+        found = measurements.weight_directions(
+            model, measurements.Settings(tokens=min(measurements.Settings.tokens, model.config.max_positions))
         )
         trained = {}
         for name, density in (("key", key_density), ("value", value_density)):

@@ -10,7 +10,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from experiments import calibrations
+from experiments import measurements
 from experiments.recipes.recipe import Recipe, cross_entropy, read_context, read_follow
 from kvjax.transforms import prefix
 
@@ -32,7 +32,7 @@ def train_prefix(slots: int = 32, remat: bool = False) -> Recipe:
     """
 
     def start(model):
-        first = calibrations.demonstration(model, slots)
+        first = measurements.demonstration(model, slots)
         return jax.tree.map(jnp.zeros_like, first), first
 
     def loss(config, trained, frozen, batch, key):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from experiments import calibrations
+from experiments import measurements
 from experiments.recipes.attention_gate import open_gates, train_attention_gate
 from experiments.recipes.cskv import rounded, train_cskv
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
@@ -168,7 +168,7 @@ def test_a_prefix_starts_as_a_text_read_before_the_context(model, batch):
     trained, first = recipe.start(model)
     small = batch._replace(context=batch.context % config.vocab_size, follow=batch.follow % config.vocab_size)
     loss = quick_jit(recipe.loss, static_argnums=0)(config, trained, Frozen(model.params, first), small, None)[0]
-    (text,) = calibrations._texts(model, calibrations.Settings(texts=1, tokens=8))
+    (text,) = measurements._texts(model, measurements.Settings(texts=1, tokens=8))
     before = np.concatenate([np.repeat(text, 2, axis=0), small.context], axis=1)
     longer = small._replace(context=before, lengths=batch.lengths + 8)
     cache = read_context(config, model.params, longer).cache

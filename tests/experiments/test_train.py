@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import calibrations
+from experiments import calibrations, measurements
 from experiments import train as program
 from experiments.methods import load_method
 from models import load_model
@@ -90,7 +90,7 @@ def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     if name == "matryoshka":  # its search compiles for longer than all else, and is tested with the calibrations
         ranks = np.full((1, 2, 2), 16.0, np.float32)
         searched = {"rates": np.float32([0.5]), "key_ranks": ranks, "value_ranks": ranks}
-        monkeypatch.setattr(calibrations, "search_ranks", lambda *given, **how: searched)
+        monkeypatch.setattr(measurements, "search_ranks", lambda *given, **how: searched)
     folder = tmp_path / "made"
     before = calibrations.fingerprint(model)
     code, out, err = train(*flags(name, checkpoint, text, folder))
