@@ -146,7 +146,7 @@ class Ours:
                 prompt_slots=T,
             )
 
-        shared = prompt is not None and method.prefill_chunk is None
+        shared = prompt is not None and not method.reads_alone
         self._params, self._prompt = model.params, prompt[0] if shared else jnp.asarray([ids])
         self._read, self._write = jax.jit(compress if shared else read), jax.jit(write, donate_argnums=1)
         self._seconds_before = prompt[1] if shared else 0.0

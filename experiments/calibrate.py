@@ -12,15 +12,15 @@ import time
 
 from absl import flags
 
-from experiments import calibrations, cli
+from experiments import calibrations, cli, measurements
 from experiments.output_folder import output_folder
 from experiments.report import human_bytes
 from kvjax import nbytes
 from models import load_model
 
-_METHOD = flags.DEFINE_string("method", None, f"One of {', '.join(calibrations.RECIPES)}.")
-_TEXTS = flags.DEFINE_integer("texts", calibrations.Settings.texts, "Sequences to read.")
-_TOKENS = flags.DEFINE_integer("tokens", calibrations.Settings.tokens, "Tokens of a sequence.")
+_METHOD = flags.DEFINE_string("method", None, f"One of {', '.join(measurements.RECIPES)}.")
+_TEXTS = flags.DEFINE_integer("texts", measurements.Settings.texts, "Sequences to read.")
+_TOKENS = flags.DEFINE_integer("tokens", measurements.Settings.tokens, "Tokens of a sequence.")
 flags.declare_key_flag("model")
 flags.declare_key_flag("output_dir")
 flags.declare_key_flag("replace")
@@ -30,15 +30,15 @@ def run() -> None:
     """The program."""
     cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     if _METHOD.value is None:
-        raise ValueError(f"--method is required: one of {', '.join(calibrations.RECIPES)}.")
-    if _METHOD.value not in calibrations.RECIPES:
-        known = ", ".join(calibrations.RECIPES)
+        raise ValueError(f"--method is required: one of {', '.join(measurements.RECIPES)}.")
+    if _METHOD.value not in measurements.RECIPES:
+        known = ", ".join(measurements.RECIPES)
         raise ValueError(f"--method: nothing to calibrate for {_METHOD.value!r}; there are {known}.")
     folder = output_folder("calibration")
-    settings = calibrations.Settings(texts=_TEXTS.value, tokens=_TOKENS.value)
+    settings = measurements.Settings(texts=_TEXTS.value, tokens=_TOKENS.value)
     model = load_model(cli.MODEL.value or "smollm2")
     started = time.perf_counter()
-    data = calibrations.measure(_METHOD.value, model, settings)
+    data = measurements.measure(_METHOD.value, model, settings)
     calibrations.save(folder, _METHOD.value, model, data, settings)
     print(
         f"{_METHOD.value} of {model.config.name}, {settings.texts} texts of {settings.tokens} tokens, "

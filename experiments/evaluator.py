@@ -38,7 +38,7 @@ class Evaluator:
         self._step_in_place = bind(model.params, model.config, donate=True)
         self._needs = reading.shared_needs(methods)
         self._room, self._call_tokens = room, call_tokens
-        self._chunked = {}
+        self._alone = {}
 
     def prefill(self, ids: Sequence[int], slots: int | None = None) -> tuple[kvjax.StepOutput, float]:
         """Reads a prompt, padded to `slots`, with the full cache: what came out, and the seconds it took."""
@@ -47,10 +47,10 @@ class Evaluator:
     def compress(
         self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int], slots: int | None = None
     ) -> tuple[kvjax.Run, float]:
-        """Compresses what `prefill` read, or reads the prompt in chunks: the run, and the seconds it took."""
+        """Compresses what `prefill` read, or reads the prompt alone: the run, and the seconds it took."""
         start = time.perf_counter()
-        if method.prefill_chunk is not None:
-            run = self._prefill_chunks(method)(
+        if method.reads_alone:
+            run = self._prefill_alone(method)(
                 self._model.params, reading.padded(ids, slots), jnp.asarray([len(ids)])
             )
         else:
@@ -93,7 +93,7 @@ class Evaluator:
     ) -> Score:
         """Compresses, asks and scores; `reference` are the full cache's log-probabilities."""
         run, seconds = self.compress(method, dense[0], prompt, slots)
-        if method.prefill_chunk is None:
+        if not method.reads_alone:
             seconds += dense[1]
         cache_bytes = kvjax.nbytes((run.cache, run.state))
         kept = float(kvjax.kept_tokens(run.cache)[0])
@@ -129,10 +129,10 @@ class Evaluator:
             chunk=method.prefill_chunk,
         )
 
-    def _prefill_chunks(self, method: Method):
-        if method.name not in self._chunked:
-            self._chunked[method.name] = jax.jit(lambda *args: self._prefill(method, *args))
-        return self._chunked[method.name]
+    def _prefill_alone(self, method: Method):
+        if method.name not in self._alone:
+            self._alone[method.name] = jax.jit(lambda *args: self._prefill(method, *args))
+        return self._alone[method.name]
 
     def _feed(
         self, method: Method, run: kvjax.Run, ids: Sequence[int], slots: int, calls_of: int | None = None

@@ -23,6 +23,7 @@ METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
     "accumulated_attention",
+    "call_attention",
     "dispersion",
     "future_attention",
     "key_difference",
@@ -89,6 +90,11 @@ class Method:
     transform: kvjax.CacheTransform
     prefill_chunk: int | None
     config: str
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether it must read a prompt by itself: in chunks, or with something before it."""
+        return self.prefill_chunk is not None or self.transform.before is not None
 
 
 @gin.configurable(module="experiments")

@@ -16,10 +16,10 @@ from models.decoder import bind, prompt_cache
 
 
 def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
-    """What the decoder must collect for all methods that compress a prompt which was read in one shot."""
+    """What the decoder must collect for all methods that compress a prompt which was read once for all."""
     needs = kvjax.Needs()
     for method in methods:
-        if method.prefill_chunk is None:
+        if not method.reads_alone:
             needs = needs.union(method.transform.needs._replace(reread=None))  # each does so by itself
     return needs
 

@@ -10,8 +10,11 @@ same numbers on the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +34,7 @@ from experiments.recipes import Frozen, Recipe
 from experiments.report import human_bytes
 from experiments.training_folder import TrainingFolder
 from experiments.training_text import Batch, Batches, TrainingText
-from kvjax import nbytes
+from kvjax import nbytes, sharding
 from models import Model, load_model
 
 _STEPS = flags.DEFINE_integer("steps", None, "Training steps.")
@@ -60,6 +63,8 @@ class Training:
       validate_every: steps between two validations, each followed by a checkpoint.
       validation_batches: the same ones every time.
       keep: best checkpoints that are kept beside the last one.
+      mesh: named axes and sizes such as "data:4,model:2", see `kvjax.sharding.make_mesh`: rows are split over "data",
+        weights over "model"; what is trained is on every device. None: one device.
     """
 
     recipe: Recipe = gin.REQUIRED
@@ -73,6 +78,7 @@ class Training:
     validate_every: int = 50
     validation_batches: int = 8
     keep: int = 2
+    mesh: str | None = None
 
     def __post_init__(self):
         for name in ("steps", "rows", "validate_every", "validation_batches", "keep"):
@@ -108,12 +114,16 @@ class Trainer:
         self._batches = Batches(training.text, model, training.seed)
         self._chain = training.optimizer(training.steps)
         self.compiled = self.jit(self._update, donate_argnums=(0, 1))
-        self._score = self.jit(lambda *given: training.recipe.loss(model.config, *given)[0])
+        self._score = self.jit(
+            lambda trained, frozen, batch, key: training.recipe.loss(
+                model.config, trained, frozen, _over_rows(batch), key
+            )[0]
+        )
 
     def start(self) -> State:
         """The state before the first step."""
         trained, constants = self._training.recipe.start(self._model)
-        return State(trained, self._chain.init(trained), constants)
+        return sharding.on_every_device(State(trained, self._chain.init(trained), constants))
 
     def step(self, state: State, number: int) -> tuple[State, dict[str, float]]:
         """Step `number`, from 0; its metrics, `loss` among them. The state is donated."""
@@ -131,7 +141,7 @@ class Trainer:
         return float(np.mean([float(x) for x in losses]))
 
     def _update(self, trained, opt, frozen: Frozen, batch: Batch, number: jax.Array):
-        recipe = self._training.recipe
+        recipe, batch = self._training.recipe, _over_rows(batch)
         of_trained = lambda trained: recipe.loss(self._model.config, trained, frozen, batch, self._key(0, number))
         (loss, metrics), gradients = jax.value_and_grad(of_trained, has_aux=True)(trained)
         updates, opt = self._chain.update(gradients, opt, trained)
@@ -140,6 +150,11 @@ class Trainer:
 
     def _key(self, use: int, number: jax.Array | int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self._training.seed), use), number)
+
+
+def _over_rows(batch: Batch) -> Batch:
+    """The batch with its rows split over the mesh, if there is one."""
+    return jax.tree.map(lambda x: sharding.constrain(x, "batch"), batch)
 
 
 def train(trainer: Trainer, training: Training, folder: TrainingFolder) -> State:
@@ -198,8 +213,15 @@ def run() -> None:
     if not cli.GIN_FILE.value:
         raise ValueError("--gin_file says what is trained; there are configs/runs/train_*.gin.")
     training, config = read_training()
+    mesh = None if training.mesh is None else sharding.make_mesh(training.mesh)
     path = output_folder("training", fill=_RESUME.value)
-    model = load_model(training.model, training.dtype)
+    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
+        _run(training, config, path, mesh)
+
+
+def _run(training: Training, config: str, path: pathlib.Path, mesh: jax.sharding.Mesh | None) -> None:
+    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
+    model = load_model(training.model, training.dtype, shardings=shardings)
     about = {"configuration": config, "model": f"{model.config.name}, fingerprint {calibrations.fingerprint(model)}"}
     trainer = Trainer(training, model)
     with TrainingFolder(path, about, keep=training.keep, resume=_RESUME.value) as folder:

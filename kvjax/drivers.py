@@ -108,6 +108,8 @@ def prefill(
         raise ValueError(f"room must be at least 0 tokens, got {room}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token or None, got {chunk}.")
+    if transform.before is not None:
+        cache, transform = transform.before(cache), transform._replace(before=None)
     T = tokens.shape[1]
     if chunk is None or chunk >= T:
         out = step(
@@ -141,8 +143,11 @@ def start(
       tokens: i32[B, T], the prompt, for the same.
 
     Raises:
-      ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so.
+      ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so; or the prompt
+        should have seen what the transform puts before it.
     """
+    if transform.before is not None:
+        raise ValueError(f"{transform.name} puts something before the prompt, which was read without it: use prefill.")
     how = transform.needs.reread
     if how is not None:
         if step is None or tokens is None:
@@ -196,8 +201,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
             cache = collect(cache, nothing_seen)
     keep = window if window not in (0, ALL) else 0
     queries = query_window.start(keep, nothing_seen)
-    sums_of = lambda layer: (layer.moments, layer.largest)
-    sums = tuple(map(sums_of, probe.layers))  # of padding: nothing yet
+    sums = tuple(layer.sums for layer in probe.layers)  # of padding: nothing yet
 
     def body(carry, t):
         cache, state, queries, sums, logits = carry
@@ -218,7 +222,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
         cache = cache.constrained()
         if keep:
             queries = query_window.extend(queries, seen)
-        sums = tuple(sums_of(layer.with_sums(*old)) for old, layer in zip(sums, out.layers))
+        sums = tuple(layer.with_sums(*old).sums for old, layer in zip(sums, out.layers))
         logits = jnp.where((new > 0)[:, None, None], out.logits, logits)
         return (cache, state, queries, sums, logits), None
 

@@ -24,7 +24,8 @@ def held_positions(cache: Cache, row: int = 0) -> list[list[np.ndarray]]:
         K = layer.segments[-1].pos.shape[1]
         heads: list[list[np.ndarray]] = [[] for _ in range(K)]
         for segment in layer.segments:
-            pos = np.asarray(segment.pos[row])
+            pos = np.asarray(segment.pos)
+            pos = pos[row if len(pos) > 1 else 0]  # a prefix may be of all rows
             owner = getattr(segment, "owner", None)  # KV head of every page, where slots lie in pages
             for head, part in zip(range(K) if owner is None else np.asarray(owner[row]), pos, strict=True):
                 heads[head].append(part[part >= 0])

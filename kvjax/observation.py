@@ -128,6 +128,11 @@ class LayerObservation:
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: Scale | None = struct.field(pytree_node=False, default=None)
 
+    @property
+    def sums(self) -> tuple[dict[int, QueryMoments], LargestInputs | None]:
+        """What `with_sums` adds up over calls."""
+        return self.moments, self.largest
+
     def with_sums(self, moments: dict[int, QueryMoments], largest: LargestInputs | None) -> LayerObservation:
         """The same with what was seen before added to its moments and to its largest inputs."""
         both = {start: moments[start].plus(new) for start, new in self.moments.items()}

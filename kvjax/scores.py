@@ -169,6 +169,12 @@ def accumulated_attention(normalise: bool = False) -> Scorer:
     )
 
 
+def call_attention() -> Scorer:
+    """All the attention a token receives from the queries of a call, averaged over the query group."""
+    score = lambda segment, seen: _group_mean(_mass(segment, seen), segment)
+    return Scorer(score=score, needs=Needs(queries=ALL))
+
+
 def last_query_attention() -> Scorer:
     """Attention from the newest query alone, averaged over all heads: every head keeps the same tokens."""
 

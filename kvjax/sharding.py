@@ -108,8 +108,8 @@ def layout(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
     """Which axes of the mesh each named axis is split over.
 
     Rules are tried in order. One holds if the mesh has its axis, no axis of another name is split over that, and the
-    size stays divisible. What follows a colon in a name ("slots:tail") tells axes of one kind apart, which may be
-    split over the same axis of the mesh.
+    size stays divisible. What follows a colon in a name ("slots:0", "slots:1") tells axes of one kind apart, which may
+    be split over the same axis of the mesh.
 
     Args:
       sizes: the size of every named axis; 0: any, it will be made to fit.
@@ -220,6 +220,11 @@ def placed(tree: Any, specs_of: Callable[[Any], Any]) -> Any:
     return jax.tree.map(place, tree, specs_of(tree))
 
 
+def on_every_device(tree: Any) -> Any:
+    """The tree with every leaf whole on each device of the mesh; as it is where there is none."""
+    return tree if _active() is None else jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
 def over_shards(run: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`run` on every shard by itself, with collectives of its own; `run` as it is where there is no mesh."""
     if _active() is None:
@@ -240,18 +245,17 @@ def made_on_shards(make: Callable[[Any], Any], slots: Any, *, split_slots: bool 
     return over_shards(make, (specs(slots.axes(), slots, split),), specs(named, like, split))(slots)
 
 
-def attend(segment: Any, queries: Any, *, ranks: Any = None, **how: Any) -> Partial:
+def attend(segment: Any, queries: Any, **how: Any) -> Partial:
     """`Segment.attend`; on a mesh every shard attends to the slots it holds, and the parts are merged."""
     if _active() is None:
-        return segment.attend(queries, **({} if ranks is None else {"ranks": ranks}), **how)
-    named = segment.axes()
+        return segment.attend(queries, **how)
+    named, ranks = segment.axes(), _taken(how, "ranks")
     split = layout(sizes_of(named, segment) | {"batch": queries.raw.shape[0]})
     over = _slot_axes(split)
     heads, batch = split.get("kv_heads") or None, split["batch"] or None
 
     def one_shard(segment, queries, ranks):
-        local = _local(segment, named, split, over)
-        partial = local.attend(queries, **({} if ranks is None else {"ranks": ranks}), **how)
+        partial = _local(segment, named, split, over).attend(queries, **ranks, **how)
         return combine_shards(partial, over) if over else partial
 
     in_specs = (specs(named, segment, split), _query_specs(queries, batch, heads), _rank_specs(ranks, split))
@@ -259,22 +263,21 @@ def attend(segment: Any, queries: Any, *, ranks: Any = None, **how: Any) -> Part
     return over_shards(one_shard, in_specs, out_specs)(segment, queries, ranks)
 
 
-def mass(segment: Any, queries: Any, lse: jax.Array, *, ranks: Any = None, **how: Any) -> jax.Array:
+def mass(segment: Any, queries: Any, lse: jax.Array, **how: Any) -> jax.Array:
     """`Segment.mass`; on a mesh every shard finds that of the slots it holds."""
-    given = {} if ranks is None else {"ranks": ranks}
     if _active() is None:
-        return segment.mass(queries, lse, **given, **how)
+        return segment.mass(queries, lse, **how)
     named = segment.axes()
+    owners_and_slots = {spec[1:] for spec in _positions(named)}
+    if len(owners_and_slots) > 1:  # several parts, which ask for themselves
+        return segment.mass(queries, lse, **how)
+    ranks = _taken(how, "ranks")
     split = layout(sizes_of(named, segment) | {"batch": queries.raw.shape[0]})
-    if len({spec[1:] for spec in _positions(named)}) > 1:  # several parts, which ask for themselves
-        return segment.mass(queries, lse, **given, **how)
     over = _slot_axes(split)
     heads, batch = split.get("kv_heads") or None, split["batch"] or None
-    first, slots = (split.get(name) or None for name in ("pages" if "pages" in split else "kv_heads", "slots"))
 
     def one_shard(segment, queries, lse, ranks):
-        local = _local(segment, named, split, over)
-        return local.mass(queries, lse, **({} if ranks is None else {"ranks": ranks}), **how)
+        return _local(segment, named, split, over).mass(queries, lse, **ranks, **how)
 
     in_specs = (
         specs(named, segment, split),
@@ -282,7 +285,13 @@ def mass(segment: Any, queries: Any, lse: jax.Array, *, ranks: Any = None, **how
         P(batch, None, heads),
         _rank_specs(ranks, split),
     )
-    return over_shards(one_shard, in_specs, P(batch, first, slots))(segment, queries, lse, ranks)
+    out_specs = P(batch, *(split.get(name) or None for name in owners_and_slots.pop()))
+    return over_shards(one_shard, in_specs, out_specs)(segment, queries, lse, ranks)
+
+
+def _taken(how: dict[str, Any], name: str) -> dict[str, Any]:
+    """Removes an argument, if it is there, and returns it under its name: arrays that a shard gets its part of."""
+    return {name: how.pop(name)} if how.get(name) is not None else {}
 
 
 def first_on_shard(axes: tuple[str, ...], count: int) -> jax.Array | int:
@@ -327,11 +336,9 @@ def _query_specs(queries: Any, batch, heads) -> Any:
     )
 
 
-def _rank_specs(ranks: Any, split: dict[str, tuple[str, ...]]) -> Any:
-    if ranks is None:
-        return None
+def _rank_specs(ranks: dict[str, Any], split: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     batch, heads, slots = (split.get(name) or None for name in ("batch", "kv_heads", "slots"))
-    return type(ranks)(P(batch, heads, slots), P(batch, None, heads))
+    return {name: type(x)(P(batch, heads, slots), P(batch, None, heads)) for name, x in ranks.items()}
 
 
 def attend_new(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, **how: Any) -> Partial:

@@ -30,7 +30,7 @@ class DecoderConfig:
       norm_eps: epsilon of every norm.
       max_positions: the context length the model was trained for, in tokens.
       tied_embeddings: whether the output head is the embedding.
-      names: key of `models.weights.NAMES`, what the tensors of this family's files are called.
+      names: key of `models.names.NAMES`, what the tensors of this family's files are called.
       rotary_channels: of a head, the first ones, that rotate; None: all.
       rope_divisors: each frequency is divided by its own (long contexts); empty: by 1.
       rope_gain: rotated channels of queries and of keys are multiplied by it; part of the weights once they are loaded.

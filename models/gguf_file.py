@@ -14,6 +14,7 @@ from models import weights
 from models.config import DecoderConfig
 from models.families import read_config
 from models.leaf import Index, Tensor
+from models.names import NAMES
 from models.rope_scaling import yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
@@ -339,7 +340,7 @@ class _Stored:
         elif ".query_key_value." in name:  # queries of all heads, keys of all, values of all: back to head after head
             apart = np.arange(self.shape[0]).reshape(3, config.num_heads, -1)
             self._order = apart.swapaxes(0, 1).reshape(-1)
-        self._offset = np.float32(weights.NAMES[config.names].norm_offset if name.endswith("norm.weight") else 0.0)
+        self._offset = np.float32(NAMES[config.names].norm_offset if name.endswith("norm.weight") else 0.0)
 
     def __getitem__(self, index: slice | Index) -> np.ndarray:
         rows, *columns = index if isinstance(index, tuple) else (index,)

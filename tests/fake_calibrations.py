@@ -51,6 +51,13 @@ def calibrate(config: DecoderConfig):
         if recipe == "locret":
             width = (config.num_heads + 2 * K) * H
             return {"hidden": normal(L, width, 8) * width**-0.5, "out": normal(L, 8, K)}
+        if recipe == "attention_gate":
+            gate = {"qkv": normal(L, 2, K, H, 3, 2, 4) * (2 * K * H) ** -0.5, "out": normal(L, 2, 4, K)}
+            return gate | {"bias": normal(L, K)}
+        if recipe == "reasoncache":
+            return {"key": normal(L, K, 3, H), "value": normal(L, K, 3, H)}
+        if recipe == "lococo":
+            return {"kernel": normal(L, 5, 2 * H, 4) * H**-0.5, "bias": normal(L, 4), "mix": jnp.full(L, 0.5)}
         if recipe == "kqsvd":
             stretch = lambda x: {"axes": x * 2.0, "inverse": x / 2.0}
             bases = {name: stretch(rotation(L, K, H)) for name in ("key", "value")}

@@ -41,7 +41,7 @@ def train_locret(hidden: int = 1024, smoothness: float = 0.0025, seed: int = 0) 
         return trained, ()
 
     def loss(config, trained, frozen, batch, key):
-        context = read_context(config, frozen.params, batch, kvjax.Needs(queries=kvjax.ALL))
+        context = read_context(config, frozen.params, batch, needs=kvjax.Needs(queries=kvjax.ALL))
         follow = read_follow(config, frozen.params, batch, context.cache, needs=kvjax.Needs(queries=kvjax.ALL))
         B, P = batch.context.shape
         real = (jnp.arange(P)[None] < batch.lengths[:, None])[:, None]  # [B, 1, P]

@@ -10,7 +10,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from experiments import calibrations
+from experiments import measurements
 from experiments.recipes.recipe import Recipe, cross_entropy, divergence, read_context, read_follow
 from kvjax.segments import LatentSegment
 from kvjax.segments.latent import Matrix
@@ -43,7 +43,7 @@ def train_matryoshka(
     """
 
     def start(model):
-        bases = calibrations.principal_components(model, _settings(model))
+        bases = measurements.principal_components(model, _settings(model))
         axes = jnp.stack([bases["key_axes"], bases["value_axes"]], axis=1)  # [L, 2, K, H, H]
         if axes.shape[-1] % widths:
             raise ValueError(f"train_matryoshka.widths must divide a head's {axes.shape[-1]} channels, got {widths}.")
@@ -70,7 +70,7 @@ def train_matryoshka(
     def finish(model, trained, constants):
         axes = turned(constants["axes"], trained["turn"])
         bases = {"key_axes": axes[:, 0], "value_axes": axes[:, 1]}
-        return bases | calibrations.search_ranks(model, _settings(model), bases, rates=rates)
+        return bases | measurements.search_ranks(model, _settings(model), bases, rates=rates)
 
     return Recipe("matryoshka_trained", start, loss, finish)
 
@@ -89,5 +89,5 @@ def _defect(axes: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(axes.mT @ axes - jnp.eye(axes.shape[-1])))
 
 
-def _settings(model) -> calibrations.Settings:
-    return calibrations.Settings(tokens=min(calibrations.Settings.tokens, model.config.max_positions))
+def _settings(model) -> measurements.Settings:
+    return measurements.Settings(tokens=min(measurements.Settings.tokens, model.config.max_positions))

@@ -64,11 +64,18 @@ def follow_positions(batch: Batch) -> jax.Array:
 
 
 def read_context(
-    config: DecoderConfig, params: dict, batch: Batch, needs: kvjax.Needs = kvjax.Needs()
+    config: DecoderConfig,
+    params: dict,
+    batch: Batch,
+    *,
+    needs: kvjax.Needs = kvjax.Needs(),
+    before: Callable[[kvjax.Cache], kvjax.Cache] = lambda cache: cache,
+    remat: bool = False,
 ) -> kvjax.StepOutput:
-    """The contexts, read exactly."""
-    cache = prompt_cache(config, batch.context.shape[0], params["embed"].dtype)
-    return step(params, config, batch.context, context_positions(batch), cache, needs=needs, last_only=True)
+    """The contexts, read exactly, from an empty cache or what `before` makes of it."""
+    cache = before(prompt_cache(config, batch.context.shape[0], params["embed"].dtype))
+    positions = context_positions(batch)
+    return step(params, config, batch.context, positions, cache, needs=needs, last_only=True, remat=remat)
 
 
 def read_follow(

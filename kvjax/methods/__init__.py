@@ -1,6 +1,7 @@
 """Methods: published compression schemes, one paper a file, each a short composition of transforms."""
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
+from kvjax.methods.attention_gate import attention_gate
 from kvjax.methods.cake import cake
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
@@ -16,6 +17,7 @@ from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lazyeviction import lazyeviction
+from kvjax.methods.lococo import lococo
 from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.locret import locret
 from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
@@ -24,6 +26,7 @@ from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
+from kvjax.methods.reasoncache import reasoncache
 from kvjax.methods.rotatekv import rotatekv
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.snapkv import snapkv
@@ -35,6 +38,7 @@ from kvjax.methods.xkv import xkv
 __all__ = [
     "adakv_expected",
     "adakv_snapkv",
+    "attention_gate",
     "cake",
     "cskv",
     "cskv_trained",
@@ -52,6 +56,7 @@ __all__ = [
     "kvmerger",
     "kvzip",
     "lazyeviction",
+    "lococo",
     "locret",
     "kqsvd",
     "matryoshka_pca",
@@ -63,6 +68,7 @@ __all__ = [
     "random_eviction",
     "rotatekv",
     "razorattention",
+    "reasoncache",
     "snapkv",
     "streamingllm",
     "think",

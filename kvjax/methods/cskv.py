@@ -52,14 +52,14 @@ def cskv_trained(
     Deviations: those of the recipe, `experiments.recipes.cskv.train_cskv`; the window as in `cskv`.
 
     Args:
-      calibration: of `experiments.train --gin_file=configs/runs/train_cskv.gin`: `key_axes`, `key_inverse`,
-        `value_axes`, `value_inverse` f32[L, K, H, R], into R coordinates and, transposed, out of them.
-      key_density: at most what was trained; less takes the first of the trained coordinates.
-      value_density: the same for values.
-      window: see `cskv`.
+      calibration: of `experiments.train --gin_file=configs/runs/train_cskv.gin`: `key_axes`, `value_axes`
+        f32[L, K, H, R] into R coordinates and, transposed, out of them; out of them by `key_inverse`, `value_inverse`
+        where it has these.
+      key_density, value_density, window: see `cskv`. At most the density that was trained; less takes the first of
+        the trained coordinates.
 
     Raises:
-      ValueError: a density outside (0, 1], or above the trained one.
+      ValueError: as `cskv`, and a density above the trained one.
     """
     return _joint(calibration, key_density, value_density, window)
 

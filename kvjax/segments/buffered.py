@@ -42,11 +42,11 @@ class BufferedSegment:
             raise TypeError("BufferedSegment cannot keep a ring: blocks are written once and never overwritten.")
         B, K, S = slots.pos.shape
         slots = slots.replace(stats={})  # nothing scores slots once they are encoded
-        slots = slots.resize(sharding.whole(S, block, batch=B, kv_heads=K)).in_token_order()
+        slots = slots.in_token_order(sharding.whole(S, block, batch=B, kv_heads=K))
         occupied = jnp.sum(slots.pos >= 0, axis=-1, keepdims=True)
         full = occupied // block * block
         in_body = jnp.arange(slots.pos.shape[2]) < full
-        tail = slots.resize(slots.pos.shape[2] + block).window(full[..., 0], block)
+        tail = slots.resize(max(slots.pos.shape[2], block)).window(full[..., 0], block)
         return cls(body=encode(slots.drop(~in_body)), tail=tail.replace(together=True))
 
     def axes(self) -> BufferedSegment:

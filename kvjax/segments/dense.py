@@ -238,10 +238,12 @@ class DenseSegment:
         taken = gather_slots(self, index, valid)
         return taken.replace(pos=jnp.where(valid, taken.pos, -1))
 
-    def in_token_order(self) -> DenseSegment:
-        """Slots sorted by position, empty ones last."""
-        order = token_order(self.pos)
-        return self.take(order, jnp.take_along_axis(self.pos, order, axis=-1) >= 0)
+    def in_token_order(self, slots: int | None = None) -> DenseSegment:
+        """Slots sorted by position, empty ones last; of S or more, as many as `slots` says."""
+        more = 0 if slots is None else slots - self.pos.shape[2]
+        pos = jnp.pad(self.pos, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+        order = token_order(pos)
+        return self.take(order, jnp.take_along_axis(pos, order, axis=-1) >= 0)
 
     def window(self, start: jax.Array, size: int) -> DenseSegment:
         """`size` slots of every row and head from its own i32[B, K] start; those beyond the end are empty."""

@@ -218,7 +218,7 @@ class LatentSegment:
         if self.key_rope == "stored":
             partial = self.latent.attend(self._projected(queries), window=window, scale=scale)
             partial = partial._replace(lse=partial.lse + self._mean_logit(queries, scale))
-        elif hasattr(self.latent, "attend_expanded") and hasattr(self.key_basis, "columns"):
+        elif isinstance(self.latent, DenseSegment) and isinstance(self.key_basis, Matrix):
             columns, mean = self.key_basis.columns, self.key_basis.mean
             partial = self.latent.attend_expanded(queries, columns, mean, window=window, scale=scale)
         else:

@@ -110,7 +110,7 @@ class RaggedSegment:
 
     def attend(self, queries: Queries, *, only: jax.Array | None = None, **how) -> Partial:
         """See `Segment.attend`; of the pages where bool[B, P] `only` is true, or of all."""
-        if hasattr(self.pages, "attend_pages"):
+        if isinstance(self.pages, DenseSegment):
             return self.pages.attend_pages(queries, self.owner, self.kv_heads, only=only, **how)
         partial = self.pages.attend(self._of_pages(queries), **how)
         return combine_by_owner(partial, self.owner, self.kv_heads, only=only)

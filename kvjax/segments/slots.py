@@ -35,12 +35,17 @@ def keep_highest(
       `(i32[B, K, slots], bool[B, K, slots])`: indices and which of them are real, for `take`.
     """
     lowest = -jnp.inf if jnp.issubdtype(scores.dtype, jnp.floating) else jnp.iinfo(scores.dtype).min
-    _, index = jax.lax.top_k(jnp.where(occupied, scores, lowest), slots)
+    _, index = jax.lax.top_k(_of_own_heads(jnp.where(occupied, scores, lowest)), slots)
     valid = jnp.take_along_axis(occupied, index, axis=-1)
     if count is not None:
         valid &= jnp.arange(slots) < count[:, None, None]
     in_slot_order = jnp.argsort(jnp.where(valid, index, LAST), axis=-1)
     return tuple(jnp.take_along_axis(x, in_slot_order, axis=-1) for x in (index, valid))
+
+
+def _of_own_heads(x: jax.Array) -> jax.Array:
+    """[B, K, S] numbers of slots, to be sorted: on a mesh every shard has those of all slots, for its heads alone."""
+    return sharding.constrain(x, "batch", "kv_heads", None)
 
 
 def keep_best(segment, scores: jax.Array, slots: int, rows: jax.Array):
@@ -66,7 +71,7 @@ def keep_best(segment, scores: jax.Array, slots: int, rows: jax.Array):
 
 def token_order(pos: jax.Array) -> jax.Array:
     """i32[B, K, S]: the slots sorted by position, empty ones last."""
-    return jnp.argsort(jnp.where(pos < 0, LAST, pos), axis=-1, stable=True)
+    return jnp.argsort(_of_own_heads(jnp.where(pos < 0, LAST, pos)), axis=-1, stable=True)
 
 
 def ranks(x: jax.Array) -> jax.Array:

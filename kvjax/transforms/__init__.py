@@ -3,6 +3,7 @@
 from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
+from kvjax.transforms.convolve import convolve
 from kvjax.transforms.evict import Scorer, evict
 from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
@@ -11,6 +12,7 @@ from kvjax.transforms.learned import learned
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.merge_rules import into_nearest, into_runs
+from kvjax.transforms.prefix import prefix
 from kvjax.transforms.product_quantize import product_quantize
 from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
 from kvjax.transforms.protect import protect
@@ -38,6 +40,7 @@ __all__ = [
     "cast",
     "chain",
     "check_step",
+    "convolve",
     "every",
     "every_chunk",
     "every_step",
@@ -50,6 +53,7 @@ __all__ = [
     "learned",
     "merge",
     "merge_layers",
+    "prefix",
     "product_quantize",
     "project",
     "project_by_head",

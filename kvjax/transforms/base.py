@@ -41,7 +41,9 @@ class CacheTransform(NamedTuple):
     Attributes:
       init: `(cache, observation) -> (cache, state)`, when the prompt is in. May change the cache's structure:
         which segments there are and how large.
-      begin: the same before the first chunk of a prefill that stays bounded, on a cache without slots;
+      before: `cache -> cache`, puts into the empty cache, before anything of a prompt is read, what the prompt is to
+        see; None: nothing.
+      begin: as `init`, before the first chunk of a prefill that stays bounded, on a cache without slots;
         None: `init`. `init` still runs at the end, on what the chunks left.
       update: `(cache, state, observation) -> (cache, state)`, acts after a later call of the decoder. Keeps
         tree, shapes and dtypes, so that it lives in `lax.scan` and `lax.while_loop` with a donated cache.
@@ -60,6 +62,7 @@ class CacheTransform(NamedTuple):
     """
 
     init: Callable[[Cache, Observation], tuple[Cache, State]]
+    before: Callable[[Cache], Cache] | None = None
     begin: Callable[[Cache, Observation], tuple[Cache, State]] | None = None
     update: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
     observe: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
@@ -137,12 +140,20 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
             cache = run(cache, observation)
         return cache
 
+    putting = [t.before for t in transforms if t.before is not None]
+
+    def before(cache):
+        for put in putting:
+            cache = put(cache)
+        return cache
+
     needs = Needs()
     for t in transforms:
         needs = needs.union(t.needs)
     soonest = lambda intervals: min((i for i in intervals if i is not None), default=None)
     return CacheTransform(
         init=start("init"),
+        before=before if putting else None,
         begin=start("begin"),
         update=each("update") if later_acting else keep,
         observe=each("observe") if later_acting else keep,

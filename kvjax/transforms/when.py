@@ -177,13 +177,12 @@ def _remembering(transform: CacheTransform) -> CacheTransform:
     sums = bool(needs.moments_from or needs.largest_inputs)
     if not window and not sums:
         return transform
-    sums_of = lambda layer: (layer.moments, layer.largest)
 
     def starting(run):
         def start(cache, observation):
             cache, state = run(cache, observation)
             queries = query_window.start(window, observation) if window else ()
-            return cache, (state, queries, tuple(map(sums_of, observation.layers)) if sums else ())
+            return cache, (state, queries, tuple(layer.sums for layer in observation.layers) if sums else ())
 
         return start
 
@@ -195,7 +194,7 @@ def _remembering(transform: CacheTransform) -> CacheTransform:
         inner, queries, earlier = state
         if sums:
             observation = with_sums(observation, earlier)
-            earlier = tuple(map(sums_of, observation.layers))
+            earlier = tuple(layer.sums for layer in observation.layers)
         cache, inner = transform.observe(cache, inner, observation)
         return cache, (inner, query_window.extend(queries, observation) if window else (), earlier)
 

@@ -21,12 +21,6 @@ from tests.experiments import in_process, tiny_checkpoint
 
 NEW_TOKENS = 6
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
 bench = functools.partial(in_process.call, program)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import calibrate as program
-from experiments import calibrations
+from experiments import calibrations, measurements
 from experiments.methods import load_method
 from models import Model, load_model
 from models.decoder import layer_inputs
@@ -19,23 +19,12 @@ from tests.experiments import in_process, tiny_checkpoint
 from tests.golden.tiny_weights import weights
 from tests.models.test_families import CHECKPOINTS
 
-SMALL = calibrations.Settings(texts=2, tokens=64)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint)
-
+SMALL = measurements.Settings(texts=2, tokens=64)
 
 calibrate = functools.partial(in_process.call, program)
 
 
-@pytest.mark.parametrize("recipe", calibrations.RECIPES)
+@pytest.mark.parametrize("recipe", measurements.RECIPES)
 def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_path):
     folder = tmp_path / "made"
     given = (f"--method={recipe}", f"--model={checkpoint}", f"--output_dir={folder}", "--texts=2", "--tokens=64")
@@ -56,13 +45,13 @@ def test_recipes_about_values_refuse_latent_attention():
     params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)
     model = Model(config, params, None)
     assert len(calibrations.fingerprint(model)) == 16
-    for recipe in calibrations.RECIPES.keys() - {"d2o", "duoattention", "razorattention"}:
+    for recipe in measurements.RECIPES.keys() - {"d2o", "duoattention", "razorattention"}:
         with pytest.raises(ValueError, match=f"{recipe} compresses values apart from keys, .* of latent the keys are"):
-            calibrations.measure(recipe, model, SMALL)
+            measurements.measure(recipe, model, SMALL)
 
 
 def test_principal_components_are_those_of_the_cached_keys(model):
-    data = calibrations.principal_components(model, SMALL)
+    data = measurements.principal_components(model, SMALL)
     axes, power = np.asarray(data["key_axes"]), np.asarray(data["key_power"])
     H = axes.shape[-1]
     np.testing.assert_allclose(axes.swapaxes(2, 3) @ axes, np.broadcast_to(np.eye(H), axes.shape), atol=1e-5)
@@ -70,8 +59,8 @@ def test_principal_components_are_those_of_the_cached_keys(model):
     assert (np.diff(power, axis=-1) <= 0).all()
     keys = np.concatenate(
         [
-            np.asarray(calibrations._read(model, tokens).cache.layers[1].segments[0].k, np.float64)[0]
-            for tokens in calibrations._texts(model, SMALL)
+            np.asarray(measurements._read(model, tokens).cache.layers[1].segments[0].k, np.float64)[0]
+            for tokens in measurements._texts(model, SMALL)
         ],
         axis=1,
     )
@@ -81,10 +70,10 @@ def test_principal_components_are_those_of_the_cached_keys(model):
 
 
 def test_key_means_are_those_of_the_key_projection(model):
-    data = calibrations.key_means(model, SMALL)
+    data = measurements.key_means(model, SMALL)
     config = model.config
     K, H = config.num_kv_heads, config.head_dim
-    read = [layer_inputs(model.params, config, tokens)[1] for tokens in calibrations._texts(model, SMALL)]
+    read = [layer_inputs(model.params, config, tokens)[1] for tokens in measurements._texts(model, SMALL)]
     wk = np.asarray(split_qkv(config, model.params["layers"][1]["wqkv"])[1], np.float64).reshape(-1, K * H)
     want = np.mean(np.concatenate(read, axis=1), axis=(0, 1), dtype=np.float64) @ wk
     # Keys are read from the cache and rotated back: two rotations in float32.
@@ -92,7 +81,7 @@ def test_key_means_are_those_of_the_key_projection(model):
 
 
 def test_weight_directions_of_all_ranks_span_the_projection(model):
-    data = calibrations.weight_directions(model, SMALL)
+    data = measurements.weight_directions(model, SMALL)
     config = model.config
     K, H = config.num_kv_heads, config.head_dim
     wk = np.asarray(split_qkv(config, model.params["layers"][0]["wqkv"])[1]).reshape(-1, K * H)
@@ -105,8 +94,8 @@ def test_weight_directions_of_all_ranks_span_the_projection(model):
 
 
 def test_ranks_pass_through_their_rates_and_the_method_takes_that_many_bytes(model):
-    bases = calibrations.principal_components(model, SMALL)
-    found = calibrations.search_ranks(model, SMALL, bases, fraction=1 / 4)
+    bases = measurements.principal_components(model, SMALL)
+    found = measurements.search_ranks(model, SMALL, bases, fraction=1 / 4)
     H = bases["key_axes"].shape[-1]
     ranks = np.stack([found["key_ranks"], found["value_ranks"]])
     np.testing.assert_allclose(ranks.mean(axis=(0, 2, 3)), H * np.asarray(found["rates"]), atol=H / 4)
@@ -144,14 +133,14 @@ def test_calibrations_are_measured_once_and_kept(model, monkeypatch, tmp_path, c
     monkeypatch.setattr(calibrations, "cache_dir", lambda: tmp_path)
     first = calibrations.Calibrations(model, SMALL)("duoattention", None)
     assert "measuring one" in capsys.readouterr().err
-    monkeypatch.setitem(calibrations.RECIPES, "duoattention", None)
+    monkeypatch.setitem(measurements.RECIPES, "duoattention", None)
     again = calibrations.Calibrations(model, SMALL)("duoattention", None)
     np.testing.assert_array_equal(first["induction"], again["induction"])
 
 
 def test_another_model_or_method_is_refused_and_damage_is_named(model, checkpoint, tmp_path):
     folder = tmp_path / "made"
-    calibrations.save(folder, "duoattention", model, calibrations.head_types(model, SMALL), SMALL)
+    calibrations.save(folder, "duoattention", model, measurements.head_types(model, SMALL), SMALL)
     with pytest.raises(ValueError, match="was made for duoattention, not for cskv"):
         calibrations.load(folder, "cskv", model)
     other = load_model(tiny_checkpoint.write(tmp_path / "other", seed=1))
@@ -203,11 +192,12 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
 
 def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypatch):
     windows = dataclasses.replace(model.config, num_layers=4, window=8, local_layers=(0, 1, 3))
-    given = {"x": jnp.arange(4), "rates": jnp.arange(3)}
+    given = {"x": jnp.arange(4), "rates": jnp.arange(3), "key_ranks": jnp.arange(12).reshape(3, 4)}
     monkeypatch.setattr(calibrations.Calibrations, "_load", lambda self, recipe, path: given)
     of = lambda config: calibrations.Calibrations(dataclasses.replace(model, config=config))("d2o", None)
     found = of(windows)
     assert found["x"].tolist() == [2] and found["rates"].tolist() == [0, 1, 2]
+    assert found["key_ranks"].tolist() == [[2], [6], [10]]  # of every rate
     # All layers alike: the method gets them all.
     for local in ((), (0, 1, 2, 3)):
         assert of(dataclasses.replace(windows, local_layers=local)) is given

@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 
 import kvjax
+from experiments import measurements
+from experiments.recipes.attention_gate import open_gates, train_attention_gate
+from experiments.recipes.cskv import rounded, train_cskv
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
 from experiments.recipes.locret import answer_logits
+from experiments.recipes.lococo import train_lococo
 from experiments.recipes.matryoshka import train_matryoshka, turned
-from experiments.recipes.recipe import Frozen
+from experiments.recipes.prefix import train_prefix
+from experiments.recipes.recipe import Frozen, cross_entropy, read_context, read_follow
 from experiments.training_text import Batch
 from kvjax.scores import retaining_heads, retaining_scores
+from models import Model
 from tests.kvjax import tiny_model
 from tests.quick_jit import quick_jit
 
@@ -107,6 +113,98 @@ def test_activations_computed_again_give_the_same_gradients(batch):
     kept, again = gradient(False), gradient(True)
     assert jnp.all(kept != 0)
     np.testing.assert_allclose(again, kept, **CLOSE)
+
+
+def test_gates_pass_the_highest_of_a_layer_and_the_gradient_of_all():
+    pos = jnp.int32([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, -1, -1]])
+    always = ((pos == 0) | (pos == jnp.int32([[5], [3]])))[:, None]
+    p = jnp.float32(np.random.default_rng(0).permutation(24).reshape(2, 2, 6) / 24)
+    opened, pull = jax.vjp(lambda p: open_gates(p, pos, always, 0.5), p)
+    for row, length in enumerate((6, 4)):
+        worth = np.where(always[row], 2.0, p[row])[:, :length]
+        highest = np.sort(worth.ravel())[::-1][: 2 * (length // 2)]
+        np.testing.assert_array_equal(opened[row, :, :length], np.isin(worth, highest))
+        np.testing.assert_array_equal(opened[row, :, length:], 0)
+    (gradient,) = pull(jnp.ones_like(p))
+    np.testing.assert_array_equal(gradient, np.broadcast_to(~always, p.shape))
+
+
+def method_loss(method, batch, chunk=None):
+    """The cross-entropy of what follows the contexts, when a method has compressed them."""
+    room = batch.follow.shape[1]
+
+    def run(params):
+        step, cache, asked = tiny_model.bind(params), tiny_model.empty(2), jnp.full(2, room)
+        how = dict(room=room, call_tokens=room, chunk=chunk)
+        run = kvjax.prefill(step, method, batch.context, batch.lengths, cache, **how)
+        logits = kvjax.extend(step, method, run, batch.follow, asked, prompt_slots=batch.context.shape[1])[1]
+        return cross_entropy(logits, batch)
+
+    return quick_jit(run)(tiny_model.params())
+
+
+def test_gates_lose_in_training_what_their_method_loses(batch):
+    frozen = Frozen(tiny_model.params(), ())
+    recipe = train_attention_gate(rate=0.5, channels=4, sinks=1, recent=2, penalty=0.0)
+    trained, _ = recipe.start(Model(CONFIG, frozen.params, None))
+    loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
+    found = method_loss(kvjax.methods.attention_gate(trained, 0.5, sinks=1, recent=2, page=4), batch)
+    np.testing.assert_allclose(loss, found, rtol=1e-4)
+
+
+def test_convolutions_lose_in_training_what_their_method_loses_over_chunks(batch):
+    frozen, recipe = Frozen(tiny_model.params(), ()), train_lococo(budget=6, merged=3, chunk=4, width=3, recent=1)
+    trained, _ = recipe.start(Model(CONFIG, frozen.params, None))
+    loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
+    method = kvjax.methods.lococo(trained, 6, recent=1)
+    np.testing.assert_allclose(loss, method_loss(method, batch, chunk=4), rtol=1e-4)
+    clipped = recipe.constrain(trained | {"mix": jnp.float32([-1.0, 2.0])})["mix"]
+    np.testing.assert_array_equal(clipped, [0.0, 1.0])
+
+
+def test_a_prefix_starts_as_a_text_read_before_the_context(model, batch):
+    """The loss before training is that of the contexts behind the text's first tokens; keys count positions apart."""
+    config, recipe = model.config, train_prefix(slots=8)
+    trained, first = recipe.start(model)
+    small = batch._replace(context=batch.context % config.vocab_size, follow=batch.follow % config.vocab_size)
+    loss = quick_jit(recipe.loss, static_argnums=0)(config, trained, Frozen(model.params, first), small, None)[0]
+    (text,) = measurements._texts(model, measurements.Settings(texts=1, tokens=8))
+    before = np.concatenate([np.repeat(text, 2, axis=0), small.context], axis=1)
+    longer = small._replace(context=before, lengths=batch.lengths + 8)
+    cache = read_context(config, model.params, longer).cache
+    np.testing.assert_allclose(
+        loss, cross_entropy(read_follow(config, model.params, longer, cache).logits, longer), rtol=1e-4
+    )
+    made = recipe.finish(model, jax.tree.map(jnp.ones_like, trained), first)
+    unit = np.sqrt(np.mean(np.square(first["key"][1])))
+    np.testing.assert_allclose(made["key"][1] - first["key"][1], np.full(first["key"][1].shape, unit), rtol=1e-3)
+
+
+def test_one_matrix_in_place_of_two_comes_at_least_as_close():
+    maps = {name: normal(i, 2, K, H, 5) for i, name in enumerate(("key_axes", "key_inverse"))}
+    maps |= {name.replace("key", "value"): x for name, x in maps.items()}
+    (one, _), two = train_cskv().finish(None, maps, ()).values(), list(maps.values())[:2]
+    flat = lambda x: np.asarray(x[1], np.float64).reshape(K * H, -1)
+    np.testing.assert_allclose(flat(one).T @ flat(one), np.eye(5), atol=1e-6)
+    x = np.random.default_rng(2).normal(size=(20, K * H))
+    best = x @ np.linalg.pinv(flat(two[1]).T) @ flat(two[1]).T  # least squares in the span of B
+    np.testing.assert_allclose(x @ flat(one) @ flat(one).T, best, atol=1e-5)
+    assert train_cskv(bits=4).finish(None, maps, ()) is maps
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_rounded_coordinates_are_the_nearest_of_sixteen_and_pass_the_gradient(axis):
+    c = normal(0, 2, 24, 16)
+    near, pull = jax.vjp(lambda c: rounded(c, 4, 8, axis), c)
+    groups = lambda x: np.asarray(x).reshape((2, 3, 8, 16) if axis == "channel" else (2, 24, 2, 8))
+    which = 2 if axis == "channel" else 3
+    lo, hi = groups(c).min(axis=which, keepdims=True), groups(c).max(axis=which, keepdims=True)
+    step = (hi - lo) / 15
+    off = np.abs(groups(near) - groups(c))
+    # The nearest of sixteen is half a step away at most; scales and zeros are bfloat16, off by up to a 128th. It is
+    # further away than where nothing is rounded.
+    assert np.all(off <= 0.51 * step + np.abs(lo) / 15 / 128) and np.mean(off / step) > 0.15
+    np.testing.assert_array_equal(pull(jnp.ones_like(c))[0], 1.0)
 
 
 def test_labels_are_the_largest_logits_of_what_predicts_the_answer():

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import calibrations
+from experiments import calibrations, measurements
 from experiments import train as program
 from experiments.methods import load_method
 from models import load_model
-from tests.experiments import in_process, tiny_checkpoint
+from tests.experiments import in_process
 from tests.quick_jit import quick_jit
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,20 +34,13 @@ SMALL = (
 OF = {
     "matryoshka": ["train_matryoshka.rates = (0.5,)"],
     "locret": ["train_locret.hidden = 8"],
+    "prefix": ["train_prefix.slots = 4"],
+    "lococo": ["train_lococo.budget = 24", "train_lococo.merged = 4", "train_lococo.chunk = 24"],
+    "attention_gate": [f"train_attention_gate.{x}" for x in ("recent = 4", "channels = 4")],
     "duoattention": ["train_duoattention.sinks = 2", "train_duoattention.recent = 8"],
 }
 
 train = functools.partial(in_process.call, program)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tiny_checkpoint.write(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +90,7 @@ def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     if name == "matryoshka":  # its search compiles for longer than all else, and is tested with the calibrations
         ranks = np.full((1, 2, 2), 16.0, np.float32)
         searched = {"rates": np.float32([0.5]), "key_ranks": ranks, "value_ranks": ranks}
-        monkeypatch.setattr(calibrations, "search_ranks", lambda *given, **how: searched)
+        monkeypatch.setattr(measurements, "search_ranks", lambda *given, **how: searched)
     folder = tmp_path / "made"
     before = calibrations.fingerprint(model)
     code, out, err = train(*flags(name, checkpoint, text, folder))
@@ -110,7 +103,7 @@ def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     assert [row["step"] for row in found if "validation" in row] == [0, 2, 4]
     assert all(row.get("orthogonality", 0.0) < 1e-5 for row in found)
     assert (folder / "curves.png").stat().st_size > 1000
-    method = {"matryoshka": "matryoshka_trained", "locret": "locret"}.get(name, f"{name}_trained")
+    method = trainer._training.recipe.method
     data = calibrations.load(folder / "trained", method, model)
     untrained = trainer._training.recipe.finish(trainer._model, *trainer.first)
     moved = {key for key in data if not np.array_equal(untrained[key], data[key])}
@@ -148,3 +141,21 @@ def test_killed_at_any_time_it_goes_on_to_the_same_numbers(checkpoint, text, tmp
     one, two = (calibrations.load(path / "trained", "cskv_trained", load_model(checkpoint)) for path in (whole, cut))
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.parametrize("name", ["locret", "duoattention"])  # what reads tokens, and what reads a cache
+def test_a_mesh_of_devices_trains_to_the_same_numbers(name, checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(program.Trainer, "jit", staticmethod(quick_jit))
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    assert train(*flags(name, checkpoint, text, alone, steps=2))[0] == 0
+    mesh = "--gin_bindings=Training.mesh = 'data:2,seq:2,model:2'"
+    code, _, err = train(*flags(name, checkpoint, text, spread, mesh, steps=2))
+    assert code == 0, err
+    for one, two in zip(rows(alone), rows(spread), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)  # float32, summed in another order
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(checkpoint, text, tmp_path):
+    folder = tmp_path / "made"
+    code, _, err = train(*flags("cskv", checkpoint, text, folder, "--gin_bindings=Training.mesh = 'data:3'"))
+    assert code == 2 and "3 places, but there are 8 devices" in err and not folder.exists()

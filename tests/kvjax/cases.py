@@ -373,6 +373,21 @@ CASES = [
         "duoattention_trained.recent = 4",
     ),
     _config("locret", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
+    _config(
+        "attention_gate",
+        pages(12, 4),
+        "attention_gate.sinks = 2",
+        "attention_gate.recent = 4",
+        "attention_gate.page = 4",
+        exact=True,
+        shared_by="layer",
+    ),
+    _config(
+        "reasoncache",
+        lambda s: grows()(s) + s.layers * s.kv_heads * 3 * (2 * s.head_dim * FLOAT + INDEX),  # once for all rows
+        prefix=3,
+    ),
+    _config("lococo", grows(12), exact=True),
     _config("million", million(8), "million.residual = 8", exact=(f"million.residual = {_ALL}",)),
     _config(
         "rotatekv",
@@ -462,6 +477,7 @@ CASES = [
 METHODS = {
     "adakv_expected": "adakv_expected",
     "adakv_snapkv": "adakv_snapkv",
+    "attention_gate": "attention_gate",
     "cake": "cake",
     "cskv": "cskv",
     "cskv_trained": "cskv_trained",
@@ -480,6 +496,7 @@ METHODS = {
     "kvzip": "kvzip",
     "kqsvd": "kqsvd",
     "lazyeviction": "lazyeviction",
+    "lococo": "lococo",
     "locret": "locret",
     "matryoshka_pca": "matryoshka_pca",
     "matryoshka_trained": "matryoshka_trained",
@@ -490,6 +507,7 @@ METHODS = {
     "random_eviction": "random",
     "rotatekv": "rotatekv",
     "razorattention": "razorattention",
+    "reasoncache": "reasoncache",
     "snapkv": "snapkv",
     "streamingllm": "streamingllm",
     "think": "think",

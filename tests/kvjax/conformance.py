@@ -53,6 +53,7 @@ class Case:
       shared_by: who shares the budget: a "head" has its own, the heads of a "layer" or of the whole "cache" divide
         theirs, up to rounding.
       aligned: it needs a token in the same slot in every head, and keeps it so.
+      prefix: slots of every head that are no tokens of the prompt.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     slack: int = 0
     shared_by: str = "head"
     aligned: bool = False
+    prefix: int = 0
 
 
 class Harness:
@@ -305,7 +307,7 @@ def check_hostile_inputs(h: Harness, kind: str) -> None:
         for leaf in jax.tree.leaves((run.logits, run.cache, last.logits, last.cache)):
             assert jnp.isfinite(leaf).all()
         for row in range(B):
-            for head in (head for layer in positions(last.cache, row) for head in layer):
+            for head in (head[h.case.prefix :] for layer in positions(last.cache, row) for head in layer):
                 assert head and len(set(head)) == len(head) and head[-1] <= lengths[row] + 5
 
 

@@ -7,6 +7,7 @@ as every kvjax method states.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -329,6 +330,44 @@ class KVMerger:
 
 
 @dataclasses.dataclass
+class LoCoCo:
+    """LoCoCo, `memory_compressor.py`: heavy hitters of the chunk stay, a convolution mixes the rest into C slots.
+
+    `turn(x, pos)` rotates; kernel [width, 2 H, C], bias [C] and mix are of the layer.
+    """
+
+    budget: int
+    recent: int
+    kernel: np.ndarray
+    bias: np.ndarray
+    mix: float
+    turn: Callable
+    prompt: int  # tokens of it; afterwards nothing happens
+
+    def __call__(self, probability, heads):
+        if heads[0].pos[-1] >= self.prompt or len(heads[0].pos) <= self.budget:
+            return heads
+        return [self.mixed(weights.sum(axis=1).mean(axis=0), head) for weights, head in zip(probability, heads)]
+
+    def mixed(self, mass, head):
+        count = self.kernel.shape[2]
+        worth = np.where(head.pos > head.pos[-1] - self.recent, 1e9 + head.pos, mass)
+        ranked = np.argsort(-worth, kind="stable")
+        stays, pivots = np.sort(ranked[: self.budget - count]), np.sort(ranked[self.budget - count : self.budget])
+        rest = np.sort(ranked[self.budget - count :])
+        k = self.turn(head.k[rest], -head.pos[rest])
+        v = head.v[rest]
+        half = len(self.kernel) // 2
+        x = np.pad(np.concatenate([k, v], axis=1), ((half, half), (0, 0)))
+        windows = [np.einsum("wi,wic->c", x[p : p + len(self.kernel)], self.kernel) for p in range(len(rest))]
+        weights = np.exp(np.maximum(np.stack(windows) + self.bias, 0.0))
+        weights = (1 - self.mix) * (rest[:, None] == pivots) + self.mix * weights / weights.sum(axis=0)
+        new = Slots(head.pos[pivots], self.turn(weights.T @ k, head.pos[pivots]), weights.T @ v)
+        order = np.argsort(np.concatenate([head.pos[stays], new.pos]))
+        return Slots(*(np.concatenate([x[stays], y])[order] for x, y in zip(head, new)))
+
+
+@dataclasses.dataclass
 class Fixed:
     """Keeps, when the prompt is in, what was decided elsewhere."""
 
@@ -425,6 +464,32 @@ def kvzip_kept(scores: np.ndarray, budget: int, sinks: int) -> list[list[np.ndar
     flat = np.zeros(scores.size, bool)
     flat[_top(scores.ravel(), budget * scores.shape[0] * scores.shape[1])] = True
     return [[np.flatnonzero(head) for head in layer] for layer in flat.reshape(scores.shape)]
+
+
+def attention_gate(qkv: np.ndarray, out: np.ndarray, bias: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Attention-Gate: what a gate makes of every token and head, [K, T], from un-rotated k and v [T, K, H].
+
+    qkv [2, K, H, 3, A, C] reads keys and values, each by its root mean square, into A heads of an attention of every
+    token to every token; out [A, C, K] reads the sum of that and of the token's own value.
+    """
+    T = len(k)
+    x = np.concatenate([(y / np.sqrt((y**2).mean(axis=(1, 2), keepdims=True))).reshape(T, -1) for y in (k, v)], axis=1)
+    logits = np.tile(bias[:, None], (1, T))
+    for a in range(out.shape[0]):
+        zq, zk, zv = (x @ qkv[:, :, :, i, a].reshape(x.shape[1], -1) for i in range(3))
+        weights = np.exp(zq @ zk.T / np.sqrt(out.shape[1]))
+        weights /= weights.sum(axis=1, keepdims=True)
+        read = weights @ zv + zv
+        logits += (read / (1 + np.exp(-read)) @ out[a]).T
+    return 1 / (1 + np.exp(-logits))
+
+
+def gated_kept(p: np.ndarray, budget: int, sinks: int, recent: int) -> list[np.ndarray]:
+    """The tokens of each head that pass: those of p [K, T] above the tau that lets `budget` times K through."""
+    p = p.copy()
+    p[:, :sinks], p[:, p.shape[1] - recent :] = 2.0, 2.0
+    tau = np.sort(p.ravel())[::-1][budget * len(p)]
+    return [np.flatnonzero(head > tau) for head in p]
 
 
 def xkv(layers: list[np.ndarray], rank: int) -> list[np.ndarray]:

@@ -15,8 +15,8 @@ AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.frees_in_prefill i
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
 _NAMED = (
-    *("adakv", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka", "mikv", "million"),
-    *("razor", "xkv"),
+    *("adakv", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka", "mikv"),
+    *("million", "razor", "xkv"),
 )
 STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in name]
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
@@ -26,6 +26,7 @@ ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
 SHARDED = [
     *("full", "int4", "kivi2", "gear", "mikv", "rotatekv", "million"),
     *("streamingllm", "h2o", "snapkv", "snapkv_int4", "adakv_snapkv", "kvzip", "cake", "lazyeviction", "tova"),
+    *("attention_gate",),  # a scorer that mixes heads and slots
     *("kvmerger", "d2o", "matryoshka_pca", "think", "cskv", "xkv", "minicache", "razorattention", "duoattention"),
 ]
 

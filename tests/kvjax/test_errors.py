@@ -260,6 +260,28 @@ def test_a_ring_is_not_quantized(before, after):
         chain(before, after)
 
 
+def _prefix(layers=2, heads=2, channels=8):
+    return methods.reasoncache(dict.fromkeys(("key", "value"), jnp.zeros((layers, heads, 3, channels))))
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (dict(layers=3), "prefix is of 3 layers, the cache has 2"),
+        (dict(heads=4), r"keys and values of 2 heads of 8 channels, got \[4, 3, 8\] and \[4, 3, 8\]"),
+        (dict(channels=6), r"keys and values of 2 heads of 8 channels, got \[2, 3, 6\]"),
+    ],
+)
+def test_a_prefix_of_another_model_is_refused(other, message):
+    with pytest.raises(ValueError, match=message):
+        _prefill(_prefix(**other))
+
+
+def test_a_prompt_that_was_read_without_its_prefix_is_refused():
+    with pytest.raises(ValueError, match="prefix and evict puts something before the prompt, which was read without"):
+        kvjax.start(chain(_prefix(), methods.knorm(4)), None, None, room=1)
+
+
 # --- segments -----------------------------------------------------------------------------------------------------
 
 

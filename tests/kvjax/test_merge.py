@@ -116,6 +116,19 @@ def test_kvmerger(threshold):
     _follow(method, lambda row, layer: papers.KVMerger(BUDGET, 5, BUDGET // 4, threshold, 2.0))
 
 
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_lococo(chunk):
+    rng, L = np.random.default_rng(5), table_decoder.LAYERS
+    kernel, bias, mix = 0.3 * rng.normal(size=(L, 5, 2 * H, 6)), rng.normal(size=(L, 6)), np.array([0.3, 0.8])
+    trained = {name: jnp.float32(x) for name, x in dict(kernel=kernel, bias=bias, mix=mix).items()}
+
+    def policy(row, layer):
+        of_layer = (x[layer] for x in (kernel, bias, mix))
+        return papers.LoCoCo(BUDGET, 4, *of_layer, table_decoder.turn, LENGTHS[row])
+
+    _follow(methods.lococo(trained, BUDGET, recent=4), policy, chunk=chunk)
+
+
 def test_whole_layers_keep_all_of_every_row():
     split = kvjax.whole_layers((0, -1), kvjax.by_variance([0.0, 1.0, 0.0, 0.5]))
     share = np.exp(-np.array([0.0, 1.0, 0.0, 0.5]))

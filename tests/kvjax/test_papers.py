@@ -298,3 +298,36 @@ def test_kvzip(size, chunk):
     run = _kept(method, kept, chunk=chunk)
     held = [[len(head) for head in layer] for layer in positions(run.cache, 0)]
     assert len({n for layer in held for n in layer}) > 2 and sum(map(sum, held)) == 4 * (BUDGET + 2)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_attention_gate(chunk, monkeypatch):
+    monkeypatch.setattr("kvjax.gating._BLOCK", 16)  # several blocks, the last one padded
+    rng, L, K, H = np.random.default_rng(7), table_decoder.LAYERS, table_decoder.KV_HEADS, table_decoder.HEAD_DIM
+    gates = {"qkv": (L, 2, K, H, 3, 2, 4), "out": (L, 2, 4, K), "bias": (L, K)}
+    gates = {name: 0.5 * rng.normal(size=shape) for name, shape in gates.items()}
+    kept = []
+    for row, length in enumerate(LENGTHS):
+        _, k, v = (np.asarray(x, np.float64)[:, _tokens(row, length)] for x in TABLES)
+        p = [papers.attention_gate(*(gates[name][layer] for name in gates), k[layer], v[layer]) for layer in range(L)]
+        kept.append([papers.gated_kept(x, BUDGET, 2, 5) for x in p])
+    gates = {name: jnp.float32(x) for name, x in gates.items()}
+    run = _kept(methods.attention_gate(gates, BUDGET, sinks=2, recent=5, page=4), kept, chunk=chunk)
+    assert len({len(head) for layer in positions(run.cache, 0) for head in layer}) > 2  # heads differ
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_reasoncache_of_a_texts_keys_and_values_is_that_text_read_before(chunk):
+    m, demonstration = 5, 300 + np.arange(5)
+    _, k, v = (np.asarray(x, np.float64)[:, demonstration].swapaxes(1, 2) for x in TABLES)  # [L, K, m, H]
+    slots = {"key": jnp.float32(table_decoder.turn(k, np.arange(-m, 0))), "value": jnp.float32(v)}
+    method = methods.reasoncache(slots)
+    run = _prefill(method, chunk=chunk, room=1)
+    asked = [_tokens(row, length + 1)[-1:] for row, length in enumerate(LENGTHS)]
+    after, _ = kvjax.extend(STEP, method, run, jnp.int32(np.stack(asked)), jnp.ones(2, jnp.int32), prompt_slots=T)
+    for row, length in enumerate(LENGTHS):
+        tokens = np.concatenate([demonstration, _tokens(row, length + 1)])
+        prompt, token = table_decoder.simulate(TABLES, tokens, [m + length, 1], 1, papers.KeepAll)
+        np.testing.assert_allclose(run.logits[row], prompt.out, **CLOSE)
+        np.testing.assert_allclose(after.logits[row], token.out, **CLOSE)
+        assert positions(after.cache, row)[1][0] == [0] * m + list(range(length + 1))

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import kvjax
 from kvjax import sharding
 from kvjax.segments import DenseSegment
+from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.slots import keep_best, keep_highest
 from models.decoder import bind
 from models.weights import abstract_params, param_axes
@@ -60,7 +61,9 @@ def test_other_rules_compile_another_program():
     assert len(run(x).devices()) == 1
 
 
-@pytest.mark.parametrize("text, what", [("seq=2", "must name axes"), ("seq:3", "3 places, but there are 8"), ("", "")])
+@pytest.mark.parametrize(
+    "text, what", [("seq=2", "must name axes"), ("seq:3", "3 places, but there are 8"), ("", "must name axes")]
+)
 def test_a_bad_mesh_says_what_is_wrong(text, what):
     with pytest.raises(ValueError, match=what):
         mesh_of(text)
@@ -126,6 +129,23 @@ def test_new_tokens_go_to_the_same_slots(count):
         got = jax.jit(write)(held, new)
     assert got.k.sharding.spec == P(None, "model", "seq")
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("heads", [((0, 1),), ((1,), (0,))])
+def test_mass_of_heads_in_parts_is_that_of_one_device(heads):
+    held = HeadsSegment.of(_slots(), heads, lambda part, index: part)
+    raw = jnp.float32(np.random.default_rng(3).normal(size=(2, 5, 4, 4)))
+    pos = jnp.broadcast_to(jnp.arange(15, 20), (2, 5))
+    queries = kvjax.Queries(raw, pos, None)
+    how = dict(window=None, scale=None)
+
+    def mass(held, queries):
+        return sharding.mass(held, queries, sharding.attend(held, queries, **how).lse, **how)
+
+    expected = mass(held, queries)
+    assert jnp.max(jnp.abs(jnp.sum(expected, axis=-1) - 5)) < 1e-4  # of each head, what five queries gave
+    with sharding.use_mesh(mesh_of("seq:4,model:2")):
+        np.testing.assert_allclose(jax.jit(mass)(held, queries), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("count", [8, 5])

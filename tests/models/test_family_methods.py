@@ -12,26 +12,42 @@ import kvjax
 from models.decoder import bind, forward, prompt_cache
 from models.families import read_config
 from models.weights import abstract_params, build_params
+from tests.fake_calibrations import calibrate
 from tests.golden.tiny_weights import ROWS, weights
 from tests.models.test_families import CHECKPOINTS
 from tests.quick_jit import quick_jit
 
 PROMPT, AFTER = 20, 3
+LONG = 124  # tokens, of which a codebook is a small part
 LENGTHS = np.array([PROMPT, PROMPT - 4])
 STRUCTURES = sorted(set(CHECKPOINTS) - {"qwen2_yarn"})  # another qwen2
 
-# Each as it compresses, and with settings that lose nothing of so short a prompt.
+_all = PROMPT + AFTER
+# Each as it compresses, and where it has them with settings that lose nothing of so short a prompt; of a calibration.
 METHODS = {
-    "snapkv": (kvjax.methods.snapkv(8, window=4), kvjax.methods.snapkv(PROMPT + AFTER, window=4)),
-    "int4": (kvjax.methods.kivi(4, 8, 8), kvjax.methods.kivi(4, 8, 32)),
-    "kivi2": (kvjax.methods.kivi(2, 8, 16), kvjax.methods.kivi(2, 8, 32)),
-    "streamingllm": (
+    "snapkv": lambda of: (kvjax.methods.snapkv(8, window=4), kvjax.methods.snapkv(_all, window=4)),
+    "h2o": lambda of: (kvjax.methods.h2o(8), kvjax.methods.h2o(_all)),
+    "streamingllm": lambda of: (
         kvjax.methods.streamingllm(8, sinks=2),
-        kvjax.methods.streamingllm(PROMPT + AFTER, sinks=2, reindex=False),
+        kvjax.methods.streamingllm(_all, sinks=2, reindex=False),
     ),
-    "think": (kvjax.methods.think(0.5, window=4), kvjax.methods.think(0.0, window=4)),
-    "xkv": (kvjax.methods.xkv(2, 4, 4), kvjax.methods.xkv(2, 1.0, 1.0)),
+    "adakv_snapkv": lambda of: (
+        kvjax.methods.adakv_snapkv(8, window=4, page=4),
+        kvjax.methods.adakv_snapkv(_all, window=4, page=4),
+    ),
+    "kvmerger": lambda of: (kvjax.methods.kvmerger(8, whole=()), kvjax.methods.kvmerger(_all, whole=())),
+    "int4": lambda of: (kvjax.methods.kivi(4, 8, 8), kvjax.methods.kivi(4, 8, 32)),
+    "kivi2": lambda of: (kvjax.methods.kivi(2, 8, 16), kvjax.methods.kivi(2, 8, 32)),
+    "million": lambda of: (kvjax.methods.million(of("million"), 8), None),
+    "think": lambda of: (kvjax.methods.think(0.5, window=4), kvjax.methods.think(0.0, window=4)),
+    "matryoshka_pca": lambda of: (
+        kvjax.methods.matryoshka_pca(of("matryoshka_trained"), 0.5, 0.5),  # without means, as it is measured
+        kvjax.methods.matryoshka_pca(of("matryoshka_trained"), 1.0, 1.0),
+    ),
+    "xkv": lambda of: (kvjax.methods.xkv(2, 4, 4), kvjax.methods.xkv(2, 1.0, 1.0)),
+    "duoattention": lambda of: (kvjax.methods.duoattention(of("duoattention"), 1.0, sinks=2, recent=4), None),
 }
+_REFUSED = {("deepseek_v2", method) for method in ("think", "matryoshka_pca", "million")}  # values apart from keys
 
 
 def logits_after_prompt(params, config, transform, tokens, lengths):
@@ -57,23 +73,37 @@ def config_of(name):
     return dataclasses.replace(config, num_layers=2 if mixed else 1, local_layers=config.local_layers[:1])
 
 
+def pair_of(method, config):
+    """An entry of `METHODS`, with calibrations of the layers that `kvjax.respect_windows` leaves to it."""
+    others = config.num_layers - len(config.local_layers) or config.num_layers
+    make = calibrate(dataclasses.replace(config, num_layers=others))
+    return METHODS[method](lambda recipe: make(recipe, None))
+
+
 @pytest.mark.parametrize(
     "name, method",
-    [(name, method) for name in STRUCTURES for method in METHODS if (name, method) != ("deepseek_v2", "think")],
+    [(name, method) for name in STRUCTURES for method in METHODS if (name, method) not in _REFUSED],
 )
 def test_every_method_compresses_every_family(name, method):
     config = config_of(name)
+    transform, _ = pair_of(method, config)
     params = abstract_params(config, jnp.float32)
-    tokens, lengths = jax.ShapeDtypeStruct((2, 60), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    of = lambda *arrays: logits_after_prompt(arrays[0], config, METHODS[method][0], *arrays[1:])
+    tokens, lengths = jax.ShapeDtypeStruct((2, LONG), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    of = lambda *arrays: logits_after_prompt(arrays[0], config, transform, *arrays[1:])
     logits, cache = jax.eval_shape(of, params, tokens, lengths)
     assert logits.shape == (2, AFTER, config.vocab_size)
-    assert kvjax.nbytes(cache) < kvjax.nbytes(jax.eval_shape(lambda: prompt_cache(config, 2).reserve(60)))
+    assert kvjax.nbytes(cache) < kvjax.nbytes(jax.eval_shape(lambda: prompt_cache(config, 2).reserve(LONG)))
 
 
 @pytest.mark.parametrize(
     "name, method",
-    [("gemma2", "snapkv"), ("phi4_mini", "think"), ("opt", "int4"), ("deepseek_v2", "xkv")],
+    [
+        ("gemma2", "snapkv"),
+        ("phi4_mini", "think"),
+        ("opt", "int4"),
+        ("deepseek_v2", "xkv"),
+        ("gemma3", "matryoshka_pca"),
+    ],
 )
 def test_methods_that_lose_nothing_give_the_logits_of_the_full_cache(name, method):
     """Gemma 2 has capped logits and local layers, Phi-4-mini rotates a part of each head, OPT nothing.
@@ -82,7 +112,8 @@ def test_methods_that_lose_nothing_give_the_logits_of_the_full_cache(name, metho
     """
     tokens = jnp.int32([row[: PROMPT + AFTER] for row in ROWS])
     run = quick_jit(logits_after_prompt, static_argnums=(1, 2))
-    logits, _ = run(params_of(name), config_of(name), METHODS[method][1], tokens, jnp.asarray(LENGTHS))
+    _, lossless = pair_of(method, config_of(name))
+    logits, _ = run(params_of(name), config_of(name), lossless, tokens, jnp.asarray(LENGTHS))
     # float32, summed over slots in another order.
     np.testing.assert_allclose(logits, full_logits(name), atol=5e-5)
 

@@ -1,0 +1,306 @@
+"""What offline methods measure on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+import kvjax
+from experiments import synthetic
+from kvjax.calibration import (
+    Moments,
+    activation_aware_svd,
+    attention_variance,
+    copying_scores,
+    greedy_ranks,
+    product_codebook,
+    weighted_components,
+)
+from kvjax.rope import re_rotate
+from kvjax.segments.dense import unrotated
+from models import Model
+from models.assets import ESSAYS, fetch
+from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
+from models.int8 import dense
+from models.weights import split_qkv
+
+Calibration = Mapping[str, jax.Array]
+"""The arrays that a method reads, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every recipe may use.
+
+    Attributes:
+      texts: sequences of natural text.
+      tokens: of a sequence.
+      seed: of random tokens.
+    """
+
+    texts: int = 8
+    tokens: int = 1024
+    seed: int = 0
+
+
+def principal_components(model: Model, settings: Settings) -> Calibration:
+    """Axes of rotated keys and of values, and mean squares along them, per layer and KV head."""
+    sums = None
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        moments = [(Moments.of(segment.k, segment.pos), Moments.of(segment.v, segment.pos)) for segment in segments]
+        sums = moments if sums is None else [(k + a, v + b) for (k, v), (a, b) in zip(sums, moments)]
+    found = {}
+    for index, name in enumerate(("key", "value")):
+        parts = zip(*(layer[index].principal_components() for layer in sums))
+        for part, x in zip(("axes", "power"), parts):
+            found[f"{name}_{part}"] = jnp.stack(x)
+    return found
+
+
+def principal_components_and_ranks(model: Model, settings: Settings) -> Calibration:
+    """`principal_components`, and how many of them each head needs at several mean rates."""
+    found = principal_components(model, settings)
+    return found | search_ranks(model, settings, found)
+
+
+def search_ranks(
+    model: Model,
+    settings: Settings,
+    bases: Calibration,
+    fraction: float = 1 / 4,
+    rates: Sequence[float] = (0.75, 0.625, 0.5, 0.375),
+) -> Calibration:
+    """Ranks of keys and values, per layer and KV head, by MatryoshkaKV's greedy search.
+
+    What an entry costs is how far the last layer's hidden states move, relative to the model with the ranks so far,
+    over the tokens that follow a prompt whose keys and values are cut.
+
+    Args:
+      model: measured.
+      settings: up to four texts, each a prompt of at most 384 tokens and 16 that follow.
+      bases: what `principal_components` returns.
+      fraction: of H that an entry gives up at a time, and keeps at least.
+      rates: mean ranks that are searched, as fractions of H, falling.
+    """
+    config = model.config
+    L, K, H, _ = bases["key_axes"].shape
+    text = jnp.concatenate(_texts(model, settings)[:4])
+    follow = min(16, text.shape[1] // 4)
+    length = min(384, text.shape[1] - follow)
+    question = text[:, length : length + follow]
+    positions = jnp.broadcast_to(length + jnp.arange(follow), question.shape)
+    whole = _read(model, text[:, :length]).cache.reserve(follow).layers
+
+    @jax.jit
+    def cut(layer, axes, ranks):
+        """The layer's cache with its first R components only; arrays of [2, K, ...], keys and values."""
+        slots = layer.segments[0]
+        kept = jnp.arange(H) < ranks[:, :, None]
+        x = jnp.stack([slots.k, slots.v], axis=1).astype(jnp.float32)  # [B, 2, K, S, H]
+        x = (((x @ axes) * kept[:, :, None]) @ axes.mT).astype(slots.k.dtype)
+        return layer.with_tail(slots.replace(k=x[:, 0], v=x[:, 1]))
+
+    axes = jnp.stack([bases["key_axes"], bases["value_axes"]], axis=1)  # [L, 2, K, H, H]
+    states = lambda start, layers: hidden_states(model.params, config, start, positions, layers)
+    step = max(1, int(fraction * H))
+    bar = tqdm.tqdm(unit="cut", leave=False)
+
+    def errors(ranks):
+        cuts = [cut(whole[layer], axes[layer], ranks[layer]) for layer in range(L)]
+        now = states(question, cuts)
+        size = jnp.linalg.norm(now[-1])
+        cost = np.full(ranks.shape, np.inf, np.float32)
+        for layer, which, head in np.argwhere(ranks > step):
+            fewer = ranks[layer].copy()
+            fewer[which, head] -= step
+            start = question if layer == 0 else now[layer - 1]
+            then = states(start, [cut(whole[layer], axes[layer], fewer), *cuts[layer + 1 :]])
+            cost[layer, which, head] = jnp.linalg.norm(then[-1] - now[-1]) / size
+            bar.update()
+        return cost
+
+    with bar:
+        found = jnp.asarray(greedy_ranks(errors, (L, 2, K), H, rates, step=step))
+    found = found.astype(jnp.float32)  # calibrations are stored as one dtype
+    return {"rates": jnp.float32(rates), "key_ranks": found[:, :, 0], "value_ranks": found[:, :, 1]}
+
+
+def attention_directions(model: Model, settings: Settings) -> Calibration:
+    """Directions of rotated keys in which queries read them, and of values in which attention passes them on."""
+    config = model.config
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    sums = None
+    for tokens in _progress(_texts(model, settings)):
+        out, moments = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL)), []
+        for layer, seen in zip(out.cache.layers, out.layers, strict=True):
+            of_group = lambda x: x.reshape(1, -1, K, N // K, H).swapaxes(1, 2).reshape(1, K, -1, H)
+            seen_by = lambda x: Moments.of(of_group(x), jnp.zeros((1, K, tokens.shape[1] * (N // K)), jnp.int32))
+            segment = layer.segments[0]
+            outputs = layer.attend(seen.queries, window=seen.window, scale=seen.scale).out
+            moments.append((Moments.of(segment.k, segment.pos), seen_by(seen.queries.rotated), seen_by(outputs)))
+        sums = moments if sums is None else [[a + b for a, b in zip(*each)] for each in zip(sums, moments)]
+    found = {name: [] for name in ("key_axes", "key_inverse", "value_axes", "value_inverse")}
+    for weights, (keys, queries, outputs) in zip(model.params["layers"], sums, strict=True):
+        wo = dense(weights["wo"]).astype(jnp.float32).reshape(K, N // K, H, -1)
+        pairs = {"key": (keys.second, queries.second), "value": (outputs.second, jnp.einsum("kghd,kgid->khi", wo, wo))}
+        for name, (second, metric) in pairs.items():
+            for part, array in zip(("axes", "inverse"), weighted_components(second, metric)):
+                found[f"{name}_{part}"].append(array)
+    return {name: jnp.stack(parts) for name, parts in found.items()}
+
+
+def weight_directions(model: Model, settings: Settings) -> Calibration:
+    """Directions of the key and value projections in the order of an activation-aware SVD, per layer."""
+    config = model.config
+    K, H = config.num_kv_heads, config.head_dim
+    inputs = None
+    for tokens in _progress(_texts(model, settings)):
+        read = layer_inputs(model.params, config, tokens)
+        found = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(0, 1)) for x in read]
+        inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
+    axes = {"key": [], "value": []}
+    for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
+        _, wk, wv = split_qkv(config, dense(weights["wqkv"]))
+        for name, weight in (("key", wk), ("value", wv)):
+            directions, _ = activation_aware_svd(weight.reshape(-1, K * H), mean_abs / settings.texts)
+            axes[name].append(directions.reshape(K, H, -1))
+    return {f"{name}_axes": jnp.stack(parts) for name, parts in axes.items()}
+
+
+def head_types(model: Model, settings: Settings, repeats: int = 4) -> Calibration:
+    """How much each KV head copies from random tokens that repeat: `echo` and `induction`, f32[L, K]."""
+    period = settings.tokens // repeats
+    rng = np.random.default_rng(settings.seed)
+    scores = []
+    for _ in _progress(range(settings.texts)):
+        tokens = np.tile(rng.integers(0, model.config.vocab_size, size=period), repeats)
+        out = _read(model, jnp.int32(tokens)[None], kvjax.Needs(queries=kvjax.ALL))
+        found = [
+            copying_scores(layer.segments[0], seen, period) for layer, seen in zip(out.cache.layers, out.layers)
+        ]
+        scores.append(np.asarray(found))  # [L, 2, K]
+    mean = jnp.asarray(np.mean(scores, axis=0))
+    return {"echo": mean[:, 0], "induction": mean[:, 1]}
+
+
+def layer_variance(model: Model, settings: Settings) -> Calibration:
+    """How unevenly the heads of each layer spread their attention over text: `variance`, f32[L]."""
+    found, variance = [], jax.jit(attention_variance)
+    for tokens in _progress(_texts(model, settings)):
+        out = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL))
+        found.append([variance(layer.segments[0], seen) for layer, seen in zip(out.cache.layers, out.layers)])
+    return {"variance": jnp.mean(jnp.asarray(found), axis=0)}
+
+
+def key_means(model: Model, settings: Settings) -> Calibration:
+    """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
+    ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
+    total = 0.0
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        keys = jnp.stack([unrotated(*each).k for each in zip(segments, ropes)])
+        total = total + jnp.mean(keys.astype(jnp.float32), axis=(1, 3))
+    return {"key_mean": total / settings.texts}
+
+
+def codebooks(
+    model: Model, settings: Settings, width: int = 2, centroids: int = 256, samples: int = 8192
+) -> Calibration:
+    """Centroids of rotated keys and of values, f32[L, H / width, centroids, width], from a sample of all heads."""
+    read = {"key": [], "value": []}  # of each text: [L, vectors, H]
+    rng = np.random.default_rng(settings.seed)
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        count = segments[0].k.shape[1] * segments[0].k.shape[2]
+        chosen = rng.permutation(count)[: -(-samples // settings.texts)]
+        for name, part in (("key", "k"), ("value", "v")):
+            vectors = (getattr(segment, part).astype(jnp.float32).reshape(count, -1)[chosen] for segment in segments)
+            read[name].append(jnp.stack(list(vectors)))
+    vectors = {name: jnp.concatenate(parts, axis=1) for name, parts in read.items()}
+    if vectors["key"].shape[1] < centroids:
+        raise ValueError(f"--texts, --tokens: {vectors['key'].shape[1]} vectors are too few for {centroids} centroids.")
+    fit = jax.jit(product_codebook, static_argnums=(1, 2))
+    found = {"key_codebook": [], "value_codebook": []}
+    for layer in _progress(range(model.config.num_layers), unit="layer"):
+        for name in ("key", "value"):
+            key = jax.random.key(settings.seed)
+            found[f"{name}_codebook"].append(fit(vectors[name][layer], width, centroids, key).block_until_ready())
+    return {name: jnp.stack(parts) for name, parts in found.items()}
+
+
+def demonstration(model: Model, tokens: int) -> Calibration:
+    """`key`, `value` f32[L, K, m, H] of the first m tokens of a text, keys rotated as if a prompt came after them."""
+    (text,) = _texts(model, Settings(texts=1, tokens=tokens))
+    found = {"key": [], "value": []}
+    for index, layer in enumerate(_read(model, text).cache.layers):
+        slots = layer.segments[0]
+        k = re_rotate(slots.k, jnp.int32(-tokens), layer_rope(model.config, index))
+        found["key"].append(k[0].astype(jnp.float32))
+        found["value"].append(slots.v[0].astype(jnp.float32))
+    return {name: jnp.stack(parts) for name, parts in found.items()}
+
+
+_OF_ATTENTION = ("d2o", "duoattention", "razorattention")  # measures nothing of values
+RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
+    "cskv": weight_directions,
+    "d2o": layer_variance,
+    "duoattention": head_types,
+    "kqsvd": attention_directions,
+    "matryoshka_pca": principal_components_and_ranks,
+    "million": codebooks,
+    "razorattention": head_types,
+    "rotatekv": key_means,
+}
+
+
+def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calibration:
+    """Runs a recipe.
+
+    Raises:
+      ValueError: an unknown recipe, or settings that no recipe can use.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"--method: nothing to calibrate for {recipe!r}; there are {', '.join(RECIPES)}.")
+    for name in ("texts", "tokens"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(settings, name)}.")
+    if settings.tokens > model.config.max_positions or settings.tokens < 8:
+        raise ValueError(
+            f"--tokens must be from 8 to the {model.config.max_positions} positions of {model.config.name}, got "
+            f"{settings.tokens}."
+        )
+    if model.config.latent_rank and recipe not in _OF_ATTENTION:
+        raise ValueError(
+            f"--method: {recipe} compresses values apart from keys, and in the multi-head latent attention of "
+            f"{model.config.name} the keys are the values."
+        )
+    return RECIPES[recipe](model, settings)
+
+
+def _texts(model: Model, settings: Settings) -> list[jax.Array]:
+    """i32[1, tokens] pieces of essays that the evaluation does not hold back."""
+    essays = [path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt"))]
+    ids = model.tokenizer.encode("\n\n".join(synthetic.split_essays(essays)[1]))
+    available = len(ids) // settings.tokens
+    if available < settings.texts:
+        raise ValueError(f"--texts: there is text for {available} of {settings.tokens} tokens, got {settings.texts}.")
+    starts = (index * (available // settings.texts) * settings.tokens for index in range(settings.texts))
+    opening = model.tokenizer.opening
+    text = lambda start: [*opening, *ids[start : start + settings.tokens - len(opening)]]
+    return [jnp.asarray([text(start)], jnp.int32) for start in starts]
+
+
+def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -> kvjax.StepOutput:
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    step = bind(model.params, model.config)
+    return step(tokens, positions, prompt_cache(model.config, 1), needs=needs, last_only=True)
+
+
+def _progress(items: Sequence, unit: str = "text") -> Iterator:
+    return tqdm.tqdm(items, unit=unit, leave=False)
