@@ -127,3 +127,11 @@ def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt)
     for body in packed:
         slots = body.pos.shape[-1]
         assert not re.search(rf"(?:f32|bf16)\[(?:1,8,{slots}[0-9,]*|{8 * slots}),128\]", text)
+
+
+def test_heads_of_64_are_written_where_they_lie(devices):
+    """Slots lie along lanes there; another layout for the writes would copy the cache at every step."""
+    programs = compile_for(devices("v6e:2x2"), SMOLLM2, load_method("full", budget=0.5), 32768, prefill=False)
+    assert "write_columns" in programs.decode.as_text()
+    # 25 MB of cache; see above for what a step needs.
+    assert programs.decode.memory_analysis().temp_size_in_bytes < 2**22 < kvjax.nbytes(programs.run.cache) / 6
