@@ -32,19 +32,23 @@ LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 
 
 def pytest_generate_tests(metafunc):
-    """Every method at both shapes, on two generations that rotate over the methods; with --every_generation on all."""
-    if "model" not in metafunc.fixturenames:
+    """Every method at both shapes, the prefill at one and decoding at the other, in turn on two of the generations.
+
+    With --every_generation both programs, at both shapes, on all of them.
+    """
+    if "program" not in metafunc.fixturenames:
         return
-    names = method_names()
+    everything = list(itertools.product(("prefill", "decode"), MODELS, TOPOLOGIES))
     if metafunc.config.getoption("--every_generation"):
-        cases = [(name, model, topology) for name in names for model in MODELS for topology in TOPOLOGIES]
+        cases = [(name, *case) for name in method_names() for case in everything]
     else:
-        small = [(name, "smollm2", TOPOLOGIES[i % 4]) for i, name in enumerate(names)]
-        large = [(name, "llama_8b", TOPOLOGIES[(i + 1 + i // 4 % 3) % 4]) for i, name in enumerate(names)]
-        cases = [case for pair in zip(small, large) for case in pair]
-        assert {(model, topology) for _, model, topology in cases} == set(itertools.product(MODELS, TOPOLOGIES))
-        assert all(a[2] != b[2] for a, b in zip(small, large))
-    metafunc.parametrize("name, model, topology", cases)
+        cases = []
+        for i, name in enumerate(method_names()):
+            first, second = list(MODELS)[:: -1 if i // 4 % 2 else 1]
+            cases.append((name, "prefill", first, TOPOLOGIES[i % 4]))
+            cases.append((name, "decode", second, TOPOLOGIES[(i + 1 + i // 8 % 3) % 4]))
+        assert {case[1:] for case in cases} == set(everything)
+    metafunc.parametrize("name, program, model, topology", cases)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +56,11 @@ class Programs:
     """The compiled prefill and decode of one method, and the shapes between them."""
 
     prefill: jax.stages.Compiled | None
-    decode: jax.stages.Compiled
+    decode: jax.stages.Compiled | None
     run: kvjax.Run
 
 
-def compile_for(device, config, method, prompt, *, prefill=True, options=None) -> Programs:
+def compile_for(device, config, method, prompt, *, programs=("prefill", "decode"), options=None) -> Programs:
     dtype, batch = jnp.bfloat16, 1
     place = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), tree
@@ -84,26 +88,25 @@ def compile_for(device, config, method, prompt, *, prefill=True, options=None) -
     run = jax.eval_shape(read, params, tokens, lengths)
     compiled = lambda function, *args, **how: jax.jit(function, **how).lower(*place(args)).compile(options)
     return Programs(
-        compiled(read, params, tokens, lengths) if prefill else None,
-        compiled(write, params, run, donate_argnums=1),
+        compiled(read, params, tokens, lengths) if "prefill" in programs else None,
+        compiled(write, params, run, donate_argnums=1) if "decode" in programs else None,
         run,
     )
 
 
-def test_prefill_and_decode_compile(devices, name, model, topology, pytestconfig):
-    """The prefill at the shapes of 8B, which takes twice as long, with --every_generation only."""
-    every = pytestconfig.getoption("--every_generation")
+def test_every_method_compiles(devices, name, program, model, topology, pytestconfig):
     config = dataclasses.replace(MODELS[model], num_layers=ACROSS_LAYERS.get(name, 1))
     method = load_method(name, budget=0.5, calibrate=calibrate(config), tokenizer=Words())
-    how = dict(prefill=every or model == "smollm2", options=None if every else LEAST_EFFORT)
-    programs = compile_for(devices(topology), config, method, PROMPT, **how)
-    # The dense tail at least, where a method has one, is read by a kernel.
-    assert "tpu_custom_call" in programs.decode.as_text()
+    options = None if pytestconfig.getoption("--every_generation") else LEAST_EFFORT
+    programs = compile_for(devices(topology), config, method, PROMPT, programs=(program,), options=options)
     cache = kvjax.nbytes(programs.run.cache)
-    # The loop's cache is the donated one.
-    assert programs.decode.memory_analysis().alias_size_in_bytes >= cache
-    if programs.prefill is not None:
+    if program == "prefill":
         assert programs.prefill.memory_analysis().output_size_in_bytes >= cache
+    else:
+        # The dense tail at least, where a method has one, is read by a kernel.
+        assert "tpu_custom_call" in programs.decode.as_text()
+        # The loop's cache is the donated one.
+        assert programs.decode.memory_analysis().alias_size_in_bytes >= cache
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_prefill_and_decode_compile(devices, name, model, topology, pytestconfig
 def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt):
     """TPU tiles pad little, nothing is copied, and a packed cache is never dequantized as a whole."""
     method = load_method(name, budget=0.5)
-    programs = compile_for(devices("v5e:2x2"), LLAMA_8B, method, prompt, prefill=False)
+    programs = compile_for(devices("v5e:2x2"), LLAMA_8B, method, prompt, programs=("decode",))
     memory, text = programs.decode.memory_analysis(), programs.decode.as_text()
     cache, layer = kvjax.nbytes(programs.run.cache), programs.run.cache.layers[0]
     weights = kvjax.nbytes(abstract_params(LLAMA_8B, jnp.bfloat16))
@@ -131,7 +134,7 @@ def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt)
 
 def test_heads_of_64_are_written_where_they_lie(devices):
     """Slots lie along lanes there; another layout for the writes would copy the cache at every step."""
-    programs = compile_for(devices("v6e:2x2"), SMOLLM2, load_method("full", budget=0.5), 32768, prefill=False)
+    programs = compile_for(devices("v6e:2x2"), SMOLLM2, load_method("full", budget=0.5), 32768, programs=("decode",))
     assert "write_columns" in programs.decode.as_text()
     # 25 MB of cache; see above for what a step needs.
     assert programs.decode.memory_analysis().temp_size_in_bytes < 2**22 < kvjax.nbytes(programs.run.cache) / 6
