@@ -13,37 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
-import json
 import pathlib
-import re
-import secrets
-import sys
 from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
 
-from experiments import cli, kernel_timing
-from experiments.kernel_cases import CASES, DENSE, KernelCase
+from experiments import cli, kernel_flags, kernel_timing
+from experiments.kernel_cases import DENSE, KernelCase
 from experiments.kernel_timing import Timing
 from experiments.report import human_bytes
 from experiments.stopwatch import seconds
-from experiments.tpu_compiler import GENERATIONS, Generation, compile_for, compile_only_device
+from experiments.tpu_compiler import Generation, compile_for, compile_only_device
+from pallas_kernels import block_sizes
 from pallas_kernels.shapes import LLAMA_8B, DecodeShape
 
 flags.adopt_module_key_flags(cli)
-_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile for TPUs and count bytes; needs no accelerator.")
-_KERNELS = flags.DEFINE_list("kernels", None, f"Of {', '.join(case.name for case in CASES)}; all without it.")
+flags.adopt_module_key_flags(kernel_flags)
 _CONTEXTS = flags.DEFINE_list("contexts", ["4096", "32768", "131072"], "Slots of the cache.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Sequences.")
-_GENERATIONS = flags.DEFINE_list("generations", [g.name for g in GENERATIONS], "Of TPUs, for --compile_only.")
-_SEED = flags.DEFINE_integer("seed", None, "Of the inputs; without it, another one in every run.")
 
 _RESULTS = pathlib.Path(__file__).parent / "results"
 _NAMES = f"{'kernel':<12}{'batch':>6}{'context':>9}"
-_IMPLEMENTATION = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
-_PACKAGES = ("jax", "jaxlib", "libtpu", "torch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +67,10 @@ def footprints(cases: Sequence[KernelCase], shapes: Sequence[DecodeShape], gener
         arguments = case.abstract(shape)
         size, temporary, took, refused = None, {}, {}, {}
         for generation in generations:
-            _show(f"[{done + 1}/{len(runs)}] compiling {case.name}, {shape.B} x {shape.S}, for {generation.name}")
+            what = f"compiling {case.name}, {shape.B} x {shape.S}, for {generation.name}"
+            cli.show_progress(f"[{done + 1}/{len(runs)}] {what}")
             device = compile_only_device(generation.topology)
-            program = lambda *arrays: case.op(*arrays, implementation="mosaic_tpu")
+            program = case.program(shape, "mosaic_tpu")
             try:
                 took[generation.name], compiled = seconds(lambda: compile_for(device, program, *arguments))
             except NotImplementedError as error:
@@ -93,7 +85,7 @@ def footprints(cases: Sequence[KernelCase], shapes: Sequence[DecodeShape], gener
             memory = compiled.memory_analysis()
             size = size or memory.argument_size_in_bytes
             temporary[generation.name] = memory.temp_size_in_bytes
-        _show("")
+        cli.show_progress("")
         yield Footprint(case.name, shape.B, shape.S, size, temporary, took, refused)
 
 
@@ -148,15 +140,14 @@ def timing_line(row: Timing, case: KernelCase, dense: float | None, copy: float)
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.MODEL, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.GIN_FILE, cli.GIN_BINDINGS)
-    cases = _chosen(_KERNELS, CASES)
-    generations = _chosen(_GENERATIONS, GENERATIONS)
+    kernel_flags.refuse_others()
+    cases, generations = kernel_flags.cases(), kernel_flags.generations()
     shapes = [
         dataclasses.replace(LLAMA_8B, B=batch, S=slots)
         for slots in _whole_numbers(_CONTEXTS, multiple_of=32)
         for batch in _whole_numbers(_BATCHES)
     ]
-    if _COMPILE_ONLY.value:
+    if kernel_flags.COMPILE_ONLY.value:
         _compile_only(cases, shapes, generations)
     else:
         _time(cases, shapes)
@@ -164,9 +155,9 @@ def run() -> None:
 
 def _compile_only(cases, shapes, generations) -> None:
     compile_only_device(generations[0].topology)  # or says what is missing
-    folder = cli.OUTPUT_DIR.value and _folder(cli.OUTPUT_DIR.value)
-    print(
-        f"{_heads(shapes)}; TPU compilers of {_versions_line()}\n"
+    folder = cli.OUTPUT_DIR.value and kernel_flags.folder(cli.OUTPUT_DIR.value)
+    kernel_flags.say(
+        f"{_heads(shapes)}; TPU compilers of {kernel_flags.versions_line()}\n"
         f"Under a generation: reading that once at {_bandwidths(generations)}.\n\n{footprint_header(generations)}"
     )
     rows, dense, by_name = [], {}, {case.name: case for case in cases}
@@ -174,21 +165,21 @@ def _compile_only(cases, shapes, generations) -> None:
         rows.append(row)
         if row.name == DENSE:
             dense[row.batch, row.context] = row.argument_bytes
-        print(footprint_line(row, by_name[row.name], dense.get((row.batch, row.context)), generations), flush=True)
-    if folder:
-        bandwidths = {g.name: g.gigabytes_per_second for g in generations}
-        report = {"published_gigabytes_per_second": bandwidths, "footprints": list(map(dataclasses.asdict, rows))}
-        _write(folder / "kernel_footprints.json", report)
+        kernel_flags.say(footprint_line(row, by_name[row.name], dense.get((row.batch, row.context)), generations))
+    bandwidths = {g.name: g.gigabytes_per_second for g in generations}
+    report = {"published_gigabytes_per_second": bandwidths, "footprints": list(map(dataclasses.asdict, rows))}
+    kernel_flags.deliver(report, folder and folder / "kernel_footprints.json")
 
 
 def _time(cases, shapes) -> None:
     device = jax.devices()[0]
-    implementation = _implementation(device)
-    folder = _folder(cli.OUTPUT_DIR.value or _RESULTS)
-    seed = secrets.randbits(31) if _SEED.value is None else _SEED.value
+    implementation = kernel_flags.implementation(device)
+    folder, seed = kernel_flags.folder(cli.OUTPUT_DIR.value or _RESULTS), kernel_flags.seed()
+    tuned = bool(block_sizes.read(device.device_kind).sizes)
     copy = kernel_timing.copy_gigabytes_per_second()
-    print(
-        f"{device.device_kind}, {_versions_line()}\n{_heads(shapes)}; {implementation}, inputs of seed {seed}\n"
+    kernel_flags.say(
+        f"{device.device_kind}, {kernel_flags.versions_line()}\n"
+        f"{_heads(shapes)}; {implementation}, inputs of seed {seed}, block sizes {'tuned' if tuned else 'not tuned'}\n"
         f"A plain copy on the device: {copy:.0f} GB/s, bytes read plus bytes written.\n\n{timing_header()}"
     )
     rows, dense, by_name = [], {}, {case.name: case for case in cases}
@@ -196,8 +187,8 @@ def _time(cases, shapes) -> None:
         rows.append(row)
         if row.name == DENSE and row.seconds is not None:
             dense[row.batch, row.context] = row.seconds
-        print(timing_line(row, by_name[row.name], dense.get((row.batch, row.context)), copy), flush=True)
-    print(
+        kernel_flags.say(timing_line(row, by_name[row.name], dense.get((row.batch, row.context)), copy))
+    kernel_flags.say(
         "\nGB/s: arguments over time. error: the largest difference from the reference. XLA, jax, torch: how many\n"
         "times as long the reference, jax.nn.dot_product_attention and torch's scaled_dot_product_attention took."
     )
@@ -205,47 +196,25 @@ def _time(cases, shapes) -> None:
         "device": device.device_kind,
         "implementation": implementation,
         "seed": seed,
+        "tuned": tuned,
         "copy_gigabytes_per_second": copy,
         "timings": list(map(dataclasses.asdict, rows)),
     }
-    kind = re.sub(r"[^a-z0-9]+", "_", device.device_kind.lower()).strip("_")
-    _write(folder / f"kernels_{kind}_{datetime.datetime.now(datetime.timezone.utc):%Y%m%d_%H%M}.json", report)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    kernel_flags.deliver(report, folder / f"kernels_{block_sizes.file_name(device.device_kind)}_{now:%Y%m%d_%H%M}.json")
     wrong = [f"{row.name} {row.batch} x {row.context}" for row in rows if row.wrong]
     if wrong:
         raise ValueError(f"kernels that differ from their reference: {', '.join(wrong)}.")
 
 
-def _implementation(device) -> str:
-    """The kernels of a device."""
-    name = _IMPLEMENTATION.get(device.platform)
-    if name is None:
-        found = f"found {device.platform} only; --compile_only needs neither"
-        raise ValueError(f"timing kernels needs a GPU or a TPU, {found}.")
-    if name == "mosaic_gpu" and device.compute_capability != "9.0":
-        found = f"found {device.device_kind} of {device.compute_capability}"
-        raise ValueError(f"the GPU kernels are for Hopper, compute capability 9.0, {found}.")
-    return name
-
-
 def _timings(cases, shapes, implementation: str, seed: int) -> Iterator[Timing]:
     runs = [(case, shape) for case in cases for shape in shapes if case.longest is None or shape.S <= case.longest]
     for done, (case, shape) in enumerate(runs):
-        _show(f"[{done + 1}/{len(runs)}] timing {case.name}, {shape.B} x {shape.S}")
+        cli.show_progress(f"[{done + 1}/{len(runs)}] timing {case.name}, {shape.B} x {shape.S}")
         key = jax.random.key(seed + done, impl="rbg")  # the default takes longer to compile than the kernels
         timing = kernel_timing.time_kernel(case, shape, implementation, key)
-        _show("")
+        cli.show_progress("")
         yield timing
-
-
-def _chosen(flag: flags.FlagHolder, known: Sequence) -> list:
-    """The entries of a flag's names, in the order of `known`."""
-    names = [entry.name for entry in known] if flag.value is None else flag.value
-    for name in names:
-        if name not in [entry.name for entry in known]:
-            raise ValueError(f"--{flag.name} must be of {', '.join(entry.name for entry in known)}, got {name!r}.")
-    if not names:
-        raise ValueError(f"--{flag.name} must name at least one of {', '.join(entry.name for entry in known)}.")
-    return [entry for entry in known if entry.name in names]
 
 
 def _whole_numbers(flag: flags.FlagHolder, multiple_of: int = 1) -> list[int]:
@@ -270,41 +239,6 @@ def _bandwidths(generations: Sequence[Generation]) -> str:
 
 def _duration(time: float) -> str:
     return f"{time * 1e6:.1f} us" if time < 1e-3 else f"{time * 1e3:.2f} ms"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
-
-
-def _versions_line() -> str:
-    return ", ".join(f"{name} {version}" for name, version in _versions().items())
-
-
-def _folder(path) -> pathlib.Path:
-    """Made before anything takes time."""
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _write(path: pathlib.Path, report: dict) -> None:
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    path.write_text(json.dumps({"date": now, "versions": _versions(), **report}, indent=1) + "\n", encoding="utf-8")
-    print(f"\nWrote {path}.")
-
-
-def _show(what: str) -> None:
-    """Progress, in a line that the next one replaces; nothing where nobody watches."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-    elif what:
-        print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ flags.declare_key_flag("replace")
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS)
+    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     if _METHOD.value is None:
         raise ValueError(f"--method is required: one of {', '.join(measurements.RECIPES)}.")
     if _METHOD.value not in measurements.RECIPES:

@@ -19,6 +19,7 @@ KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budg
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens of the context.")
 TASKS = flags.DEFINE_string("tasks", None, "A JSONL file of tasks; without it, synthetic ones.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")
+JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 
 def check_flags() -> None:
@@ -51,6 +52,14 @@ def refuse(*unused: flags.FlagHolder) -> None:
     for flag in unused:
         if flag.present:
             raise ValueError(f"--{flag.name} means nothing to this program.")
+
+
+def show_progress(what: str) -> None:
+    """A line that the next one replaces, and an empty one removes; lines below each other where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+    elif what:
+        print(what, file=sys.stderr, flush=True)
 
 
 def call(program: Callable[[], None], argv: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ flags.declare_key_flag("replace")
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS)
+    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     folder = output_folder("checkpoint")
     model = load_model(cli.MODEL.value or "smollm2", _DTYPE.value, int8=_INT8.value)
     save_checkpoint(folder, model.config, model.params, model.tokenizer)

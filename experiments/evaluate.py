@@ -82,6 +82,7 @@ def check_start(
 
 def run() -> None:
     """The program."""
+    cli.refuse(cli.JSON)
     settings = read_settings()
     model = load_model(settings.model, settings.dtype, int8=settings.int8_weights)
     methods = load_methods(settings, model)

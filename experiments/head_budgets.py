@@ -76,7 +76,7 @@ def compare(model: Model, method: Method, ids: list[int]) -> tuple[list[Stored],
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.OUTPUT_DIR, cli.TASKS)
+    cli.refuse(cli.OUTPUT_DIR, cli.TASKS, cli.JSON)
     names = list(cli.METHODS.value or _METHODS)
     check_method_names(names)
     tokens = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value

@@ -16,7 +16,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
-from pallas_kernels.shapes import LLAMA_8B, DecodeShape
+from pallas_kernels.shapes import DecodeShape
 
 DENSE = "dense"
 """The case that the others' bytes and times are compared with."""
@@ -33,11 +33,12 @@ class KernelCase:
 
     Attributes:
       name: in the tables.
-      op: `(*arrays, implementation=...)`.
+      op: `(*arrays, implementation=...)`, and what `static` says.
       draw: `(shape, key) -> arrays`, random.
       every_step: whether a decode step runs it; the others run once for a prompt.
       bandwidth_bound: whether bytes, not products, decide how long it takes.
       longest: slots beyond which the case is not run; None for no limit.
+      static: what else the op is told of a shape.
     """
 
     name: str
@@ -46,6 +47,11 @@ class KernelCase:
     every_step: bool = True
     bandwidth_bound: bool = True
     longest: int | None = None
+    static: Callable[[DecodeShape], dict] = lambda shape: {}
+
+    def program(self, shape: DecodeShape, implementation: str) -> Callable:
+        """The op as a function of arrays."""
+        return functools.partial(self.op, implementation=implementation, **self.static(shape))
 
     def abstract(self, shape: DecodeShape) -> tuple:
         """The arrays' shapes."""
@@ -151,7 +157,7 @@ CASES = (
     KernelCase(DENSE, decode_attention, _draw_dense),
     KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
     *map(_quantized, (8, 4, 2)),
-    KernelCase("ragged", functools.partial(ragged_decode_attention, kv_heads=LLAMA_8B.K), _draw_pages),
+    KernelCase("ragged", ragged_decode_attention, _draw_pages, static=lambda shape: {"kv_heads": shape.K}),
     KernelCase(f"rank {_RANK}", lowrank_decode_attention, _draw_lowrank),
     KernelCase("mass", attention_mass, _draw_observed, every_step=False),
     _packing("pack keys", "channel"),

@@ -58,14 +58,13 @@ class Timing:
 def time_kernel(case: KernelCase, shape: DecodeShape, implementation: str, key: jax.Array) -> Timing:
     """Checks a kernel against its reference and times both, and for the dense case its peers."""
     row = Timing(case.name, shape.B, shape.S, kvjax.nbytes(case.abstract(shape)))
-    kernel = lambda *arrays: case.op(*arrays, implementation=implementation)
-    reference = lambda *arrays: case.op(*arrays, implementation="xla")
+    kernel, reference = case.program(shape, implementation), case.program(shape, "xla")
     try:
         jax.eval_shape(kernel, *case.abstract(shape))
     except NotImplementedError as error:
         return dataclasses.replace(row, problem=str(error))
     try:
-        arrays = jax.block_until_ready(jax.jit(lambda key: case.draw(shape, key))(key))
+        arrays = drawn(case, shape, key)
         error, wrong = difference(jax.jit(kernel)(*arrays), jax.jit(reference)(*arrays))
         row = dataclasses.replace(row, error=error, wrong=wrong)
         row = dataclasses.replace(row, seconds=per_call(kernel, arrays))
@@ -77,6 +76,11 @@ def time_kernel(case: KernelCase, shape: DecodeShape, implementation: str, key: 
             raise
         row = dataclasses.replace(row, problem="does not fit the device")
     return row
+
+
+def drawn(case: KernelCase, shape: DecodeShape, key: jax.Array) -> tuple:
+    """The case's arrays, made on the device."""
+    return jax.block_until_ready(jax.jit(lambda key: case.draw(shape, key))(key))
 
 
 def difference(got, want) -> tuple[float, bool]:

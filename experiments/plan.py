@@ -39,7 +39,6 @@ _INT8_WEIGHTS = flags.DEFINE_bool("int8_weights", False, "Matrices of the layers
 _CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a chunk of the prompt.")
 _ROOM = flags.DEFINE_integer("room", 1024, "Tokens to make room for behind the prompt.")
 _LARGEST = flags.DEFINE_bool("largest", True, "Look for the largest context that fits.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
 MODELS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "models"
 _CHIPS = {generation.name: generation for generation in (*GENERATIONS, V4)}
@@ -175,9 +174,9 @@ def run() -> None:
     per_chip = len(devices) // chips
     capacity = chip.hbm_gibibytes * 2**30 / per_chip
     for index, method in enumerate(methods, start=1):
-        say = lambda what: _show(f"[{index}/{len(methods)}] {method.name}: {what} for {_TOPOLOGY.value}")
+        say = lambda what: cli.show_progress(f"[{index}/{len(methods)}] {method.name}: {what} for {_TOPOLOGY.value}")
         rows.append(figures(planner.plan(method, capacity if _LARGEST.value else None, say), chip, per_chip))
-    _show("")
+    cli.show_progress("")
     about = {
         "model": config.name,
         "context": setting.context,
@@ -190,7 +189,7 @@ def run() -> None:
         "command": [os.path.basename(sys.executable), "-m", "experiments.plan", *sys.argv[1:]],
     }
     document = json.dumps(about | {"methods": rows}, indent=1)
-    if _JSON.value:
+    if cli.JSON.value:
         print(document)
     else:
         each = "chips" if per_chip == 1 else f"devices, {per_chip} a chip"
@@ -204,16 +203,8 @@ def run() -> None:
         (folder / "plan.json").write_text(document + "\n", encoding="utf-8")
         title = f"{config.name}, {setting.batch} x {setting.context:,} tokens, {_TOPOLOGY.value}"
         pictures.plot_memory(rows, folder / "plan.png", title=title)
-        if not _JSON.value:
+        if not cli.JSON.value:
             print(f"plan.json, plan.png are in {folder}.")
-
-
-def _show(what: str) -> None:
-    """Progress, in a line that the next one replaces; nothing where nobody watches."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-    elif what:
-        print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

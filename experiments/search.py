@@ -105,7 +105,7 @@ def run() -> None:
         raise ValueError(f"--target_ratio must be above 1, got {_RATIO.value:g}.")
     if _EXAMPLES.value < 1:
         raise ValueError(f"--examples must be at least 1, got {_EXAMPLES.value}.")
-    cli.refuse(cli.METHODS, cli.KEEP, cli.CONTEXT, cli.GIN_FILE, cli.GIN_BINDINGS)
+    cli.refuse(cli.METHODS, cli.KEEP, cli.CONTEXT, cli.GIN_FILE, cli.GIN_BINDINGS, cli.JSON)
     if _INSTALL.value is not None and not _INSTALL.value.isidentifier():
         raise ValueError(f"--install must be a name like kvzip_int4, got {_INSTALL.value!r}.")
     if _INSTALL.value is not None and (METHODS_DIR / f"{_INSTALL.value}.gin").exists():

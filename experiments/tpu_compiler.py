@@ -12,6 +12,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels import block_sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -77,7 +79,7 @@ def _devices(topology: str) -> list[jax.Device]:
 
 
 def compile_for(device: jax.Device, function: Callable, *arguments, **options) -> jax.stages.Compiled:
-    """Compiles for one device.
+    """Compiles for one device, with the block sizes of its kind.
 
     Args:
       device: what `compile_only_device` gave.
@@ -86,4 +88,5 @@ def compile_for(device: jax.Device, function: Callable, *arguments, **options) -
       **options: of `jax.jit`.
     """
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
-    return jax.jit(function, **options).lower(*jax.tree.map(place, arguments)).compile()
+    with block_sizes.use(block_sizes.read(device.device_kind)):
+        return jax.jit(function, **options).lower(*jax.tree.map(place, arguments)).compile()

@@ -42,6 +42,7 @@ WEIGHTS_OVER_SEQUENCE: Rules = RULES + (("heads", "seq"), ("ffn", "seq"), ("voca
 """`RULES`, and the weights split over the sequence axis too: for models that the model axis alone cannot hold."""
 
 _GATHERED = 4096  # tokens of a call whose keys and values every shard can have
+_LARGE = 8192  # slots, from which a copy of them is worth some more
 _BLOCK = 512  # queries that attend to the keys of another shard at a time
 
 _rules = jax.make_user_context(RULES)
@@ -135,17 +136,20 @@ def shards(axes: Iterable[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def whole(slots: int, block: int = 1, *, batch: int, kv_heads: int) -> int:
+def whole(slots: int, block: int = 1, *, batch: int, kv_heads: int, tile: int = 1) -> int:
     """A number of slots rounded up to whole blocks, on a mesh to as many of them on every shard.
 
-    A shard of 64 blocks or more has a multiple of 8: a TPU holds what blocks have one of in tiles of 8, and copies a
-    cache that ends within a tile.
+    A TPU holds what blocks have one of in tiles of 8, and copies a cache that ends within a tile before and after it
+    decodes. A shard of 64 blocks or more therefore has a multiple of 8; without a mesh a cache of 8,192 slots or more
+    has a multiple of `tile` blocks where that adds less than one slot in 128.
     """
     parts = shards(layout({"batch": batch, "kv_heads": kv_heads, "slots": 0})["slots"])
     unit = block * parts
-    if parts > 1 and slots >= 64 * unit:
-        unit *= 8
-    return -(-slots // unit) * unit
+    if parts > 1:
+        tile = 8 if slots >= 64 * unit else 1
+    elif slots < max(_LARGE, 128 * tile * unit):
+        tile = 1
+    return -(-slots // (tile * unit)) * tile * unit
 
 
 def packable(slots: int, *, batch: int, kv_heads: int) -> int:

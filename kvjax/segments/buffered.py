@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -121,10 +123,15 @@ class BufferedSegment:
         )
 
     def reserve(self, tokens: int) -> BufferedSegment:
-        """Grows the body by the blocks that `tokens` more tokens can fill."""
+        """Grows the body by the blocks that `tokens` more tokens can fill, and as `sharding.whole` wants."""
         block = self.tail.pos.shape[2]
         B, K, S = self.body.pos.shape
-        extra = sharding.whole(S + -(-tokens // block) * block, block, batch=B, kv_heads=K) - S
+        axes = slot_axes(self.body)
+        # What a block has of each leaf: of scales that a group of tokens shares, few.
+        leaves = zip(jax.tree.leaves(self.body), jax.tree.leaves(axes))
+        rows = [x.shape[axis] * block // S for x, axis in leaves if S and axis >= 0]
+        tile = math.lcm(*(8 // math.gcd(8, n) for n in rows))
+        extra = sharding.whole(S + -(-tokens // block) * block, block, batch=B, kv_heads=K, tile=tile) - S
 
         def grow(x, axis):
             if axis < 0:  # not of slots
@@ -138,7 +145,7 @@ class BufferedSegment:
             slots = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype), self.tail)
             body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1), together=False))
             return self.replace(body=body)
-        return self.replace(body=jax.tree.map(grow, self.body, slot_axes(self.body)))
+        return self.replace(body=jax.tree.map(grow, self.body, axes))
 
     def _parts(self) -> list[Segment]:
         """Body and tail, or the tail alone where the body has no slots yet."""

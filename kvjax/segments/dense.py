@@ -217,11 +217,11 @@ class DenseSegment:
         )
 
     def reserve(self, tokens: int) -> DenseSegment:
-        """Adds `tokens` empty slots, on a mesh as many more as make its shards equal; a ring stays as it is."""
+        """Adds `tokens` empty slots, and as many more as `sharding.whole` wants; a ring stays as it is."""
         if self.ring_sinks is not None:
             return self
         B, K, S = self.pos.shape
-        return self.resize(sharding.whole(S + tokens, batch=B, kv_heads=K))
+        return self.resize(sharding.whole(S + tokens, batch=B, kv_heads=K, tile=8))
 
     def resize(self, slots: int) -> DenseSegment:
         """Pads with empty slots up to `slots`."""

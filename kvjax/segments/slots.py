@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kvjax import sharding
 from kvjax.segments.axes import OF_SLOTS, P, rename, slot_axis
+from pallas_kernels.column_write import is_column, write_columns
 from pallas_kernels.partial import Partial, fold_tiles
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
@@ -292,6 +293,8 @@ def write_windows(
     fills_tiles = axis == 2 and old.ndim == 4 and old.shape[2] % SUBLANES == 0 and old.shape[3] % LANES == 0
     if fills_tiles and B * K <= _UNROLL:
         return jax.lax.platform_dependent(old, new, start, on, tpu=_write_rows, default=_write_slices)
+    if axis == 2 and old.ndim == 4 and is_column(old, new):
+        return jax.lax.platform_dependent(old, new, start, on, tpu=write_columns, default=_write_slices)
     return _write_slices(old, new, start, on, axis)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.mosaic_tpu import product, slots_minor
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block
@@ -46,10 +47,7 @@ def _attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=No
     K, S = k.shape[1], k.shape[2]
     G = N // K
     heads = kv_heads_per_block(K, G, H)
-    slots = _SLOTS
-    while slots > LANES and heads * slots * H * k.dtype.itemsize > _KEY_BYTES:
-        slots //= 2
-    slots, queries = min(slots, S), min(_QUERIES, T)
+    queries, slots = _tile(q, k, heads)
     of_slots = pl.BlockSpec((1, K, slots), lambda b, h, s, t: (b, 0, s))
     specs = [
         pl.BlockSpec((1, queries, heads * G * H), lambda b, h, s, t: (b, t, h)),
@@ -88,6 +86,26 @@ def _attention_mass(q, k, q_pos, k_pos, lse, bias=None, *, window=None, scale=No
         ),
         name="attention_mass",
     )(*operands)
+
+
+def _tile(q: jax.Array, k: jax.Array, heads: int) -> tuple[int, int]:
+    """Queries and slots of a tile."""
+    _, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    slots = _SLOTS
+    while slots > LANES and heads * slots * H * k.dtype.itemsize > _KEY_BYTES:
+        slots //= 2
+    return block_sizes.choose(
+        "attention_mass.mosaic_tpu",
+        block_sizes.key(heads=K, group=N // K, H=H, q=q.dtype, k=k.dtype),
+        default=dict(queries=_QUERIES, slots=slots),
+        candidates=[
+            dict(queries=queries, slots=slots)
+            for queries in block_sizes.doublings(LANES, 2 * _QUERIES)
+            for slots in block_sizes.doublings(LANES, 4 * _SLOTS)
+        ],
+        fit=lambda sizes: (min(sizes["queries"], T), min(sizes["slots"], S)),
+    )
 
 
 def _kernel(

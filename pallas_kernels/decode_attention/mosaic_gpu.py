@@ -19,14 +19,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial, combine
 
 ROWS = 64  # of a wgmma
 SLOTS = 64  # of a tile
-_BUFFERS = 4  # tiles in flight: 128 KB of keys and values with heads of 128, of the 227 KB a block may use
-_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
+SHARED_BYTES = 219 * 1024  # of shared memory; a block may use 227 KB, and barriers and reductions take some
+_BUFFERS = 4  # tiles in flight at most
+PROGRAMS = (264, 132, 528, 1056)
+"""Two for each of the 132 multiprocessors of an H100, and what else is worth a try."""
 _LOG2E = math.log2(math.e)
 
 
@@ -88,10 +91,9 @@ def attend(rows, used, k, v, row_pos, k_pos, bias=None, row_owner=None, owner=No
       Parts with `out` f32[heads, used or a few more, H] and `lse` f32[heads, the same].
     """
     heads, H, tiles = k.shape[0], k.shape[2], k.shape[1] // SLOTS
-    splits = parts(heads, tiles)
+    buffers, splits = _sizes(heads, tiles, H, owned=owner is not None, biased=bias is not None)
     of_rows = [row_pos] + ([] if owner is None else [row_owner])
     of_slots = [k_pos] + ([] if owner is None else [owner]) + ([] if bias is None else [bias.astype(jnp.float32)])
-    buffers = _BUFFERS if H <= 128 else 1  # and the float32 result of 64 rows takes 64 KB
     tiled = dict(transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
     ring = plgpu.SMEM((buffers, SLOTS, H), jnp.bfloat16, **tiled)
     written = -(-used // 8) * 8
@@ -143,9 +145,26 @@ def by_token(rows: Partial, B: int, T: int, N: int) -> Partial:
     return Partial(turn(rows.out), turn(rows.lse))
 
 
-def parts(heads: int, tiles: int) -> int:
+def _sizes(heads: int, tiles: int, H: int, *, owned: bool, biased: bool) -> tuple[int, int]:
+    """Tiles in flight and parts of a head."""
+    fixed, tile = ROWS * H * (2 + 4), SLOTS * (2 * 2 * H + 4 * (1 + owned + biased))  # queries and results; a tile
+    room = (SHARED_BYTES - fixed) // tile
+    return block_sizes.choose(
+        f"{'ragged_' if owned else ''}decode_attention.mosaic_gpu",
+        block_sizes.key(H=H, biased=int(biased)),
+        default=dict(buffers=min(_BUFFERS, room), programs=PROGRAMS[0]),
+        candidates=[
+            dict(buffers=buffers, programs=programs)
+            for buffers in block_sizes.doublings(1, min(2 * _BUFFERS, room))
+            for programs in PROGRAMS
+        ],
+        fit=lambda sizes: (sizes["buffers"], parts(heads, tiles, sizes["programs"])),
+    )
+
+
+def parts(heads: int, tiles: int, programs: int) -> int:
     """Into how many the tiles of a head are cut, so that the heads fill the device."""
-    return max(1, min(tiles, _PROGRAMS // heads))
+    return max(1, min(tiles, programs // heads))
 
 
 def _kernel(q_ref, *refs, tiles, splits, buffers, window, owned, biased):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.config import Blocks, blocks
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.partial import Partial, combine
@@ -84,8 +85,7 @@ def attend(
     scale = H**-0.5 if scale is None else scale
     rows = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     row_pos = jnp.repeat(q_pos, G, axis=1)[..., None]
-    # Whole registers of rows, which VMEM holds anyway, so that loaders may stack them.
-    R = -(-T * G // _ROWS) * _ROWS
+    R = padded_rows(q, K)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     row_pos = jnp.pad(row_pos, ((0, 0), (0, R - T * G), (0, 0)), constant_values=-1)
     per_slot = [Stored(k_pos, 2)] + ([] if bias is None else [Stored(bias.astype(jnp.float32), 2)])
@@ -291,7 +291,11 @@ def _sizes(q, k, v, k_pos) -> Blocks | None:
     K, wide = k.shape[1], q.dtype.itemsize
     # 8-bit floats are widened.
     expanded = sum(x.shape[3] * wide for x in (k, v) if x.dtype.itemsize == 1)
-    return blocks(K, k_pos.shape[2], sum(map(vmem_bytes, (k, v))) + 4, expanded + logits_bytes(q, K))
+    key = block_sizes.key(
+        heads=K, rows=padded_rows(q, K), H=k.shape[3], H_v=v.shape[3], q=q.dtype, k=k.dtype, v=v.dtype
+    )
+    sizes = sum(map(vmem_bytes, (k, v))) + 4, expanded + logits_bytes(q, K)
+    return blocks("decode_attention.mosaic_tpu", key, K, k_pos.shape[2], *sizes)
 
 
 def vmem_bytes(x: jax.Array) -> float:
@@ -302,7 +306,12 @@ def vmem_bytes(x: jax.Array) -> float:
 
 def logits_bytes(q: jax.Array, heads: int) -> float:
     """Of one slot: logits, mask and probabilities of the queries of a KV head, in float32 and once in theirs."""
-    return 16.0 * -(-q.shape[1] * q.shape[2] // heads // _ROWS) * _ROWS
+    return 16.0 * padded_rows(q, heads)
+
+
+def padded_rows(q: jax.Array, heads: int) -> int:
+    """Queries of a KV head in whole registers, which VMEM holds anyway, so that loaders may stack them."""
+    return -(-q.shape[1] * q.shape[2] // heads // _ROWS) * _ROWS
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> str | None:

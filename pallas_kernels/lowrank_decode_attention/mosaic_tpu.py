@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.config import Blocks, blocks
 from pallas_kernels.decode_attention.mosaic_tpu import (
     Keys,
@@ -17,6 +18,7 @@ from pallas_kernels.decode_attention.mosaic_tpu import (
     attend,
     dense_values,
     logits_bytes,
+    padded_rows,
     product,
     row_limit,
     vmem_bytes,
@@ -51,7 +53,19 @@ def _sizes(q, k, v, basis, k_pos) -> Blocks | None:
     K, H = basis.shape[1:3]
     stored = sum(vmem_bytes(x) * x.shape[1] / K for x in (k, v))
     widened = sum(x.shape[3] * q.dtype.itemsize for x in (k, v) if x.dtype.itemsize == 1)
-    return blocks(K, k_pos.shape[2], stored + 4, widened + _EXPANDED * H * 4 + logits_bytes(q, K))
+    key = block_sizes.key(
+        heads=K,
+        rows=padded_rows(q, K),
+        H=H,
+        R=k.shape[3],
+        R_v=v.shape[3],
+        shared=int(k.shape[1] < K),
+        q=q.dtype,
+        k=k.dtype,
+        v=v.dtype,
+    )
+    sizes = stored + 4, widened + _EXPANDED * H * 4 + logits_bytes(q, K)
+    return blocks("lowrank_decode_attention.mosaic_tpu", key, K, k_pos.shape[2], *sizes)
 
 
 def _unsupported(q, k, v, basis, inv_freq, q_pos, k_pos, mean=None, bias=None, *, window, scale) -> str | None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.mosaic_tpu import product, slots_minor
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.partial import Partial
@@ -54,7 +55,17 @@ def _prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
     K = k.shape[1]
     G = N // K
     heads = kv_heads_per_block(K, G, H)
-    queries, keys = (min(tile, T) for tile in _tile(G, heads, H, q.dtype.itemsize))
+    queries, keys = block_sizes.choose(
+        "prefill_attention.mosaic_tpu",
+        block_sizes.key(heads=K, group=G, H=H, dtype=q.dtype),
+        default=dict(zip(("queries", "keys"), _tile(G, heads, H, q.dtype.itemsize))),
+        candidates=[
+            dict(queries=queries, keys=keys)
+            for queries in block_sizes.doublings(LANES, 2 * _QUERIES)
+            for keys in block_sizes.doublings(LANES, 4 * _KEYS)
+        ],
+        fit=lambda sizes: (min(sizes["queries"], T), min(sizes["keys"], T)),
+    )
     tiles = functools.partial(_tiles, queries=queries, keys=keys, window=window)
 
     def read(i, j):
@@ -104,7 +115,7 @@ def _prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
 
 
 def _tile(G: int, heads: int, H: int, itemsize: int) -> tuple[int, int]:
-    """Queries and keys of a tile; fewer than a lane's 128 mean that it does not fit."""
+    """Queries and keys of a tile by the size of VMEM; fewer than a lane's 128 mean that it does not fit."""
     queries, keys = _QUERIES, _KEYS
     while queries * heads * G * H * 2 * (itemsize + 4) > _QUERY_BYTES:
         queries //= 2

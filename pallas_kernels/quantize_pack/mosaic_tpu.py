@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.mosaic_tpu import slots_minor
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, affine, nearest_code
@@ -31,7 +32,7 @@ def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str |
         return f"takes heads of 64, 128 or 256, got {H}"
     if group % SUBLANES:
         return f"takes groups of a multiple of {SUBLANES}, got {group}"
-    slots = _tile(S, bits, group, axis)
+    slots = min(S, _tile(bits, group, axis))
     if slots * H * 4 > _BYTES:
         return f"holds {slots} slots of {H} channels at a time for groups of {group}, more than {_BYTES} bytes"
     return None
@@ -44,7 +45,13 @@ def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Pac
     "channel", of its transpose for "token". The steps from extremes to codes are the reference's own functions.
     """
     B, K, S, H = x.shape
-    slots = _tile(S, bits, group, axis)
+    slots = block_sizes.choose(
+        "quantize_pack.mosaic_tpu",
+        block_sizes.key(heads=K, H=H, bits=bits, axis=axis, group=group, x=x.dtype, scale=jnp.dtype(scale_dtype)),
+        default=dict(slots=_tile(bits, group, axis)),
+        candidates=[dict(slots=n) for n in block_sizes.doublings(_whole(bits, group, axis), 8 * _SLOTS)],
+        fit=lambda sizes: min(sizes["slots"], S),
+    )
     whole = lambda b, h, s: (b, h, s, 0)
     minor = lambda b, h, s: (b, h, 0, s)
     transposed = slots_minor(x)  # what XLA:TPU chooses, and what would be copied if it were read otherwise
@@ -75,10 +82,15 @@ def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Pac
     return Packed(words, scale, zero)
 
 
-def _tile(S: int, bits: int, group: int, axis: str) -> int:
-    """Slots of a tile: whole lanes of them, whole sublanes of words and of scales, or all there are."""
-    whole = math.lcm(LANES, SUBLANES * WORD_BITS // bits, SUBLANES * group if axis == "channel" else 1)
-    return min(S, -(-_SLOTS // whole) * whole)
+def _tile(bits: int, group: int, axis: str) -> int:
+    """Slots of a tile, unless there are fewer."""
+    whole = _whole(bits, group, axis)
+    return -(-_SLOTS // whole) * whole
+
+
+def _whole(bits: int, group: int, axis: str) -> int:
+    """Slots of whole lanes, and of whole sublanes of words and of scales."""
+    return math.lcm(LANES, SUBLANES * WORD_BITS // bits, SUBLANES * group if axis == "channel" else 1)
 
 
 def _kernel(

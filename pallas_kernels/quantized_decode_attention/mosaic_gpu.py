@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.mosaic_gpu import (
+    PROGRAMS,
     ROWS,
+    SHARED_BYTES,
     SLOTS,
     as_rows,
     by_token,
@@ -36,7 +39,6 @@ from pallas_kernels.partial import Partial, combine
 from pallas_kernels.quantize_pack import WORD_BITS, Packed
 from pallas_kernels.quantized_decode_attention import reference
 
-_SHARED_BYTES = 219 * 1024  # of shared memory; a block may use 227 KB, and barriers and reductions take some
 _GROUP = 32  # slots of a group where keys have a scale per token: any number would do
 _CHANNELS = 32  # that are restored at a time at least: the width of a swizzled row of `restored`
 
@@ -74,7 +76,7 @@ def _buffers(k: Packed, v: Packed, key_axis: str, group: int, bias) -> int:
     of_token = lambda x: 4 * x.scale.shape[2] * slots
     of_keys = 4 * SLOTS * H if key_axis == "channel" else of_token(k)
     fixed = 2 * SLOTS * H + of_keys + of_token(v) + (4 if bias is None else 8) * (slots + SLOTS)
-    return min(2, max(0, _SHARED_BYTES - fixed) // (2 * 4 * SLOTS * H))
+    return min(2, max(0, SHARED_BYTES - fixed) // (2 * 4 * SLOTS * H))
 
 
 def _group(k: Packed, key_axis: str, slots: int) -> int:
@@ -91,7 +93,13 @@ def _quantized_decode_attention(
     group = _group(k, key_axis, S)
     rows, row_pos = as_rows(q, q_pos, K, scale)
     tiles = S // (SLOTS * group)
-    splits = parts(B * K, tiles)
+    splits = block_sizes.choose(
+        "quantized_decode_attention.mosaic_gpu",
+        block_sizes.key(H=H, bits=bits, key_axis=key_axis, group=group, biased=int(bias is not None)),
+        default=dict(programs=PROGRAMS[0]),
+        candidates=[dict(programs=programs) for programs in PROGRAMS],
+        fit=lambda sizes: parts(B * K, tiles, sizes["programs"]),
+    )
     flat = lambda x, *shape: x.reshape(B * K, *shape)
     by_channel = lambda x: [flat(x.scale, -1, H), flat(x.zero, -1, H)]
     by_group = lambda x, *more: flat(x, *more, S // group, group)

@@ -12,8 +12,18 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.config import Blocks, blocks
-from pallas_kernels.decode_attention.mosaic_tpu import Keys, Stored, Values, attend, logits_bytes, product, row_limit
+from pallas_kernels.decode_attention.mosaic_tpu import (
+    Keys,
+    Stored,
+    Values,
+    attend,
+    logits_bytes,
+    padded_rows,
+    product,
+    row_limit,
+)
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Packed
@@ -103,7 +113,19 @@ def _sizes(q, k: Packed, v: Packed, bits: int, key_axis: str) -> Blocks | None:
             group = S // x.scale.shape[2]
             slot_bytes += 2 * width / group * x.scale.dtype.itemsize
             step = math.lcm(step, _SUBLANES * group)
-    return blocks(K, S, slot_bytes, expanded, step=step)
+    group_of = lambda x, axis: S // x.scale.shape[2] if axis == "channel" else x.words.shape[3] // x.scale.shape[2]
+    key = block_sizes.key(
+        heads=K,
+        rows=padded_rows(q, K),
+        H=q.shape[3],
+        bits=bits,
+        key_axis=key_axis,
+        key_group=group_of(k, key_axis),
+        value_group=group_of(v, "token"),
+        q=q.dtype,
+        scale=k.scale.dtype,
+    )
+    return blocks("quantized_decode_attention.mosaic_tpu", key, K, S, slot_bytes, expanded, step=step)
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> str | None:

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.config import Blocks, blocks
 from pallas_kernels.decode_attention.mosaic_tpu import (
     LEAST_SLOTS,
@@ -22,6 +23,7 @@ from pallas_kernels.decode_attention.mosaic_tpu import (
     dense_keys,
     dense_values,
     logits_bytes,
+    padded_rows,
     vmem_bytes,
 )
 from pallas_kernels.dispatch import Kernel
@@ -60,7 +62,11 @@ def _sizes(q, k, v) -> Blocks | None:
     # Owners fill lanes in every tile but a single one; the matrix that spreads them has a row for each.
     expanded = widened + logits_bytes(q, 1) + 8 * _LANES
     step = _LANES * unit
-    return blocks(1, flat[0].shape[2], sum(map(vmem_bytes, flat)) + 4, expanded, step=step, most=step)
+    key = block_sizes.key(
+        rows=padded_rows(q, 1), H=k.shape[3], H_v=v.shape[3], unit=unit, q=q.dtype, k=k.dtype, v=v.dtype
+    )
+    sizes = sum(map(vmem_bytes, flat)) + 4, expanded
+    return blocks("ragged_decode_attention.mosaic_tpu", key, 1, flat[0].shape[2], *sizes, step=step, most=step)
 
 
 def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> str | None:

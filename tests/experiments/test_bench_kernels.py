@@ -14,7 +14,7 @@ import pytest
 
 import kvjax
 from experiments import bench_kernels as program
-from experiments import kernel_timing, tpu_compiler
+from experiments import kernel_flags, kernel_timing, tpu_compiler
 from experiments.kernel_cases import CASES, KernelCase
 from pallas_kernels.shapes import LLAMA_8B
 from tests.experiments import in_process
@@ -81,20 +81,20 @@ def test_a_missing_compiler_says_how_to_install_it():
 def test_timing_needs_an_accelerator():
     code, _, err = bench()
     assert code == 2
-    assert err == "error: timing kernels needs a GPU or a TPU, found cpu only; --compile_only needs neither.\n"
+    assert err == "error: running kernels needs a GPU or a TPU, found cpu only; --compile_only needs neither.\n"
 
 
 def test_gpu_kernels_are_timed_on_hopper_alone():
     gpu = lambda **about: types.SimpleNamespace(platform="gpu", **about)
-    assert program._implementation(gpu(device_kind="NVIDIA H100", compute_capability="9.0")) == "mosaic_gpu"
+    assert kernel_flags.implementation(gpu(device_kind="NVIDIA H100", compute_capability="9.0")) == "mosaic_gpu"
     with pytest.raises(ValueError, match="for Hopper, compute capability 9.0, found NVIDIA A100 of 8.0"):
-        program._implementation(gpu(device_kind="NVIDIA A100", compute_capability="8.0"))
+        kernel_flags.implementation(gpu(device_kind="NVIDIA A100", compute_capability="8.0"))
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The reference in the place of the kernel, timed for as long as it takes once."""
-    monkeypatch.setattr(program, "_IMPLEMENTATION", {"cpu": "xla"})
+    monkeypatch.setattr(kernel_flags, "implementation", lambda device: "xla")
     monkeypatch.setattr(kernel_timing, "_LONG_ENOUGH", 0.0)
     monkeypatch.setattr(kernel_timing, "copy_gigabytes_per_second", lambda: 10.0)
 
@@ -111,6 +111,7 @@ def test_a_timed_run_writes_what_it_printed(on_cpu, tmp_path):
     for row in (dense, int4):
         assert row["error"] == 0.0 and not row["wrong"] and row["seconds"] > 0 and row["xla_seconds"] > 0
     assert dense["jax_seconds"] > 0 and int4["jax_seconds"] is None
+    assert "block sizes not tuned" in out and report["tuned"] is False
     line = next(line for line in out.splitlines() if line.startswith("int4"))
     assert line.split()[5] == f"{int4['read_bytes'] / int4['seconds'] / 1e9:.0f}"
     assert f"{int4['seconds'] / dense['seconds']:.3f}" in line.split()
@@ -138,9 +139,7 @@ def test_differences_count_infinities_and_packed_words():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_kernels_take_what_the_cases_draw(case):
     shape = dataclasses.replace(LLAMA_8B, B=2, S=4096)
-    run = lambda implementation: jax.eval_shape(
-        functools.partial(case.op, implementation=implementation), *case.abstract(shape)
-    )
+    run = lambda implementation: jax.eval_shape(case.program(shape, implementation), *case.abstract(shape))
     assert run("mosaic_tpu") == run("xla")
     if case.name in ("dense", "int8", "int4", "int2", "ragged"):
         assert run("mosaic_gpu") == run("xla")

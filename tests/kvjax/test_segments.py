@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kvjax
 from kvjax import BufferedSegment, DenseSegment, QuantizedSegment, Queries, Rope, rotate
 from kvjax.cache import LayerCache
+from kvjax.transforms.quantize import quantizer
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
 
@@ -314,6 +315,20 @@ def test_room_for_an_empty_body_holds_the_tokens():
     for t in range(20):
         segment = _append(segment, k[:, :, t : t + 1], v[:, :, t : t + 1], _pos([t], [t]))
     _assert_same_tokens(_by_token(segment), _by_token(_buffered(_filled(20), 0)), 20)
+
+
+@pytest.mark.parametrize("block, slots, rows", [(32, 33024, 1032), (128, 33024, 1032), (256, 33024, 1032)])
+def test_room_in_a_large_cache_ends_with_whole_tiles_of_scales(block, slots, rows):
+    """Of 8 groups of 32 tokens each, however many groups a block has; smaller caches grow by blocks."""
+    encode = quantizer(2, key_group=32, value_group=8, scale_dtype="float32")
+    reserved = lambda dense: BufferedSegment.from_dense(dense, encode, block).reserve(64)
+    grown = lambda size: jax.eval_shape(reserved, _dense(size))
+    body = grown(32768).body
+    assert body.pos.shape[2] == slots and body.k.scale.shape[2] == rows and body.v.scale.shape[3] == slots
+    assert body.k.words.shape[2] == body.v.words.shape[2] == slots // 16
+    assert grown(2048).body.pos.shape[2] == 2048 + max(block, 64)
+    dense = lambda size: jax.eval_shape(lambda x: x.reserve(1), _dense(size))
+    assert dense(16384).k.shape[2] == 16392 and dense(4096).k.shape[2] == 4097
 
 
 def test_a_buffered_segment_attends_to_body_and_tail_and_says_their_mass():

@@ -43,6 +43,11 @@ def test_rules_split_heads_first_and_slots_where_heads_do_not_divide():
         assert sharding.whole(100, 32, batch=1, kv_heads=8) == 128
     assert sharding.layout(sizes) == {"batch": (), "kv_heads": (), "slots": ()}  # no mesh
     assert sharding.whole(100, 32, batch=1, kv_heads=2) == 128
+    # Whole tiles where they cost little: 16,400 slots or 256 blocks of 32, but not 8 slots more of 8,000.
+    tiled = {(8001, 1): 8001, (16385, 1): 16392, (32767 * 2, 32): 65536, (65537, 32): 65792, (32736, 32): 32736}
+    for (slots, block), expected in tiled.items():
+        assert sharding.whole(slots, block, batch=1, kv_heads=2, tile=8) == expected
+        assert expected - slots < slots / 128 + block
 
 
 def test_other_rules_compile_another_program():

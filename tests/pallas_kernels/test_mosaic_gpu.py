@@ -115,7 +115,7 @@ def test_rows_and_tokens_are_inverse():
 
 
 def test_tiles_are_shared_out_to_fill_the_device():
-    assert parts(heads=8, tiles=64) == 33 and parts(heads=8, tiles=3) == 3 and parts(heads=1024, tiles=64) == 1
+    assert [parts(heads, tiles, 264) for heads, tiles in ((8, 64), (8, 3), (1024, 64))] == [33, 3, 1]
 
 
 @pytest.mark.parametrize(
