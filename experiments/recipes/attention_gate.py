@@ -32,7 +32,7 @@ def train_attention_gate(
     sinks: int = 4,
     recent: int = 32,
     opened: float = 0.9,
-    distillation: float = 0.5,
+    distillation: float = 0.0,
     penalty: float = 1.0,
     seed: int = 0,
     remat: bool = False,
@@ -45,8 +45,8 @@ def train_attention_gate(
     (straight-through), to dropped tokens too.
 
     Deviations: contexts are read exactly, as the cache that is compressed afterwards was; the gates act on what
-    follows. tau is what leaves `rate` of the tokens, as in the method. The paper has no KL, whose gradient is less
-    noisy: it holds for all that a token could have been. The rest as in the method.
+    follows. tau is what leaves `rate` of the tokens, as in the method. The rest as in the
+    method.
 
     Args:
       rate: fraction of a context's tokens that a head keeps on average, the first and the newest included.
@@ -55,7 +55,7 @@ def train_attention_gate(
       sinks: first tokens, which pass in any case.
       recent: newest tokens of a context, which do too.
       opened: p of every token before training.
-      distillation: d.
+      distillation: d; 0 in the paper.
       penalty: weight of the last term.
       seed: of the first weights.
       remat: compute the layers' activations again in the backward pass instead of keeping them.

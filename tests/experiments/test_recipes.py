@@ -145,7 +145,7 @@ def method_loss(method, batch, chunk=None):
 
 def test_gates_lose_in_training_what_their_method_loses(batch):
     frozen = Frozen(tiny_model.params(), ())
-    recipe = train_attention_gate(rate=0.5, channels=4, sinks=1, recent=2, penalty=0.0, distillation=0.0)
+    recipe = train_attention_gate(rate=0.5, channels=4, sinks=1, recent=2, penalty=0.0)
     trained, _ = recipe.start(Model(CONFIG, frozen.params, None))
     loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
     found = method_loss(kvjax.methods.attention_gate(trained, 0.5, sinks=1, recent=2, page=4), batch)
