@@ -45,8 +45,7 @@ def train_attention_gate(
     (straight-through), to dropped tokens too.
 
     Deviations: contexts are read exactly, as the cache that is compressed afterwards was; the gates act on what
-    follows. tau is what leaves `rate` of the tokens, as in the method. The rest as in the
-    method.
+    follows. tau is what leaves `rate` of the tokens, as in the method. The rest as in the method.
 
     Args:
       rate: fraction of a context's tokens that a head keeps on average, the first and the newest included.
@@ -85,9 +84,10 @@ def train_attention_gate(
             layers.append(layer.with_tail(slots.replace(bias=jnp.log(opening + _SHUT))))
             size = jnp.sum(jnp.where(pos[:, None] >= 0, p, 0.0)) / (p.shape[1] * jnp.sum(pos >= 0))
             uneven, mean = uneven + jnp.abs(size - rate), mean + size
-        teacher = read_follow(config, frozen.params, batch, cache).logits
         student = read_follow(config, frozen.params, batch, cache.replace(layers=tuple(layers)), remat=remat).logits
-        kl, ce = divergence(teacher, student, batch), cross_entropy(student, batch)
+        kl, ce = 0.0, cross_entropy(student, batch)
+        if distillation:
+            kl = divergence(read_follow(config, frozen.params, batch, cache).logits, student, batch)
         uneven, mean = uneven / len(layers), mean / len(layers)
         metrics = {"kl": kl, "ce": ce, "uneven": uneven, "mean": mean}
         return distillation * kl + (1 - distillation) * ce + penalty * uneven, metrics
