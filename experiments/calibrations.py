@@ -36,11 +36,16 @@ TRAINED = {
 
 
 def fingerprint(model: Model) -> str:
-    """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model."""
-    shape = dataclasses.asdict(model.config) | {"name": ""}
+    """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model.
+
+    It is of weights that lie here as they do in files, and of what the config says beside its defaults, so that a
+    calibration stays valid when the decoder learns something new.
+    """
+    fields = {field.name: field for field in dataclasses.fields(model.config) if field.name != "name"}
+    shape = {name: getattr(model.config, name) for name, field in fields.items()}
+    shape = {name: value for name, value in shape.items() if value != fields[name].default}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    reads = "wq" if model.config.latent_rank else "wqkv"
-    for weights in (model.params["layers"][0][reads], model.params["layers"][-1]["wo"]):
+    for weights in (model.params["embed"], model.params["layers"][-1]["wo"]):
         digest.update(np.asarray(dense(weights)[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
     return digest.hexdigest()[:16]
 

@@ -103,20 +103,20 @@ class LayerCache:
         return self.replace(segments=(*self.segments[:-1], segment))
 
     def _ranks(self, queries: Queries) -> list[dict[str, Ranks]]:
-        if all(s.key_rope != "rank" for s in self.segments):
+        ranked = [s for s in self.segments if s.key_rope == "rank"]  # a prefix of rotated keys has no rank
+        if not ranked:
             return [{}] * len(self.segments)
-        pos = jnp.concatenate([s.pos for s in self.segments], axis=-1)  # [B, K, S]
+        pos = jnp.concatenate([s.pos for s in ranked], axis=-1)  # [B, K, S]
         slots = jnp.argsort(token_order(pos), axis=-1)
         earlier = (pos >= 0)[:, None] & (pos[:, None] < queries.pos[:, :, None, None])
         ahead = jnp.broadcast_to(queries.ahead, queries.pos.shape)[..., None]
         of_queries = jnp.sum(earlier, axis=-1) + ahead
-        starts = [0]
+        each, start = [], 0
         for s in self.segments:
-            starts.append(starts[-1] + s.pos.shape[-1])
-        return [
-            {"ranks": Ranks(slots[..., a:b], of_queries)} if s.key_rope == "rank" else {}
-            for s, a, b in zip(self.segments, starts, starts[1:])
-        ]
+            end = start + (s.pos.shape[-1] if s.key_rope == "rank" else 0)
+            each.append({"ranks": Ranks(slots[..., start:end], of_queries)} if s.key_rope == "rank" else {})
+            start = end
+        return each
 
 
 @struct.dataclass

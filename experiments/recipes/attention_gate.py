@@ -9,7 +9,14 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from experiments.recipes.recipe import Recipe, context_positions, cross_entropy, read_context, read_follow
+from experiments.recipes.recipe import (
+    Recipe,
+    context_positions,
+    cross_entropy,
+    divergence,
+    read_context,
+    read_follow,
+)
 from kvjax.gating import gate_logits
 from kvjax.segments.dense import unrotated
 from models.decoder import layer_rope
@@ -25,13 +32,14 @@ def train_attention_gate(
     sinks: int = 4,
     recent: int = 32,
     opened: float = 0.9,
+    distillation: float = 0.0,
     penalty: float = 1.0,
     seed: int = 0,
     remat: bool = False,
 ) -> Recipe:
     """Trains, in every layer, a small attention over the prompt that opens or shuts each head to each token.
 
-    `loss = CE(what follows, from the gated cache) + penalty mean_l |mean p - rate|`, where
+    `loss = d KL(full || gated) + (1 - d) CE(gated) + penalty mean_l |mean p - rate|` on what follows, where
     `p = sigmoid(kvjax.gating.gate_logits)`. A token's weight in attention is 1 if it is among the highest p that
     the method would keep of its layer and 0 if not; the gradient goes to p as if the weight were p itself
     (straight-through), to dropped tokens too.
@@ -46,7 +54,8 @@ def train_attention_gate(
       sinks: first tokens, which pass in any case.
       recent: newest tokens of a context, which do too.
       opened: p of every token before training.
-      penalty: weight of the second term.
+      distillation: d; 0 in the paper.
+      penalty: weight of the last term.
       seed: of the first weights.
       remat: compute the layers' activations again in the backward pass instead of keeping them.
     """
@@ -76,9 +85,12 @@ def train_attention_gate(
             size = jnp.sum(jnp.where(pos[:, None] >= 0, p, 0.0)) / (p.shape[1] * jnp.sum(pos >= 0))
             uneven, mean = uneven + jnp.abs(size - rate), mean + size
         student = read_follow(config, frozen.params, batch, cache.replace(layers=tuple(layers)), remat=remat).logits
-        ce = cross_entropy(student, batch)
+        kl, ce = 0.0, cross_entropy(student, batch)
+        if distillation:
+            kl = divergence(read_follow(config, frozen.params, batch, cache).logits, student, batch)
         uneven, mean = uneven / len(layers), mean / len(layers)
-        return ce + penalty * uneven, {"ce": ce, "uneven": uneven, "mean": mean}
+        metrics = {"kl": kl, "ce": ce, "uneven": uneven, "mean": mean}
+        return distillation * kl + (1 - distillation) * ce + penalty * uneven, metrics
 
     def finish(model, trained, constants):
         return trained

@@ -30,8 +30,9 @@ def train_lococo(
     `loss = CE(what follows)`, after the context was read chunk by chunk into `budget` slots, as the method does. No
     gradient passes through a cache that a chunk starts from: what the last chunk leaves is what is trained.
 
-    Deviations: the first kernels are normal with a variance of one over what an output reads, where the official code
-    has a variance of one. The decoder is not tuned. The rest as in the method.
+    Deviations: kernels are trained in units of `(2 H width)^-1/2`, of which the first ones are normal, so that one
+    learning rate suits them and `mix`; the official code has no such unit. The decoder is not tuned. The rest as in the
+    method.
 
     Args:
       budget: [M] slots of a KV head.
@@ -45,12 +46,11 @@ def train_lococo(
 
     def start(model):
         L, H = model.config.num_layers, model.config.head_dim
-        reads = width * 2 * H
-        kernel = jax.random.normal(jax.random.key(seed), (L, width, 2 * H, merged)) * reads**-0.5
+        kernel = jax.random.normal(jax.random.key(seed), (L, width, 2 * H, merged))
         return {"kernel": kernel, "bias": jnp.zeros((L, merged)), "mix": jnp.full(L, 0.5, jnp.float32)}, ()
 
     def loss(config, trained, frozen, batch, key):
-        method, positions = lococo(trained, budget, recent=recent), context_positions(batch)
+        method, positions = lococo(_scaled(trained), budget, recent=recent), context_positions(batch)
         B, P = batch.context.shape
         cache, state = prompt_cache(config, B, frozen.params["embed"].dtype), None
         for first in range(0, P, chunk):
@@ -65,7 +65,13 @@ def train_lococo(
         return ce, {"mix": jnp.mean(trained["mix"])}
 
     def finish(model, trained, constants):
-        return trained
+        return _scaled(trained)
 
     clip = lambda trained: trained | {"mix": jnp.clip(trained["mix"], 0.0, 1.0)}
     return Recipe("lococo", start, loss, finish, clip)
+
+
+def _scaled(trained: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What the method reads: kernels f32[L, width, 2 H, C] in its unit."""
+    kernel = trained["kernel"]
+    return trained | {"kernel": kernel * (kernel.shape[1] * kernel.shape[2]) ** -0.5}

@@ -190,6 +190,18 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fingerprint_is_of_the_model_and_not_of_its_name_or_layout(model):
+    of = calibrations.fingerprint
+    config, params = model.config, model.params
+    changed = lambda **how: dataclasses.replace(model, config=dataclasses.replace(config, **how))
+    assert of(changed(name="another")) == of(model)
+    assert len({of(model), of(changed(rope_base=77.0)), of(changed(num_layers=1))}) == 3
+    with_params = lambda **how: dataclasses.replace(model, params=params | how)
+    assert of(with_params(embed=params["embed"] + 1.0)) != of(model)
+    turned = tuple(layer | {"wqkv": layer["wqkv"][:, ::-1]} for layer in params["layers"])
+    assert of(with_params(layers=turned)) == of(model)
+
+
 def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypatch):
     windows = dataclasses.replace(model.config, num_layers=4, window=8, local_layers=(0, 1, 3))
     given = {"x": jnp.arange(4), "rates": jnp.arange(3), "key_ranks": jnp.arange(12).reshape(3, 4)}

@@ -1,10 +1,11 @@
-"""What a method's config gets from the model that it runs on."""
+"""What a method's config gets from the model that it runs on, and how it is run."""
 
 import pytest
 
 import kvjax
 from experiments.methods import load_method
-from tests.fake_calibrations import Words
+from tests.fake_calibrations import Words, calibrate
+from tests.kvjax import tiny_model
 
 
 class Chat(Words):
@@ -39,3 +40,8 @@ def test_an_instruction_needs_a_tokenizer_and_none_needs_nothing():
     with pytest.raises(ValueError, match="method kvzip: instruction_tokens needs a model's tokenizer"):
         _instruction()
     assert _instruction(bindings=["kvzip.instruction = None"]) == kvjax.Instruction()
+
+
+@pytest.mark.parametrize("name, alone", [("reasoncache", True), ("h2o_chunked", True), ("snapkv", False)])
+def test_what_reads_in_chunks_or_behind_a_prefix_reads_a_prompt_by_itself(name, alone):
+    assert load_method(name, budget=32, calibrate=calibrate(tiny_model.CONFIG)).reads_alone is alone

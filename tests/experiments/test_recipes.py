@@ -156,7 +156,7 @@ def test_convolutions_lose_in_training_what_their_method_loses_over_chunks(batch
     frozen, recipe = Frozen(tiny_model.params(), ()), train_lococo(budget=6, merged=3, chunk=4, width=3, recent=1)
     trained, _ = recipe.start(Model(CONFIG, frozen.params, None))
     loss = quick_jit(recipe.loss, static_argnums=0)(CONFIG, trained, frozen, batch, None)[0]
-    method = kvjax.methods.lococo(trained, 6, recent=1)
+    method = kvjax.methods.lococo(recipe.finish(None, trained, ()), 6, recent=1)
     np.testing.assert_allclose(loss, method_loss(method, batch, chunk=4), rtol=1e-4)
     clipped = recipe.constrain(trained | {"mix": jnp.float32([-1.0, 2.0])})["mix"]
     np.testing.assert_array_equal(clipped, [0.0, 1.0])

@@ -316,12 +316,13 @@ def test_attention_gate(chunk, monkeypatch):
     assert len({len(head) for layer in positions(run.cache, 0) for head in layer}) > 2  # heads differ
 
 
-@pytest.mark.parametrize("chunk", [None, 9])
-def test_reasoncache_of_a_texts_keys_and_values_is_that_text_read_before(chunk):
+@pytest.mark.parametrize("chunk, then", [(None, []), (9, []), (None, [methods.streamingllm(64)])])
+def test_reasoncache_of_a_texts_keys_and_values_is_that_text_read_before(chunk, then):
+    """Also where positions are counted inside a cache that has room for everything."""
     m, demonstration = 5, 300 + np.arange(5)
     _, k, v = (np.asarray(x, np.float64)[:, demonstration].swapaxes(1, 2) for x in TABLES)  # [L, K, m, H]
     slots = {"key": jnp.float32(table_decoder.turn(k, np.arange(-m, 0))), "value": jnp.float32(v)}
-    method = methods.reasoncache(slots)
+    method = kvjax.chain(methods.reasoncache(slots), *then)
     run = _prefill(method, chunk=chunk, room=1)
     asked = [_tokens(row, length + 1)[-1:] for row, length in enumerate(LENGTHS)]
     after, _ = kvjax.extend(STEP, method, run, jnp.int32(np.stack(asked)), jnp.ones(2, jnp.int32), prompt_slots=T)
