@@ -1,7 +1,7 @@
 """Speed of the kernels beside the bandwidth of the device, XLA and others' attention; or their bytes, without a device.
 
-    python -m experiments.bench_kernels --compile_only
-    python -m experiments.bench_kernels
+    python -m experiments.bench_kernels --compile_only [--json]
+    python -m experiments.bench_kernels [--json]
 
 The first needs no accelerator. It compiles every kernel for four TPU generations, at 8 KV heads of 128 with 4 queries
 each, and prints what a decode step reads, the time that takes at the published bandwidth, and what the compilers needed

@@ -127,6 +127,16 @@ def test_a_kernel_that_differs_from_its_reference_ends_the_run_badly(on_cpu, tmp
     assert code == 2 and "kernels that differ from their reference: fp8 1 x 32768." in err
 
 
+def test_json_is_printed_instead_of_the_table(on_cpu, tmp_path, monkeypatch):
+    row = kernel_timing.Timing("fp8", 1, 32768, read_bytes=100, seconds=1e-3, error=0.0)
+    monkeypatch.setattr(program, "_timings", lambda *_: iter([row]))
+    code, out, _ = bench("--kernels=fp8", "--json", f"--output_dir={tmp_path}")
+    (path,) = tmp_path.glob("kernels_cpu_*.json")
+    printed, written = json.loads(out), json.loads(path.read_text())
+    assert code == 0 and printed | {"date": ""} == written | {"date": ""}
+    assert printed["timings"] == [dataclasses.asdict(row)]
+
+
 def test_differences_count_infinities_and_packed_words():
     inf = jnp.inf
     assert kernel_timing.difference((jnp.array([1.0, -inf]),), (jnp.array([1.0, -inf]),)) == (0.0, False)
