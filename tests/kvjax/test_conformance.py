@@ -26,7 +26,7 @@ ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
 SHARDED = [
     *("full", "int4", "kivi2", "gear", "mikv", "rotatekv", "million"),
     *("streamingllm", "h2o", "snapkv", "snapkv_int4", "adakv_snapkv", "kvzip", "cake", "lazyeviction", "tova"),
-    *("attention_gate",),  # a scorer that mixes heads and slots
+    *("attention_gate", "reasoncache"),  # a scorer that mixes heads and slots; slots that rows share
     *("kvmerger", "d2o", "matryoshka_pca", "think", "cskv", "xkv", "minicache", "razorattention", "duoattention"),
 ]
 
