@@ -241,7 +241,7 @@ def table(speeds: Sequence[Speed], base: str | None) -> str:
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.JSON)
+    cli.refuse(cli.CONTEXT, cli.TASKS, cli.JSON)
     lengths = _read_lengths()
     for flag in (_NEW_TOKENS, _REPEATS):
         if flag.value < 1:

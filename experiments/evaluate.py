@@ -40,6 +40,8 @@ def read_settings() -> Settings:
     """The settings of the gin files, the bindings and the flags, in that order."""
     if cli.KEEP.value is not None and _BUDGET.value is not None:
         raise ValueError("--keep and --budget say the same thing in two ways; pass one of them.")
+    if cli.CONTEXT.value is not None and cli.TASKS.value is not None:
+        raise ValueError("--context is for synthetic tasks; those of --tasks have contexts of their own.")
     gin.parse_config_files_and_bindings(cli.GIN_FILE.value, cli.GIN_BINDINGS.value, skip_unknown=False)
     given = {
         name: flag.value
@@ -49,6 +51,7 @@ def read_settings() -> Settings:
             ("keep", cli.KEEP),
             ("budget", _BUDGET),
             ("tasks", cli.TASKS),
+            ("length", cli.CONTEXT),
             ("max_examples", _MAX_EXAMPLES),
             ("question_aware", _QUESTION_AWARE),
         )

@@ -209,7 +209,7 @@ def read_training() -> tuple[Training, str]:
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.METHODS, cli.KEEP, cli.JSON)
+    cli.refuse(cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     if not cli.GIN_FILE.value:
         raise ValueError("--gin_file says what is trained; there are configs/runs/train_*.gin.")
     training, config = read_training()

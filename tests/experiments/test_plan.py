@@ -76,7 +76,7 @@ def test_bad_input_is_one_line_that_names_the_flag(tmp_path):
 def test_a_plan_is_printed_drawn_and_written(tmp_path):
     fields = json.loads((plan.MODELS_DIR / "llama3_1_8b.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 1, "vocab_size": 1024}))
-    flags = [f"--model={tmp_path}", "--context=8192", "--topology=v5e:2x2", "--mesh=seq:2,model:2", "--methods=int4"]
+    flags = [f"--model={tmp_path}", "--context=2048", "--topology=v5e:2x2", "--mesh=seq:2,model:2", "--methods=int4"]
     code, out, err = in_process.call(plan, *flags, f"--output_dir={tmp_path / 'out'}")
     assert code == 0, err
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
