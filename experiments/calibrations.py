@@ -109,7 +109,7 @@ class Calibrations:
 
     def __init__(self, model: Model, settings: Settings | None = None):
         self._model = model
-        self._settings = settings or Settings(tokens=min(Settings.tokens, model.config.max_positions))
+        self._settings = settings or Settings.of(model)
 
     def __call__(self, recipe: str, path: str | None) -> Calibration:
         """The calibration in `path`, or, for None, the one kept for this model.

@@ -47,6 +47,11 @@ class Settings:
     tokens: int = 1024
     seed: int = 0
 
+    @classmethod
+    def of(cls, model: Model) -> Settings:
+        """The defaults, or what a model of fewer positions takes."""
+        return cls(tokens=min(cls.tokens, model.config.max_positions))
+
 
 def principal_components(model: Model, settings: Settings) -> Calibration:
     """Axes of rotated keys and of values, and mean squares along them, per layer and KV head."""

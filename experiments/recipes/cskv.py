@@ -43,9 +43,7 @@ def train_cskv(
     """
 
     def start(model):
-        found = measurements.weight_directions(
-            model, measurements.Settings(tokens=min(measurements.Settings.tokens, model.config.max_positions))
-        )
+        found = measurements.weight_directions(model, measurements.Settings.of(model))
         trained = {}
         for name, density in (("key", key_density), ("value", value_density)):
             axes = found[f"{name}_axes"]  # [L, K, H, K H]

@@ -43,7 +43,7 @@ def train_matryoshka(
     """
 
     def start(model):
-        bases = measurements.principal_components(model, _settings(model))
+        bases = measurements.principal_components(model, measurements.Settings.of(model))
         axes = jnp.stack([bases["key_axes"], bases["value_axes"]], axis=1)  # [L, 2, K, H, H]
         if axes.shape[-1] % widths:
             raise ValueError(f"train_matryoshka.widths must divide a head's {axes.shape[-1]} channels, got {widths}.")
@@ -70,7 +70,7 @@ def train_matryoshka(
     def finish(model, trained, constants):
         axes = turned(constants["axes"], trained["turn"])
         bases = {"key_axes": axes[:, 0], "value_axes": axes[:, 1]}
-        return bases | measurements.search_ranks(model, _settings(model), bases, rates=rates)
+        return bases | measurements.search_ranks(model, measurements.Settings.of(model), bases, rates=rates)
 
     return Recipe("matryoshka_trained", start, loss, finish)
 
@@ -87,7 +87,3 @@ def _defect(axes: jax.Array) -> jax.Array:
     """f32[]: the largest entry of |U^T U - I|."""
     with jax.default_matmul_precision("highest"):
         return jnp.max(jnp.abs(axes.mT @ axes - jnp.eye(axes.shape[-1])))
-
-
-def _settings(model) -> measurements.Settings:
-    return measurements.Settings(tokens=min(measurements.Settings.tokens, model.config.max_positions))

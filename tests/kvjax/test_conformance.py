@@ -9,7 +9,7 @@ from tests.kvjax.cases import CASES, METHODS
 
 BY_NAME = {case.name: case for case in CASES}
 TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
-# Of these only the bytes are checked, and that they lose nothing: int8, int4 and snapkv_int4 with other numbers.
+# int8, int4 and snapkv_int4 with other numbers: their bytes are checked, and what is asked of some cases only.
 _TWINS = ("int2", "kivi4", "kivi2", "keydiff_int8")
 EVERY = [name for name in BY_NAME if name not in _TWINS]
 BUDGETED = [name for name, t in TRANSFORMS.items() if t.budget is not None]
