@@ -107,10 +107,10 @@ def _draw_pages(shape: DecodeShape, key) -> tuple:
     """As many slots as in the dense case, half of them of head 0."""
     q, k, v, q_pos, k_pos = _draw_dense(shape, key)
     pages = shape.K * shape.S // _PAGE
-    paged = lambda x: x.reshape(shape.B, pages, _PAGE, *x.shape[3:])
+    in_a_row = lambda x: x.reshape(shape.B, -1, *x.shape[3:])
     head = jnp.arange(pages, dtype=jnp.int32) * 2 * shape.K // pages  # 0 to 2 K - 1
     owner = jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages))
-    return q, paged(k), paged(v), owner, q_pos, paged(k_pos)
+    return q, in_a_row(k), in_a_row(v), owner, q_pos, in_a_row(k_pos)
 
 
 def _draw_lowrank(shape: DecodeShape, key) -> tuple:

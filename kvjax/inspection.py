@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.segments import DenseSegment
+from kvjax.segments import DenseSegment, PooledSegment, RaggedSegment
 
 
 def held_positions(cache: Cache, row: int = 0) -> list[list[np.ndarray]]:
@@ -24,10 +24,11 @@ def held_positions(cache: Cache, row: int = 0) -> list[list[np.ndarray]]:
         K = layer.segments[-1].pos.shape[1]
         heads: list[list[np.ndarray]] = [[] for _ in range(K)]
         for segment in layer.segments:
-            pos = np.asarray(segment.pos)
-            pos = pos[row if len(pos) > 1 else 0]  # a prefix may be of all rows
-            owner = getattr(segment, "owner", None)  # KV head of every page, where slots lie in pages
-            for head, part in zip(range(K) if owner is None else np.asarray(owner[row]), pos, strict=True):
+            pos, owners = np.asarray(segment.pos), range(K)
+            if isinstance(segment, RaggedSegment | PooledSegment):
+                owners = np.asarray(segment.owner[row])  # KV head of every page
+                pos = pos.reshape(len(pos), len(owners), -1)
+            for head, part in zip(owners, pos[row if len(pos) > 1 else 0], strict=True):  # a prefix may be of all rows
                 heads[head].append(part[part >= 0])
         layers.append([np.sort(np.concatenate(parts)) for parts in heads])
     return layers

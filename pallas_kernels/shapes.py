@@ -114,9 +114,9 @@ class RaggedShape:
         """`(q, k, v, owner, q_pos, k_pos)` without numbers."""
         at, x = jax.ShapeDtypeStruct, self.decode
         q, _, _, q_pos, _, _ = x.abstract()
-        pages = (x.B, self.P, self.page)
-        kv = at((*pages, x.H), x.dtype)
-        return q, kv, kv, at((x.B, self.P), jnp.int32), q_pos, at(pages, jnp.int32)
+        slots = (x.B, self.P * self.page)
+        kv = at((*slots, x.H), x.dtype)
+        return q, kv, kv, at((x.B, self.P), jnp.int32), q_pos, at(slots, jnp.int32)
 
     def draw(self, seed: int) -> tuple[jax.Array, ...]:
         """Half of the pages belong to head 0; pages of a head lie together, and the last ones are empty."""
@@ -128,7 +128,8 @@ class RaggedShape:
         owner[:, -2:] = 0
         k_pos = k_pos.at[:, -2:].set(-1)
         q_pos = rng.integers(self.page // 2, self.page + 1, size=(x.B, x.T))
-        return q, k, v, jnp.int32(owner), jnp.int32(q_pos), k_pos
+        in_a_row = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+        return q, in_a_row(k), in_a_row(v), jnp.int32(owner), jnp.int32(q_pos), in_a_row(k_pos)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ class DenseSegment:
         )
         return Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
 
-    def attend_pages(
+    def attend_owned(
         self,
         queries: Queries,
         owner: jax.Array,
@@ -106,7 +106,7 @@ class DenseSegment:
         window: int | None = None,
         scale: float | None = None,
     ) -> Partial:
-        """Attention of the queries of K heads, where this segment's "heads" are pages that belong to them.
+        """Attention of the queries of K heads, where this segment's one head is a row of pages that belong to them.
 
         Args:
           queries: of K * G heads.
@@ -117,8 +117,9 @@ class DenseSegment:
           scale: see `attend`.
         """
         q, k = self._rotated(queries, None)
-        how = dict(kv_heads=kv_heads, bias=self.bias, only=only, window=window, scale=scale)
-        return ragged_decode_attention(q, k, self.values, owner, queries.pos, self.pos, **how)
+        k, v, pos, bias = (None if x is None else x[:, 0] for x in (k, self.values, self.pos, self.bias))
+        how = dict(kv_heads=kv_heads, bias=bias, only=only, window=window, scale=scale)
+        return ragged_decode_attention(q, k, v, owner, queries.pos, pos, **how)
 
     def attend_expanded(
         self,

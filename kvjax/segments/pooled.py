@@ -49,13 +49,13 @@ class PooledSegment:
 
     @property
     def pos(self) -> jax.Array:
-        """i32[B, P, page]; the pages of other layers are empty."""
-        index = jnp.arange(self.pool.pos.shape[1])
-        return jnp.where(self._mine(jnp.zeros_like(self.first), index)[..., None], self.pool.pos, -1)
+        """That of the pool; the pages of other layers are empty."""
+        mine = self._mine(jnp.zeros_like(self.first), jnp.arange(self.owner.shape[1]))  # [B, P]
+        return jnp.where(self.pool.of_slots(mine), self.pool.pos, -1)
 
     def attend(self, queries: Queries, **how) -> Partial:
         """See `Segment.attend`."""
-        tile = min(_TILE, self.pool.pos.shape[1])
+        tile = min(_TILE, self.owner.shape[1])
         tiles = -(-jnp.max(self.count) // tile)
 
         def read(i):
@@ -65,15 +65,14 @@ class PooledSegment:
         return fold(read, tiles)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
-        """See `Segment.mass`; f32[B, P * G, page], 0 for the pages of other layers."""
-        mass = self.pool.mass(queries, lse, **how)
-        mine = jnp.any(self.pos >= 0, axis=-1)  # [B, P]
-        return jnp.where(jnp.repeat(mine, mass.shape[1] // mine.shape[1], axis=1)[..., None], mass, 0.0)
+        """See `RaggedSegment.mass`; 0 for the pages of other layers."""
+        mass, mine = self.pool.mass(queries, lse, **how), self.pos >= 0
+        return jnp.where(jnp.repeat(mine, mass.shape[1] // mine.shape[1], axis=1), mass, 0.0)
 
     def dense(self) -> RaggedSegment:
         """The same with dense pages; those of other layers are empty."""
-        pool = self.pool.dense()
-        return pool.replace(pages=pool.pages.replace(pos=self.pos))
+        dense = self.replace(pool=self.pool.dense())
+        return dense.pool.replace(stored=dense.pool.stored.replace(pos=dense.pos))
 
     def map_dense(self, body, tail) -> Segment:
         """Refused: it is what a layer sees of a pool, which is rewritten where it lies."""
@@ -98,16 +97,10 @@ class PooledSegment:
 
     def _pages(self, start: jax.Array, size: int) -> tuple[RaggedSegment, jax.Array]:
         """`size` pages of every row from its layer's page `start` on, and bool[B, size], which are the layer's."""
-        B, P, _ = self.pool.pos.shape
-        at = jnp.minimum(self.first + start, P - size)  # a window at the pool's end begins earlier
-
-        def window(x):
-            if B == 1:
-                return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis=1)
-            return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size, axis=0))(x, at)
-
+        B, P = self.owner.shape
+        at = jnp.minimum(self.first + start, P - size)  # a run at the pool's end begins earlier
         mine = self._mine(jnp.broadcast_to(start, (B,)), at[:, None] + jnp.arange(size))
-        return jax.tree.map(window, self.pool), mine
+        return self.pool.run(at, size), mine
 
 
 @struct.dataclass
@@ -145,7 +138,7 @@ def pool_layers(paged: RaggedSegment, layers: int) -> tuple[RaggedSegment, list[
       The pool, whose owners are KV heads of their layers, and the view of every layer.
     """
     K = paged.kv_heads // layers
-    of_layer = jnp.where(jnp.any(paged.pos >= 0, axis=-1), paged.owner // K, layers)  # [B, P]
+    of_layer = jnp.where(jnp.any(paged.pages.pos >= 0, axis=-1), paged.owner // K, layers)  # [B, P]
     counts = jnp.sum(of_layer[..., None] == jnp.arange(layers), axis=1, dtype=jnp.int32)  # [B, L]
     firsts = jnp.cumsum(counts, axis=-1) - counts
     views = [PoolView(firsts[:, layer], counts[:, layer]) for layer in range(layers)]

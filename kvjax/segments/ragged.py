@@ -46,15 +46,15 @@ class SlotList(NamedTuple):
 class RaggedSegment:
     """A pool of P pages a row; each page holds slots of one KV head.
 
-    The pages are a segment of any representation whose "heads" are the pages, so they may be dense or
-    packed. Attention treats a page as a KV head, then merges the pages of a head: the work is that of the
-    pages, however unequal the heads are. Unused pages are empty and belong to head 0. Pages that can be read with
-    their owners (`attend_pages`) are.
+    Dense slots lie in a row, page after page, as one head of P * page slots that kernels read with their owners: a
+    TPU would lay out positions of [P, page] anew at every step. Any other representation has the pages as its
+    "heads"; attention treats a page as a KV head, then merges the pages of a head. Either way the work is that of the
+    pages, however unequal the heads are. Unused pages are empty and belong to head 0.
 
-    Bytes: those of the pages, and `4 * B * P`.
+    Bytes: those of the slots, and `4 * B * P`.
     """
 
-    pages: Segment  # [B, P, page, ...]
+    stored: Segment  # dense: [B, 1, P * page, ...]; otherwise [B, P, page, ...]
     owner: jax.Array  # i32[B, P], KV head of every page
     kv_heads: int = struct.field(pytree_node=False)
 
@@ -90,47 +90,82 @@ class RaggedSegment:
         index = jnp.clip(per_head(first_slot)[..., None] + rank, 0, M - 1).reshape(B, -1)
         index = jnp.take_along_axis(order, index, axis=1)
         taken = slots.take(index[:, None], valid.reshape(B, 1, -1))
-        paged = jax.tree.map(lambda x: x.reshape(B, pages, page, *x.shape[3:]), taken)
-        return cls(paged, of_page.astype(jnp.int32), kv_heads)
+        return cls(taken, of_page.astype(jnp.int32), kv_heads)
+
+    @property
+    def pages(self) -> Segment:
+        """[B, P, page, ...], as a segment whose heads are the pages."""
+        if not self._in_a_row:
+            return self.stored
+        B, P = self.owner.shape
+        return jax.tree.map(lambda x: x.reshape(B, P, -1, *x.shape[3:]), self.stored)
+
+    def with_pages(self, pages: Segment) -> RaggedSegment:
+        """The same owners with other pages [B, P, page, ...], in any representation."""
+        if isinstance(pages, DenseSegment):
+            pages = jax.tree.map(lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:]), pages)
+        return self.replace(stored=pages)
+
+    def run(self, first: jax.Array, count: int) -> RaggedSegment:
+        """`count` pages of every row, from its page i32[B] `first` on."""
+        axis, page = (2, self.pos.shape[2] // self.owner.shape[1]) if self._in_a_row else (1, 1)
+
+        def cut(x, axis, unit):
+            at, size = first * unit, count * unit
+            if x.shape[0] == 1:
+                return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis)
+            return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size, axis - 1))(x, at)
+
+        return self.replace(
+            stored=jax.tree.map(lambda x: cut(x, axis, page), self.stored), owner=cut(self.owner, 1, 1)
+        )
+
+    def of_slots(self, of_pages: jax.Array) -> jax.Array:
+        """What is known of pages, [B, P], for each of their slots: shaped as `pos`."""
+        page = self.pos.size // self.owner.size
+        return jnp.repeat(of_pages, page, axis=1).reshape(self.pos.shape)
 
     def axes(self) -> RaggedSegment:
         """See `Segment.axes`: a page is whole, and pages lie anywhere."""
-        pages = rename(self.pages.axes(), {"kv_heads": "pages", "slots": None})
-        return self.replace(pages=pages, owner=P("batch", "pages"))
+        names = {"kv_heads": None, "slots": "pages"} if self._in_a_row else {"kv_heads": "pages", "slots": None}
+        return self.replace(stored=rename(self.stored.axes(), names), owner=P("batch", "pages"))
 
     @property
     def key_rope(self) -> KeyRope:
         """That of the pages."""
-        return self.pages.key_rope
+        return self.stored.key_rope
 
     @property
     def pos(self) -> jax.Array:
-        """i32[B, P, page]."""
-        return self.pages.pos
+        """i32[B, 1, P * page] or i32[B, P, page], as they are stored."""
+        return self.stored.pos
 
     def attend(self, queries: Queries, *, only: jax.Array | None = None, **how) -> Partial:
         """See `Segment.attend`; of the pages where bool[B, P] `only` is true, or of all."""
-        if isinstance(self.pages, DenseSegment):
-            return self.pages.attend_pages(queries, self.owner, self.kv_heads, only=only, **how)
-        partial = self.pages.attend(self._of_pages(queries), **how)
+        if self._in_a_row:
+            return self.stored.attend_owned(queries, self.owner, self.kv_heads, only=only, **how)
+        partial = self.stored.attend(self._of_pages(queries), **how)
         return combine_by_owner(partial, self.owner, self.kv_heads, only=only)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
-        """See `Segment.mass`; f32[B, P * G, page], the G query heads of a page's owner."""
-        return self.pages.mass(self._of_pages(queries), self._heads(lse), **how)
+        """See `Segment.mass`; by the G query heads of a page's owner: f32[B, G, P * page] or f32[B, P * G, page]."""
+        mass = self.pages.mass(self._of_pages(queries), self._heads(lse), **how)
+        if not self._in_a_row:
+            return mass
+        (B, P), page = self.owner.shape, mass.shape[-1]
+        return jnp.swapaxes(mass.reshape(B, P, -1, page), 1, 2).reshape(B, -1, P * page)
 
     def as_list(self) -> SlotList:
         """The slots of its dense pages; unused ones are empty."""
-        of_pages = SlotList.of(self.pages)
-        return of_pages._replace(owner=jnp.repeat(self.owner, self.pages.pos.shape[2], axis=1))
+        return SlotList(self.stored, self.of_slots(self.owner)[:, 0])
 
     def dense(self) -> RaggedSegment:
         """The same with dense pages."""
-        return self.replace(pages=self.pages.dense())
+        return self.with_pages(self.pages.dense())
 
     def map_dense(self, body, tail) -> RaggedSegment:
         """See `Segment.map_dense`."""
-        return self.replace(pages=self.pages.map_dense(body, body))
+        return self.with_pages(self.pages.map_dense(body, body))
 
     def fold_dense(self, attend, *beside) -> Partial:
         """Refused: bases belong to heads, not to pages."""
@@ -143,6 +178,10 @@ class RaggedSegment:
     def reserve(self, tokens: int) -> RaggedSegment:
         """Refused: see `append`."""
         raise TypeError("RaggedSegment is written once; reserve in the dense segment behind it.")
+
+    @property
+    def _in_a_row(self) -> bool:
+        return isinstance(self.stored, DenseSegment)
 
     def _of_pages(self, queries: Queries) -> Queries:
         return queries._replace(raw=self._heads(queries.raw))

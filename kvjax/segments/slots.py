@@ -294,8 +294,19 @@ def write_windows(
     if fills_tiles and B * K <= _UNROLL:
         return jax.lax.platform_dependent(old, new, start, on, tpu=_write_rows, default=_write_slices)
     if axis == 2 and old.ndim == 4 and is_column(old, new):
-        return jax.lax.platform_dependent(old, new, start, on, tpu=write_columns, default=_write_slices)
+        return _write_column(old, new, start, on)
     return _write_slices(old, new, start, on, axis)
+
+
+@jax.custom_jvp
+def _write_column(old, new, start, on):
+    return jax.lax.platform_dependent(old, new, start, on, tpu=write_columns, default=_write_slices)
+
+
+@_write_column.defjvp
+def _derivative_of_write_column(primals, tangents):
+    _, _, start, on = primals
+    return _write_column(*primals), _write_slices(*tangents[:2], start, on)  # linear in both; kernels have no rule
 
 
 def _write_slices(old, new, start, on, axis=2):

@@ -72,7 +72,7 @@ def evict_across_layers(
         K = segment.pos.shape[1]
         if pool is not None:
             # Or XLA gathers keys and values of all layers at the very end, and holds every layer's until then.
-            gathered = jnp.stack([pool.pages.k, pool.pages.values])
+            gathered = jnp.stack([pool.stored.k, pool.stored.values])
             segment = segment.replace(pos=written_after(gathered, segment.pos)[0])
         fresh = SlotList.of(segment.replace(stats={_SCORE: slot_scores(scorer, segment, seen)}), layer * K)
         held = fresh if pool is None else pool.as_list().plus(fresh)
@@ -92,7 +92,7 @@ def evict_across_layers(
         for index, (layer, seen) in enumerate(zip(cache.layers, observation.layers, strict=True)):
             tail = dense_tail(layer, "evict_across_layers")
             pool, weights = take_up(pool, weights, tail, seen, jnp.int32(index), rows, slots=slots, count=L)
-        pool, views = pool_layers(pool.replace(pages=pool.pages.replace(stats={})), L)
+        pool, views = pool_layers(pool.replace(stored=pool.stored.replace(stats={})), L)
         seen_by = lambda layer, view: layer.replace(
             segments=(*layer.segments[:-1], view, layer.segments[-1].no_slots())
         )

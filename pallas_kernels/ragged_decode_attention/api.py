@@ -37,13 +37,13 @@ def ragged_decode_attention(
 
     Args:
       q: [B, T, N, H] queries, already rotated.
-      k: [B, P, page, H] keys, already rotated.
-      v: [B, P, page, H'] values.
+      k: [B, S, H] keys, already rotated: P pages of S / P slots, one after the other.
+      v: [B, S, H'] values.
       owner: i32[B, P], the KV head of every page, in any order.
       q_pos: i32[B, T] token positions, -1 for padding.
-      k_pos: i32[B, P, page] token positions, -1 for empty slots.
+      k_pos: i32[B, S] token positions, -1 for empty slots.
       kv_heads: [K].
-      bias: f32[B, P, page] added to the logits. Optional.
+      bias: f32[B, S] added to the logits. Optional.
       only: bool[B, P], the pages to attend to. None: all.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.

@@ -21,9 +21,10 @@ def _unsupported(
     q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window=None, scale=None
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
-    del owner, q_pos, k_pos, bias, only, kv_heads, window, scale
+    del q_pos, k_pos, bias, only, kv_heads, window, scale
     _, T, N, H = q.shape
-    P, page = k.shape[1:3]
+    S, P = k.shape[1], owner.shape[1]
+    page = S // P
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"takes bfloat16 queries, keys and values, got {q.dtype}, {k.dtype} and {v.dtype}"
     if H not in (64, 128, 256) or v.shape[-1] != H:
@@ -32,7 +33,7 @@ def _unsupported(
         return f"takes 1 to {ROWS} queries of all heads, got T * N = {T * N} of q {list(q.shape)}"
     if page % 8 or (SLOTS % page and page % SLOTS):
         return f"takes pages of 8, 16, 32 or a multiple of {SLOTS} slots, got {page}"
-    if P * page < SLOTS:
+    if S < SLOTS:
         return f"takes at least {SLOTS} slots in all pages, got {P} pages of {page}"
     return None
 
@@ -42,29 +43,29 @@ def _ragged_decode_attention(
 ) -> Partial:
     """See `pallas_kernels.ragged_decode_attention.api.ragged_decode_attention`."""
     B, T, N, _ = q.shape
-    P, page = k.shape[1:3]
+    S, P = k.shape[1], owner.shape[1]
+    page = S // P
     if only is not None:
-        k_pos = jnp.where(only[..., None], k_pos, -1)
+        k_pos = jnp.where(jnp.repeat(only, page, axis=1), k_pos, -1)
     rows, row_pos = as_rows(q, q_pos, 1, scale)
     head = jnp.arange(ROWS, dtype=jnp.int32) % N // (N // kv_heads)  # rows are tokens times heads
-    flat = lambda x: None if x is None else x.reshape(B, P * page, *x.shape[3:])
     partials = attend(
         rows,
         T * N,
-        flat(k),
-        flat(v),
+        k,
+        v,
         row_pos,
-        flat(k_pos),
-        flat(bias),
+        k_pos,
+        bias,
         jnp.broadcast_to(head, (B, ROWS)),
         jnp.repeat(owner, page, axis=1),
         window=window,
     )
     partials = [by_token(partial, B, T, N) for partial in partials]
-    first = P * page // SLOTS * SLOTS // page
-    if first < P:
+    first = S // SLOTS * SLOTS
+    if first < S:
         rest = lambda x: None if x is None else x[:, first:]
-        pages = (q, rest(k), rest(v), rest(owner), q_pos, rest(k_pos), rest(bias))
+        pages = (q, rest(k), rest(v), owner[:, first // page :], q_pos, rest(k_pos), rest(bias))
         partials.append(
             reference.ragged_decode_attention(*pages, None, kv_heads=kv_heads, window=window, scale=scale)
         )

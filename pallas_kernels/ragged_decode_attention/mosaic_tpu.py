@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.config import Blocks, blocks
@@ -55,18 +56,18 @@ def owned_keys(k: jax.Array, owner: jax.Array, queries: tuple[int, int], kv_head
     return Keys((*dense.stored, Stored(owner, 3, unit)), logits)
 
 
-def _sizes(q, k, v) -> Blocks | None:
-    unit = math.gcd(k.shape[2], _UNIT)
-    flat = [jax.ShapeDtypeStruct((x.shape[0], 1, x.shape[1] * x.shape[2], x.shape[3]), x.dtype) for x in (k, v)]
-    widened = sum(x.shape[3] * q.dtype.itemsize for x in flat if x.dtype.itemsize == 1)
+def _sizes(q, k, v, owner) -> Blocks | None:
+    one_head = [jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype) for x in (k, v)]
+    widened = sum(x.shape[2] * q.dtype.itemsize for x in (k, v) if x.dtype.itemsize == 1)
     # Owners fill lanes in every tile but a single one; the matrix that spreads them has a row for each.
     expanded = widened + logits_bytes(q, 1) + 8 * _LANES
+    unit = _unit(k, owner)
     step = _LANES * unit
     key = block_sizes.key(
-        rows=padded_rows(q, 1), H=k.shape[3], H_v=v.shape[3], unit=unit, q=q.dtype, k=k.dtype, v=v.dtype
+        rows=padded_rows(q, 1), H=k.shape[2], H_v=v.shape[2], unit=unit, q=q.dtype, k=k.dtype, v=v.dtype
     )
-    sizes = sum(map(vmem_bytes, flat)) + 4, expanded
-    return blocks("ragged_decode_attention.mosaic_tpu", key, 1, flat[0].shape[2], *sizes, step=step, most=step)
+    sizes = sum(map(vmem_bytes, one_head)) + 4, expanded
+    return blocks("ragged_decode_attention.mosaic_tpu", key, 1, k.shape[1], *sizes, step=step, most=step)
 
 
 def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> str | None:
@@ -75,28 +76,46 @@ def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads
         return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
     if kv_heads > _MOST_HEADS:
         return f"takes up to {_MOST_HEADS} KV heads, got {kv_heads}"
-    if k.shape[1] * k.shape[2] < LEAST_SLOTS:
+    if k.shape[1] < LEAST_SLOTS:
         return f"takes {LEAST_SLOTS} slots or more, got k {list(k.shape)}"
-    if _sizes(q, k, v) is None:
-        return f"finds no tile of [P, page, H] = {list(k.shape[1:])} that fits"
+    if _sizes(q, k, v, owner) is None:
+        return f"finds no tile of [S, H] = {list(k.shape[1:])} that fits"
     return None
 
 
+def _page(k, owner) -> int:
+    """Slots of a page."""
+    return k.shape[1] // owner.shape[1]
+
+
+def _unit(k, owner) -> int:
+    """Slots that one entry of the owners stands for in the kernel: a page, or a part of it."""
+    return math.gcd(_page(k, owner), _UNIT)
+
+
+def _repeated(x: jax.Array, times: int) -> jax.Array:
+    """`jnp.repeat(x, times, axis=1)` in int32, of up to 256; as a product: repeating makes a row of lanes of each."""
+    B, P = x.shape
+    rows = jnp.pad(x, ((0, 0), (0, -P % _LANES))).reshape(B, -1, _LANES).astype(jnp.bfloat16)
+    spread = np.repeat(np.eye(_LANES), times, axis=1)
+    return jnp.dot(rows, spread.astype(jnp.bfloat16)).astype(jnp.int32).reshape(B, -1)[:, : P * times]
+
+
 def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> Partial:
-    B, T, N, _ = q.shape
-    page = k.shape[2]
+    T, N = q.shape[1:3]
+    page = _page(k, owner)
     if only is not None:
-        k_pos = jnp.where(only[..., None], k_pos, -1)
-    flat = lambda x: x.reshape(B, 1, -1, *x.shape[3:])
-    owner = jnp.repeat(owner, page // math.gcd(page, _UNIT), axis=1)[:, None, None]
+        k_pos = jnp.where(_repeated(only, page) > 0, k_pos, -1)
+    one_head = lambda x: x[:, None]
+    units = _repeated(owner, page // _unit(k, owner))[:, None, None]
     return attend(
         q,
-        owned_keys(flat(k), owner, (T, N), kv_heads, q.dtype),
-        dense_values(flat(v), q.dtype),
+        owned_keys(one_head(k), units, (T, N), kv_heads, q.dtype),
+        dense_values(one_head(v), q.dtype),
         q_pos,
-        flat(k_pos),
-        None if bias is None else flat(bias),
-        sizes=_sizes(q, k, v),
+        one_head(k_pos),
+        None if bias is None else one_head(bias),
+        sizes=_sizes(q, k, v, owner),
         window=window,
         scale=scale,
     )

@@ -24,5 +24,8 @@ def ragged_decode_attention(
 ) -> Partial:
     """See `pallas_kernels.ragged_decode_attention.api.ragged_decode_attention`."""
     of_pages = spread_to_owned(q, owner, kv_heads)
-    partial = decode_attention(of_pages, k, v, q_pos, k_pos, bias, window=window, scale=scale)
+    paged = lambda x: None if x is None else x.reshape(*owner.shape, -1, *x.shape[2:])
+    partial = decode_attention(
+        of_pages, paged(k), paged(v), q_pos, paged(k_pos), paged(bias), window=window, scale=scale
+    )
     return combine_by_owner(partial, owner, kv_heads, only=only)

@@ -64,11 +64,11 @@ def test_pages_read_as_dense_slots_do(page, window):
     keep &= dense.pos >= 0
     count = int(np.max(np.sum(-(-np.sum(keep, axis=-1) // page), axis=-1)))
     ragged = RaggedSegment.of_list(SlotList.of(dense), keep.reshape(B, -1), kv_heads=K, page=page, pages=count)
-    assert ragged.pos.shape == (B, count, page)
+    assert ragged.pos.shape == (B, 1, count * page) and ragged.pages.pos.shape == (B, count, page)
     _assert_reads(ragged, dense.drop(~keep), _queries(), window=window)
     for row in range(B):  # each page holds one head's tokens, in order
         for head in range(K):
-            pages = np.asarray(ragged.pos)[row][np.asarray(ragged.owner)[row] == head]
+            pages = np.asarray(ragged.pages.pos)[row][np.asarray(ragged.owner)[row] == head]
             held = pages[pages >= 0]
             assert held.tolist() == np.flatnonzero(keep[row, head]).tolist()
 
@@ -82,7 +82,7 @@ def test_pages_may_be_quantized():
     assert kvjax.nbytes(packed) < 0.45 * kvjax.nbytes(ragged)
     expanded = packed.dense()
     np.testing.assert_allclose(_attend(packed, _queries()).out, _attend(expanded, _queries()).out, **CLOSE)
-    occupied = (ragged.pos >= 0)[..., None]
+    occupied = (ragged.pages.pos >= 0)[..., None]
     error = np.abs(np.where(occupied, expanded.pages.k - ragged.pages.k, 0))
     assert 0 < error.max() <= 0.6 * 6 / 15  # half a step of 15 over a range of at most six
 

@@ -75,8 +75,8 @@ def test_keys_follow_their_tokens_through_the_pages():
     seen = seen.replace(prompt=seen.prompt[:1], new=seen.new[:1])
     cache, _ = evict_by_head(scores.negative_key_norm(), BUDGET, heads=adaptive(), page=4).init(cache, seen)
     pages = cache.layers[0].segments[0]
-    for page, slot in zip(*np.nonzero(np.asarray(pages.pos[0]) >= 0)):
-        head, token = int(pages.owner[0, page]), int(pages.pos[0, page, slot])
+    for page, slot in zip(*np.nonzero(np.asarray(pages.pages.pos[0]) >= 0)):
+        head, token = int(pages.owner[0, page]), int(pages.pages.pos[0, page, slot])
         np.testing.assert_array_equal(pages.pages.k[0, page, slot], k[0, head, token])
         np.testing.assert_array_equal(pages.pages.v[0, page, slot], 2 * k[0, head, token])
 

@@ -67,7 +67,7 @@ def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
         total = kept.mass(queries, want.lse, window=6).sum(axis=(1, 2))
         np.testing.assert_allclose(mass.sum(axis=(1, 2)), total, **CLOSE)
         for row, head in np.ndindex(batch, K):
-            held = np.asarray(segment.pos)[row][np.asarray(segment.owner)[row] == head]
+            held = np.asarray(segment.pos)[row][np.asarray(segment.pool.of_slots(segment.owner))[row] == head]
             assert sorted(held[held >= 0]) == np.flatnonzero(keep[row, index, head]).tolist()
 
 

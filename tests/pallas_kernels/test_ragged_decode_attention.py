@@ -22,9 +22,9 @@ def run(implementation, args, **how):
 
 def test_pages_of_two_heads_by_hand():
     # Head 0 owns pages 0 and 2, head 1 page 1: with zero keys every visible slot weighs the same.
-    v = jnp.float32([[1, 2], [10, 20], [6, 99]]).reshape(1, 3, 2, 1)
-    pos = jnp.array([[[0, 1], [0, 1], [2, -1]]])
-    args = (jnp.zeros((1, 1, 2, 1)), jnp.zeros((1, 3, 2, 1)), v, jnp.array([[0, 1, 0]]), jnp.array([[5]]), pos)
+    v = jnp.float32([[1, 2], [10, 20], [6, 99]]).reshape(1, 6, 1)
+    pos = jnp.array([[0, 1, 0, 1, 2, -1]])
+    args = (jnp.zeros((1, 1, 2, 1)), jnp.zeros((1, 6, 1)), v, jnp.array([[0, 1, 0]]), jnp.array([[5]]), pos)
     part = run("xla", args, kv_heads=2)
     np.testing.assert_allclose(part.out.ravel(), [3.0, 15.0], rtol=1e-6)
     np.testing.assert_allclose(part.lse.ravel(), np.log([3.0, 2.0]), rtol=1e-6)
@@ -39,7 +39,7 @@ def test_a_head_is_the_concatenation_of_its_pages():
     q, k, v, owner, q_pos, k_pos = args = shape.draw(3)
     got = run("xla", args, kv_heads=3)
     for head in range(3):
-        of = lambda x: np.asarray(x)[0][np.asarray(owner)[0] == head].reshape(1, 1, -1, *x.shape[3:])
+        of = lambda x: np.asarray(x)[:, np.repeat(np.asarray(owner)[0] == head, shape.page)][:, None]
         heads = slice(2 * head, 2 * head + 2)
         want = attention(q[:, :, heads], of(k), of(v), q_pos, of(k_pos))
         np.testing.assert_allclose(got.out[:, :, heads], want.out, **FLOAT32)
