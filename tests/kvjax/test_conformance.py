@@ -29,7 +29,9 @@ SHARDED = [
     *("full", "int4", "gear", "mikv", "rotatekv", "million"),
     *("streamingllm", "h2o", "snapkv_int4", "adakv_snapkv", "cake", "lazyeviction"),
     *("attention_gate", "reasoncache"),  # a scorer that mixes heads and slots; slots that rows share
-    *("kvmerger", "matryoshka_pca", "think", "cskv", "xkv", "minicache", "razorattention", "duoattention"),
+    *("locret", "lococo"),  # chunk by chunk
+    *("kvmerger", "think", "xkv", "minicache", "razorattention"),
+    *("matryoshka_pca", "cskv", "duoattention"),  # trained, the same transforms with other arrays
 ]
 
 
