@@ -67,6 +67,8 @@ def dequantize(packed, *, bits, axis, dtype=jnp.float32):
     """See `pallas_kernels.quantize_pack.api.dequantize`."""
     code = unpack(packed.words, bits).astype(jnp.float32)
     B, K, S, H = code.shape
+    if not S:  # no group says how long it is
+        return code.astype(dtype)
     scale, zero = packed.scale, packed.zero
     if axis == "token":
         scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)

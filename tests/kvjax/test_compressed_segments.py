@@ -87,6 +87,13 @@ def test_pages_may_be_quantized():
     assert 0 < error.max() <= 0.6 * 6 / 15  # half a step of 15 over a range of at most six
 
 
+def test_no_slots_may_be_quantized():
+    none = QuantizedSegment.encode(_slots().no_slots(), bits=4, key_group=8, value_group=8)
+    assert none.dense().k.shape == (B, K, 0, H)
+    partial = none.attend(_queries())
+    assert not partial.out.any() and (np.asarray(partial.lse) == -np.inf).all()
+
+
 def test_merging_by_owner_is_combine():
     rng = np.random.default_rng(0)
     owner = np.array([[2, 0, 2, 2, 0]])
