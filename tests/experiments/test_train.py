@@ -33,11 +33,11 @@ SMALL = (
 )
 OF = {
     "matryoshka": ["train_matryoshka.rates = (0.5,)"],
-    "locret": ["train_locret.hidden = 8"],
+    "locret": ["train_locret.hidden = 8", "Training.dtype = 'bfloat16'"],
     "prefix": ["train_prefix.slots = 4"],
     "lococo": ["train_lococo.budget = 24", "train_lococo.merged = 4", "train_lococo.chunk = 24"],
     "attention_gate": [f"train_attention_gate.{x}" for x in ("recent = 4", "channels = 4")],
-    "duoattention": ["train_duoattention.sinks = 2", "train_duoattention.recent = 8"],
+    "duoattention": ["train_duoattention.sinks = 2", "train_duoattention.recent = 8", "Training.dtype = 'bfloat16'"],
 }
 
 train = functools.partial(in_process.call, program)
