@@ -103,11 +103,10 @@ def _repeated(x: jax.Array, times: int) -> jax.Array:
 
 def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> Partial:
     T, N = q.shape[1:3]
-    page = _page(k, owner)
     if only is not None:
-        k_pos = jnp.where(_repeated(only, page) > 0, k_pos, -1)
+        owner = jnp.where(only, owner, kv_heads)  # a head that no query has
     one_head = lambda x: x[:, None]
-    units = _repeated(owner, page // _unit(k, owner))[:, None, None]
+    units = _repeated(owner, _page(k, owner) // _unit(k, owner))[:, None, None]
     return attend(
         q,
         owned_keys(one_head(k), units, (T, N), kv_heads, q.dtype),
