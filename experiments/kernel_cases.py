@@ -13,7 +13,7 @@ from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack
+from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
 from pallas_kernels.shapes import DecodeShape
@@ -85,15 +85,19 @@ def _draw_dense(shape: DecodeShape, key, dtype=None) -> tuple:
 
 def _packed(shape: DecodeShape, key, bits: int, axis: str) -> Packed:
     """Codes of every value, in groups about 3 wide around 0."""
-    B, K, S, H = shape.B, shape.K, shape.S, shape.H
+    slots = (shape.B, shape.K, shape.S)
+    in_row = words_in_row(shape.H, shape.S * bits // WORD_BITS)
+    pack = functools.partial(quantize_pack, bits=bits, group=_GROUP, axis=axis, scale_dtype="bfloat16", in_row=in_row)
+    like = jax.eval_shape(pack, *(jax.ShapeDtypeStruct(*x) for x in (((*slots, shape.H), jnp.bfloat16), (slots, bool))))
     words, scale, zero = jax.random.split(key, 3)
-    groups = (B, K, S // _GROUP, H) if axis == "channel" else (B, K, H // _GROUP, S)
-    step = 3.0 / (2**bits - 1)
-    return Packed(
-        jax.random.bits(words, (B, K, S * bits // WORD_BITS, H), jnp.uint32),
-        jax.random.uniform(scale, groups, jnp.bfloat16, 0.5 * step, step),
-        jax.random.uniform(zero, groups, jnp.bfloat16, -1.5, -0.5),
-    )
+    along, step = 3 if axis == "channel" else 2, 3.0 / (2**bits - 1)
+    half = list(like.affine.shape)
+    half[along] //= 2
+    affine = [
+        jax.random.uniform(scale, half, jnp.bfloat16, 0.5 * step, step),
+        jax.random.uniform(zero, half, jnp.bfloat16, -1.5, -0.5),
+    ]
+    return Packed(jax.random.bits(words, like.words.shape, jnp.uint32), jnp.concatenate(affine, along))
 
 
 def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:

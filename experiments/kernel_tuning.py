@@ -42,9 +42,9 @@ def left_open(case: KernelCase, shape: DecodeShape, implementation: str) -> Choi
     Raises:
       NotImplementedError: the kernel does not take the shape.
     """
-    table = Table(asked=[])
+    table, arrays = Table(asked=[]), case.abstract(shape)
     with block_sizes.use(table):
-        jax.eval_shape(case.program(shape, implementation), *case.abstract(shape))
+        jax.eval_shape(case.program(shape, implementation), *arrays)
     (choice,) = {(choice.kernel, choice.key): choice for choice in table.asked}.values()
     return choice
 

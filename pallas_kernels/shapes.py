@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack
+from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack, words_in_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,26 +77,19 @@ class QuantizedShape:
     def abstract(self, *, bias: bool = False) -> tuple:
         """As `DecodeShape.abstract`."""
         at, x = jax.ShapeDtypeStruct, self.decode
-        q, _, _, *rest = x.abstract(bias=bias)
-
-        def packed(axis, group):
-            scale = (x.S // group, x.H) if axis == "channel" else (x.H // group, x.S)
-            scale = at((x.B, x.K, *scale), self.scale_dtype)
-            return Packed(at((x.B, x.K, x.S * self.bits // WORD_BITS, x.H), jnp.uint32), scale, scale)
-
-        return q, packed(self.key_axis, self.key_group), packed("token", self.value_group), *rest
+        q, k, v, *rest = x.abstract(bias=bias)
+        return q, *jax.eval_shape(self._pack, at((x.B, x.K, x.S), bool), k, v), *rest
 
     def draw(self, seed: int) -> tuple:
         """As `DecodeShape.draw`, with keys and values packed."""
         q, k, v, q_pos, k_pos = self.decode.draw(seed)
-        how = dict(bits=self.bits, scale_dtype=self.scale_dtype)
+        return q, *jax.jit(self._pack)(k_pos >= 0, k, v), q_pos, k_pos
 
-        @jax.jit
-        def packed(k, v, valid):
-            k = quantize_pack(k, valid, axis=self.key_axis, group=self.key_group, **how)
-            return k, quantize_pack(v, valid, axis="token", group=self.value_group, **how)
-
-        return q, *packed(k, v, k_pos >= 0), q_pos, k_pos
+    def _pack(self, valid, k, v) -> tuple[Packed, Packed]:
+        in_row = words_in_row(self.decode.H, self.decode.S * self.bits // WORD_BITS)
+        how = dict(bits=self.bits, scale_dtype=self.scale_dtype, in_row=in_row)
+        k = quantize_pack(k, valid, axis=self.key_axis, group=self.key_group, **how)
+        return k, quantize_pack(v, valid, axis="token", group=self.value_group, **how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +167,8 @@ CHECKED = (
 
 CHECKED_QUANTIZED = (
     QuantizedShape(DecodeShape(K=3, G=3, S=32, H=64), 8, key_group=16, value_group=64, scale_dtype="float32"),
+    QuantizedShape(DecodeShape(K=3, G=3, S=608, H=64, dtype="bfloat16"), 4, key_group=16),
+    QuantizedShape(DecodeShape(T=2, G=2, S=96, H=64), 2, key_axis="token", key_group=64, value_group=64),
     QuantizedShape(DecodeShape(T=4, G=4, S=288), 4),
     QuantizedShape(DecodeShape(B=2, K=2, S=512, dtype="bfloat16"), 2, key_group=16),
     QuantizedShape(DecodeShape(G=16, S=272, dtype="bfloat16"), 2, key_axis="token", value_group=128),

@@ -15,13 +15,20 @@ from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
 from kvjax.segments.slots import fold_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.partial import Partial
-from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, dequantize, quantize_pack
+from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, dequantize, quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+
+
+def fewest_slots(bits: int, key_group: int, key_axis: Axis) -> int:
+    """Slots of whole words and, for keys per channel, of whole groups."""
+    return math.lcm(key_group if key_axis == "channel" else 1, WORD_BITS // bits)
 
 
 @struct.dataclass
 class QuantizedSegment:
     """The quantized body of a `BufferedSegment`: written block by block, never slot by slot.
+
+    Where a head has fewer channels than a TPU has lanes, words of a block lie side by side, see `words_in_row`.
 
     Keys share a scale over `key_group` tokens of a channel or, with `key_axis="token"`, over `key_group` channels
     of a token; values over `value_group` channels of a token. Keys that are the values, too, are stored once.
@@ -36,6 +43,7 @@ class QuantizedSegment:
     bits: int = struct.field(pytree_node=False)
     key_group: int = struct.field(pytree_node=False)
     value_group: int = struct.field(pytree_node=False)
+    block: int = struct.field(pytree_node=False)  # slots that are written, or cut off, at a time
     scale_dtype: str = struct.field(pytree_node=False, default="bfloat16")
     key_axis: Axis = struct.field(pytree_node=False, default="channel")
     clip: float = struct.field(pytree_node=False, default=1.0)  # see `quantize_pack`
@@ -50,11 +58,13 @@ class QuantizedSegment:
         bits: int,
         key_group: int,
         value_group: int,
+        block: int | None = None,
         scale_dtype: str = "bfloat16",
         key_axis: Axis = "channel",
         clip: float = 1.0,
     ) -> QuantizedSegment:
-        """Quantizes dense slots: whole words of them and, for keys per channel, a multiple of `key_group`."""
+        """Quantizes dense slots: whole blocks, each of whole words and, for keys per channel, of whole groups."""
+        block = fewest_slots(bits, key_group, key_axis) if block is None else block
         if slots.key_rope != "stored":
             raise TypeError(
                 f"QuantizedSegment keeps rotated keys; got a segment with key_rope={slots.key_rope!r}."
@@ -62,13 +72,18 @@ class QuantizedSegment:
 
         def pack(slots: DenseSegment) -> QuantizedSegment:
             how = dict(bits=bits, scale_dtype=scale_dtype, clip=clip)
-            occupied = slots.pos >= 0
+
+            def packed(x: jax.Array, axis: Axis, group: int) -> Packed:
+                in_row = words_in_row(x.shape[3], block * bits // WORD_BITS)
+                return quantize_pack(x, slots.pos >= 0, axis=axis, group=group, in_row=in_row, **how)
+
             return cls(
-                k=quantize_pack(slots.k, occupied, group=key_group, axis=key_axis, **how),
-                v=None if slots.v is None else quantize_pack(slots.v, occupied, group=value_group, axis="token", **how),
+                k=packed(slots.k, key_axis, key_group),
+                v=None if slots.v is None else packed(slots.v, "token", value_group),
                 pos=slots.pos,
                 key_group=key_group,
                 value_group=value_group,
+                block=block,
                 bias=slots.bias,
                 key_axis=key_axis,
                 **how,
@@ -83,6 +98,7 @@ class QuantizedSegment:
             bits=self.bits,
             key_group=self.key_group,
             value_group=self.value_group,
+            block=self.block,
             scale_dtype=self.scale_dtype,
             key_axis=self.key_axis,
             clip=self.clip,
@@ -91,7 +107,7 @@ class QuantizedSegment:
     def axes(self) -> QuantizedSegment:
         """See `Segment.axes`."""
         of_token = P("batch", "kv_heads", None, "slots")
-        by = {"channel": Packed(OF_SLOTS, OF_SLOTS, OF_SLOTS), "token": Packed(OF_SLOTS, of_token, of_token)}
+        by = {"channel": Packed(OF_SLOTS, OF_SLOTS), "token": Packed(OF_SLOTS, of_token)}
         bias = None if self.bias is None else OF_SLOTS
         return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=OF_SLOTS, bias=bias)
 
@@ -156,9 +172,7 @@ class QuantizedSegment:
 
     def fold_dense(self, attend, *beside) -> Partial:
         """See `Segment.fold_dense`."""
-        # Whole groups and whole words.
-        step = math.lcm(self.key_group if self.key_axis == "channel" else 1, WORD_BITS // self.bits)
-        return fold_slots(self, attend, beside, step)
+        return fold_slots(self, attend, beside, self.block)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> QuantizedSegment:
         """Refused: a single token has no group to share its key scales with."""

@@ -8,9 +8,12 @@ from collections.abc import Callable
 import jax
 
 from kvjax.segments import BufferedSegment, DenseSegment, QuantizedSegment, Segment
+from kvjax.segments.quantized import fewest_slots
 from kvjax.transforms.base import PLAIN, CacheTransform
 from pallas_kernels.quantize_pack import WORD_BITS, Axis
 
+_IN_ROW = 4
+"""Words that fill a row of 32 channels or more."""
 
 Encode = Callable[[DenseSegment], Segment]
 """From dense slots to what stores them packed."""
@@ -39,7 +42,8 @@ def quantize(
       key_group: tokens of a channel that share a key scale, which divide `residual`; with `key_axis="token"`
         channels of a token, which divide the head dimension.
       value_group: channels of a token that share a value scale; divides the head dimension.
-      residual: tokens of a block, and the most that are kept exact.
+      residual: tokens of a block, and the most that are kept exact. A TPU reads heads of fewer than 128 channels as
+        they lie if a block has 128 / H words: 32 tokens or more at 2 bits and 64 channels.
       scale_dtype: dtype of scales and zeros.
       key_axis: keys share scales along a "channel" (over tokens), which suits channels that differ in size, or in a
         "token" (over channels), which suits keys that were rotated or mixed.
@@ -50,18 +54,26 @@ def quantize(
     """
     if written_bits not in (None, 2, 4, 8):
         raise ValueError(f"written_bits must be 2, 4 or 8, got {written_bits}.")
-    pack = lambda bits: quantizer(
-        bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis, clip=clip
-    )
-    encode, written = pack(bits), pack(bits if written_bits is None else written_bits)
+    how = dict(key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis, clip=clip)
+    encode = quantizer(bits, block=residual, **how)
+    written = quantizer(bits if written_bits is None else written_bits, **how)
     check_block(bits, residual, key_group if key_axis == "channel" else 1)
     return store_in_blocks("quantize", encode, residual, written=written)
 
 
 def quantizer(
-    bits: int, *, key_group: int, value_group: int, scale_dtype: str, key_axis: Axis = "channel", clip: float = 1.0
+    bits: int,
+    *,
+    key_group: int,
+    value_group: int,
+    scale_dtype: str,
+    key_axis: Axis = "channel",
+    clip: float = 1.0,
+    block: int | None = None,
 ) -> Encode:
-    """Packs slots, padded to whole groups and words; see `quantize`.
+    """Packs slots, padded to whole blocks of whole groups and words; see `quantize`.
+
+    Without `block` they are written once: padded to as few slots as can be, and in blocks that fill rows of words.
 
     Raises:
       ValueError: bits or groups are impossible.
@@ -75,14 +87,16 @@ def quantizer(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if not 0 < clip <= 1:
         raise ValueError(f"clip must be in (0, 1], got {clip}.")
-    whole = math.lcm(key_group if key_axis == "channel" else 1, WORD_BITS // bits)  # groups and words
+    whole = math.lcm(block or 1, fewest_slots(bits, key_group, key_axis))
 
     def encode(slots: DenseSegment) -> QuantizedSegment:
+        blocks = -(-slots.pos.shape[2] // whole)
         return QuantizedSegment.encode(
-            slots.resize(-(-slots.pos.shape[2] // whole) * whole),
+            slots.resize(blocks * whole),
             bits=bits,
             key_group=key_group,
             value_group=value_group,
+            block=whole * (math.gcd(blocks, _IN_ROW) if block is None else 1),
             scale_dtype=scale_dtype,
             key_axis=key_axis,
             clip=clip,

@@ -34,7 +34,7 @@ def quantize_corrected(
     Raises:
       ValueError: bits, groups, rank or outliers are impossible.
     """
-    pack = quantizer(bits, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype)
+    pack = quantizer(bits, block=block, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype)
     check_block(bits, block, key_group, "block")
     if not 0 <= rank <= block:
         raise ValueError(f"rank must be from 0 to the {block} tokens of a block, got {rank}.")

@@ -15,6 +15,7 @@ from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.config import Blocks, blocks
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.partial import Partial, combine
+from pallas_kernels.tpu_tiles import SUBLANES
 from pallas_kernels.visibility import visible
 
 MOST_ROWS = 128
@@ -88,7 +89,7 @@ def attend(
     R = padded_rows(q, K)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     row_pos = jnp.pad(row_pos, ((0, 0), (0, R - T * G), (0, 0)), constant_values=-1)
-    per_slot = [Stored(k_pos, 2)] + ([] if bias is None else [Stored(bias.astype(jnp.float32), 2)])
+    per_slot = [_number_per_slot(k_pos)] + ([] if bias is None else [_number_per_slot(bias.astype(jnp.float32))])
     stored = [*per_slot, *keys.stored, *values.stored]
 
     tiles = -(-S // sizes.slots)
@@ -130,6 +131,14 @@ def attend(
     return combine([Partial(out[i], lse[i]) for i in range(splits)])
 
 
+def _number_per_slot(x: jax.Array) -> Stored:
+    """[B, K, S] the way it lies in HBM: heads that do not fill a tile's rows lie one by one where there is one row."""
+    B, K, _ = x.shape
+    if B == 1 and K % SUBLANES and K not in (1, 2, 4):
+        return Stored(x[:, :, None], 3)
+    return Stored(x, 2)
+
+
 def _block(stored: Stored, sizes: Blocks, tiles: int) -> pl.BlockSpec:
     """The part of an array that a step of the grid sees."""
     shape = list(stored.array.shape)
@@ -152,8 +161,8 @@ def _block(stored: Stored, sizes: Blocks, tiles: int) -> pl.BlockSpec:
 def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, biased, tiles):
     """One tile of every head of a block.
 
-    q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1]; pos_ref i32[1, k or 1, s]; bias f32[1, k or 1, s] if any; tiles of
-    keys and values; out_ref f32[1, 1, k, R, H'], lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
+    q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1]; pos_ref i32[1, k or 1, s] or [1, k, 1, s]; bias f32 alike, if any;
+    tiles of keys and values; out_ref f32[1, 1, k, R, H'], lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
     """
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
     key_refs, refs = refs[: len(keys.stored)], refs[len(keys.stored) :]
@@ -167,14 +176,19 @@ def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, bia
         for ref in (l_ref, *sum_refs):
             ref[...] = jnp.zeros_like(ref)
 
-    size = pos_ref.shape[2]
+    size = pos_ref.shape[-1]
     start = (pl.program_id(2) * tiles + tile) * size
     overhang = slots % size != 0
 
     @_for_every_head(q_ref.shape[1])
     def _(head):
         of_head = lambda ref: ref[0, head if ref.shape[1] > 1 else 0]
-        row = lambda ref: ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
+
+        def row(ref):
+            if ref.ndim == 4:
+                return ref[0, head]
+            return ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
+
         pos = row(pos_ref)  # [1, s]
         if overhang:
             pos = jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1) < slots, pos, -1)

@@ -25,6 +25,7 @@ def quantize_pack(
     axis: Axis,
     scale_dtype,
     clip: float = 1.0,
+    in_row: int = 1,
     implementation: Implementation | None = None,
 ) -> Packed:
     """Quantizes and packs keys or values group by group, in one pass.
@@ -43,6 +44,7 @@ def quantize_pack(
         token and group of `group` channels (KIVI's values).
       scale_dtype: floating dtype of `scale` and `zero`.
       clip: fraction of the range that codes span; below 1 outermost entries become less exact and all others more so.
+      in_row: words of a channel that lie side by side; see `words_in_row`.
       implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
 
     Returns:
@@ -61,10 +63,13 @@ def quantize_pack(
         raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
     if S % (WORD_BITS // bits):
         raise ValueError(f"slots must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {S}.")
+    if S * bits // WORD_BITS % in_row:
+        raise ValueError(f"in_row must divide the {S * bits // WORD_BITS} words of a channel, got {in_row}.")
     length = S if axis == "channel" else H
     if length % group:
         raise ValueError(f"group must divide the {axis} group axis of length {length}, got {group}.")
-    how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip)
+    in_row = in_row if S else 1
+    how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip, in_row=in_row)
     return _OP(implementation, x, valid, **how)
 
 

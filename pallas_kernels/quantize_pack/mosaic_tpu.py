@@ -20,7 +20,7 @@ _SLOTS = 512  # of a tile at least, unless there are fewer
 _BYTES = 2**20  # of float32 in a tile at most; a tile is held several times while it is worked on
 
 
-def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str | None:
+def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=1) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del valid, clip
     if 0 in x.shape:
@@ -32,13 +32,15 @@ def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> str |
         return f"takes heads of 64, 128 or 256, got {H}"
     if group % SUBLANES:
         return f"takes groups of a multiple of {SUBLANES}, got {group}"
+    if in_row * H > LANES and in_row > 1:
+        return f"takes rows of up to {LANES} channels, got {in_row} words of {H}"
     slots = min(S, _tile(bits, group, axis))
     if slots * H * 4 > _BYTES:
         return f"holds {slots} slots of {H} channels at a time for groups of {group}, more than {_BYTES} bytes"
     return None
 
 
-def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Packed:
+def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=1) -> Packed:
     """See `pallas_kernels.quantize_pack.api.quantize_pack`.
 
     The grid is (B, K, tiles of slots). Groups lie along sublanes while their extremes are sought: of a tile [s, H] for
@@ -60,26 +62,25 @@ def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0) -> Pac
     else:
         of_x = pl.BlockSpec((1, 1, slots, H), whole)
     if axis == "channel":
-        scales, of_scale = (B, K, S // group, H), pl.BlockSpec((1, 1, slots // group, H), whole)
+        affine, of_affine = (B, K, S // group, 2 * H), pl.BlockSpec((1, 1, slots // group, 2 * H), whole)
     else:
-        scales, of_scale = (B, K, H // group, S), pl.BlockSpec((1, 1, H // group, slots), minor)
-    per = WORD_BITS // bits
-    words, scale, zero = pl.pallas_call(
+        affine, of_affine = (B, K, 2 * H // group, S), pl.BlockSpec((1, 1, 2 * H // group, slots), minor)
+    in_words = WORD_BITS // bits * in_row  # slots of a row of words
+    words, affine = pl.pallas_call(
         functools.partial(
             _kernel, bits=bits, group=group, axis=axis, clip=clip, transposed=transposed
         ),
         grid=(B, K, pl.cdiv(S, slots)),
         in_specs=[of_x, pl.BlockSpec((1, K, slots), lambda b, h, s: (b, 0, s))],
-        out_specs=[pl.BlockSpec((1, 1, slots // per, H), whole), of_scale, of_scale],
+        out_specs=[pl.BlockSpec((1, 1, slots // in_words, in_row * H), whole), of_affine],
         out_shape=[
-            result_like((B, K, S // per, H), jnp.uint32, x, valid),
-            result_like(scales, scale_dtype, x, valid),
-            result_like(scales, scale_dtype, x, valid),
+            result_like((B, K, S // in_words, in_row * H), jnp.uint32, x, valid),
+            result_like(affine, scale_dtype, x, valid),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
         name="quantize_pack",
     )(x, valid.astype(jnp.int32))
-    return Packed(words, scale, zero)
+    return Packed(words, affine)
 
 
 def _tile(bits: int, group: int, axis: str) -> int:
@@ -89,16 +90,15 @@ def _tile(bits: int, group: int, axis: str) -> int:
 
 
 def _whole(bits: int, group: int, axis: str) -> int:
-    """Slots of whole lanes, and of whole sublanes of words and of scales."""
-    return math.lcm(LANES, SUBLANES * WORD_BITS // bits, SUBLANES * group if axis == "channel" else 1)
+    """Slots of whole lanes, and of whole sublanes of words, even two in a row, and of scales."""
+    return math.lcm(LANES, 2 * SUBLANES * WORD_BITS // bits, SUBLANES * group if axis == "channel" else 1)
 
 
 def _kernel(
     x_ref,  # [1, 1, s, H], or [1, 1, H, s]
     valid_ref,  # i32[1, K, s]
-    words_ref,  # u32[1, 1, s * bits / 32, H]
-    scale_ref,  # [1, 1, s / group, H], or [1, 1, H / group, s]
-    zero_ref,  # as scale_ref
+    words_ref,  # u32[1, 1, s * bits / 32 / n, n * H], n words in a row
+    affine_ref,  # [1, 1, s / group, 2 * H], or [1, 1, 2 * H / group, s]
     *,
     bits: int,
     group: int,
@@ -117,17 +117,21 @@ def _kernel(
     grouped = x.reshape(mask.shape)  # groups along axis 1
     lo = jnp.min(jnp.where(mask, grouped, math.inf), axis=1)
     hi = jnp.max(jnp.where(mask, grouped, -math.inf), axis=1)
-    scale, zero = affine(lo, hi, bits=bits, scale_dtype=scale_ref.dtype, clip=clip)
-    scale_ref[0, 0], zero_ref[0, 0] = scale, zero
-    # float32 before an axis is inserted: a bfloat16 tile holds two rows in a word.
-    code = nearest_code(grouped, scale.astype(jnp.float32)[:, None], zero.astype(jnp.float32)[:, None], bits)
+    scale, zero = affine(lo, hi, bits=bits, scale_dtype=affine_ref.dtype, clip=clip)
+    # float32 before they are put together or an axis is inserted: a bfloat16 tile holds two rows in a word.
+    scale, zero = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    affine_ref[0, 0] = jnp.concatenate([scale, zero], axis=1 if by_channel else 0).astype(affine_ref.dtype)
+    code = nearest_code(grouped, scale[:, None], zero[:, None], bits)
     code = jnp.where(mask, code.astype(jnp.int32), 0).reshape(x.shape)
     code = code if by_channel else code.T  # [s, H]
-    per = WORD_BITS // bits
-    fields = code.reshape(-1, per, code.shape[1])
-    shift = jax.lax.broadcasted_iota(jnp.int32, (1, per, 1), 1) * bits
+    per, in_row = WORD_BITS // bits, words_ref.shape[3] // code.shape[1]
+    fields = code.reshape(-1, in_row * per, code.shape[1])
+    slot = jax.lax.broadcasted_iota(jnp.int32, (1, in_row * per, 1), 1)
+    fields = fields << jax.lax.rem(slot, jnp.int32(per)) * bits
     # Fields do not overlap: the sum is their union, the sign bit included.
-    words_ref[0, 0] = jnp.sum(fields << shift, axis=1).astype(jnp.uint32)
+    word = lambda i: jnp.sum(jnp.where((slot >= i * per) & (slot < (i + 1) * per), fields, 0), axis=1)
+    words = jnp.concatenate([word(i) for i in range(in_row)], axis=1) if in_row > 1 else jnp.sum(fields, axis=1)
+    words_ref[0, 0] = words.astype(jnp.uint32)
 
 
 kernel = Kernel(_quantize_pack, _unsupported)

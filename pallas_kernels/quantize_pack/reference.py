@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.tpu_tiles import LANES
 
 WORD_BITS = 32
 
@@ -14,16 +17,30 @@ class Packed(NamedTuple):
     """Affine codes of `x[B, K, S, H]`: `x ~ scale * code + zero`, `code` in `[0, 2**bits)`.
 
     Codes are packed along slots, low bits first: slot `s` is bits `[bits * j, bits * (j + 1))` of word
-    `s // per`, `j = s % per`, `per = 32 / bits`. H stays the minor axis, so TPU tiles carry no padding
-    and no re-layout copy is made before a kernel.
+    `s // per`, `j = s % per`, `per = 32 / bits`. H stays the minor axis. Where it does not fill the 128 lanes of a
+    TPU, `in_row` words lie side by side in a row, and scales beside zeros: tiles carry no padding, and no copy in
+    another layout is made before a kernel.
     """
 
-    words: jax.Array  # u32[B, K, S * bits / 32, H]
-    scale: jax.Array  # [B, K, S / group, H] ("channel") or [B, K, H / group, S] ("token")
-    zero: jax.Array  # as scale
+    words: jax.Array  # u32[B, K, S * bits / 32 / in_row, in_row * H]
+    affine: jax.Array  # scales, then zeros: [B, K, S / group, 2 * H] ("channel") or [B, K, 2 * H / group, S] ("token")
+
+    def channels(self, bits: int, slots: int) -> int:
+        """H of the numbers that are packed here in a number of slots."""
+        rows, width = self.words.shape[2:]
+        return rows * width * (WORD_BITS // bits) // slots if slots else width
+
+    def scale_and_zero(self, axis: str) -> tuple[jax.Array, jax.Array]:
+        """The halves of `affine`."""
+        return tuple(jnp.split(self.affine, 2, axis=3 if axis == "channel" else 2))
 
 
-def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0):
+def words_in_row(channels: int, words: int) -> int:
+    """How many words of a channel lie side by side, if pieces of `words` words are written and read on their own."""
+    return math.gcd(LANES // channels, words) if LANES % channels == 0 else 1
+
+
+def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=1):
     """See `pallas_kernels.quantize_pack.api.quantize_pack`."""
     B, K, S, H = x.shape
     x = x.astype(jnp.float32)
@@ -38,7 +55,8 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0):
     code = jnp.where(mask, code, 0).reshape(B, K, S, H)
     if axis == "token":  # [B, K, S, H / group] -> slots minor
         scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
-    return Packed(words=pack(code, bits), scale=scale, zero=zero)
+    words = pack(code, bits).reshape(B, K, S * bits // WORD_BITS // in_row, in_row * H)
+    return Packed(words, jnp.concatenate([scale, zero], axis=3 if axis == "channel" else 2))
 
 
 def affine(lo: jax.Array, hi: jax.Array, *, bits: int, scale_dtype, clip: float) -> tuple[jax.Array, jax.Array]:
@@ -65,11 +83,13 @@ def nearest_code(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> 
 
 def dequantize(packed, *, bits, axis, dtype=jnp.float32):
     """See `pallas_kernels.quantize_pack.api.dequantize`."""
-    code = unpack(packed.words, bits).astype(jnp.float32)
-    B, K, S, H = code.shape
+    H = packed.affine.shape[3] // 2 if axis == "channel" else packed.channels(bits, packed.affine.shape[3])
+    B, K, rows, width = packed.words.shape
+    code = unpack(packed.words.reshape(B, K, rows * width // H, H), bits).astype(jnp.float32)
+    S = code.shape[2]
     if not S:  # no group says how long it is
         return code.astype(dtype)
-    scale, zero = packed.scale, packed.zero
+    scale, zero = packed.scale_and_zero(axis)
     if axis == "token":
         scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
         group = H // scale.shape[3]

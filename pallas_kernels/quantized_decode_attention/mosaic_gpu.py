@@ -49,10 +49,10 @@ def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis="channel", 
     H, S = q.shape[-1], k_pos.shape[-1]
     if v is None:
         return "takes values of their own"
-    if q.dtype != jnp.bfloat16 or {x.dtype for x in (*k[1:], *v[1:])} != {jnp.dtype(jnp.bfloat16)}:
-        return f"takes bfloat16 queries and scales, got {q.dtype} and {k.scale.dtype}"
-    if H not in (64, 128) or v.words.shape[-1] != H:
-        return f"takes heads of 64 or 128 in q, k and v alike, got {H} and {v.words.shape[-1]}"
+    if q.dtype != jnp.bfloat16 or {k.affine.dtype, v.affine.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        return f"takes bfloat16 queries and scales, got {q.dtype} and {k.affine.dtype}"
+    if H not in (64, 128) or v.channels(bits, S) != H:
+        return f"takes heads of 64 or 128 in q, k and v alike, got {H} and {v.channels(bits, S)}"
     if limit := row_limit(q, k.words.shape[1]):
         return limit
     group = _group(k, key_axis, S)
@@ -61,19 +61,18 @@ def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis="channel", 
     if S < SLOTS * group or S % group:
         return f"takes whole groups of {group} slots, {SLOTS} or more, got S = {S}"
     for name, x in [("values", v)] + [("keys", k)] * (key_axis == "token"):
-        width = H // x.scale.shape[2]
+        width = 2 * H // x.affine.shape[2]
         if width % _CHANNELS:
             return f"takes {name} with a scale for a multiple of {_CHANNELS} channels, got {width}"
-    if _buffers(k, v, key_axis, group, bias) == 0:
+    if _buffers(k, v, H, key_axis, group, bias) == 0:
         return f"holds {SLOTS} groups of slots in shared memory, too much in groups of {group}"
     return None
 
 
-def _buffers(k: Packed, v: Packed, key_axis: str, group: int, bias) -> int:
+def _buffers(k: Packed, v: Packed, H: int, key_axis: str, group: int, bias) -> int:
     """Tiles of words in flight, two if there is room."""
-    H = k.words.shape[3]
     slots = SLOTS * group
-    of_token = lambda x: 4 * x.scale.shape[2] * slots
+    of_token = lambda x: 2 * x.affine.shape[2] * slots
     of_keys = 4 * SLOTS * H if key_axis == "channel" else of_token(k)
     fixed = 2 * SLOTS * H + of_keys + of_token(v) + (4 if bias is None else 8) * (slots + SLOTS)
     return min(2, max(0, SHARED_BYTES - fixed) // (2 * 4 * SLOTS * H))
@@ -81,7 +80,7 @@ def _buffers(k: Packed, v: Packed, key_axis: str, group: int, bias) -> int:
 
 def _group(k: Packed, key_axis: str, slots: int) -> int:
     """Slots of a group."""
-    return _GROUP if key_axis == "token" else slots // k.scale.shape[2]
+    return _GROUP if key_axis == "token" else slots // k.affine.shape[2]
 
 
 def _quantized_decode_attention(
@@ -101,15 +100,14 @@ def _quantized_decode_attention(
         fit=lambda sizes: parts(B * K, tiles, sizes["programs"]),
     )
     flat = lambda x, *shape: x.reshape(B * K, *shape)
-    by_channel = lambda x: [flat(x.scale, -1, H), flat(x.zero, -1, H)]
+    by_channel = lambda x: flat(x.affine, -1, 2 * H)
     by_group = lambda x, *more: flat(x, *more, S // group, group)
-    by_slot = lambda x: [by_group(y, y.shape[2]) for y in (x.scale, x.zero)]
-    words = [flat(x.words, S // group, -1, H) for x in (k, v)]
+    by_slot = lambda x: by_group(x.affine, x.affine.shape[2])
+    words = [flat(x.words, S // group, -1, H) for x in (k, v)]  # one in a row
     keys = by_channel(k) if key_axis == "channel" else by_slot(k)
-    values = by_slot(v)
     per_slot = [by_group(k_pos)] + ([] if bias is None else [by_group(bias.astype(jnp.float32))])
-    metadata = [*keys, *values, *per_slot]
-    buffers = _buffers(k, v, key_axis, group, bias)
+    metadata = [keys, by_slot(v), *per_slot]
+    buffers = _buffers(k, v, H, key_axis, group, bias)
     # What a tile needs of each: groups are its rows.
     in_tile = lambda x: plgpu.SMEM((*x.shape[1:-2], SLOTS, x.shape[-1]), x.dtype)
     written = -(-T * N // K // 8) * 8  # rows
@@ -148,8 +146,8 @@ def _quantized_decode_attention(
     if first < S:
         cut = lambda x, axis, at: jax.lax.slice_in_dim(x, at, x.shape[axis], axis=axis)
         behind = lambda x, axis: Packed(
-            cut(x.words, 2, first * bits // WORD_BITS),
-            *(cut(y, 2, first // group) if axis == "channel" else cut(y, 3, first) for y in x[1:]),
+            cut(x.words, 2, x.words.shape[2] * first // S),
+            cut(x.affine, 2, first // group) if axis == "channel" else cut(x.affine, 3, first),
         )
         partials.append(
             reference.quantized_decode_attention(
@@ -173,7 +171,7 @@ def _kernel(
     row_pos_ref,  # i32[B * K, 64]
     k_words_ref,  # u32[B * K, S / g, words of a group, H]
     v_words_ref,
-    *refs,  # scale and zero of keys, of values, positions, the bias if there is one; results; scratch
+    *refs,  # scales and zeros of keys, of values, positions, the bias if there is one; results; scratch
     tiles: int,
     splits: int,
     buffers: int,
@@ -182,11 +180,11 @@ def _kernel(
     window: int | None,
     biased: bool,
 ):
-    count_metadata = 6 if biased else 5
+    count_metadata = 4 if biased else 3
     metadata_refs, refs = refs[:count_metadata], refs[count_metadata:]
     out_ref, lse_ref, row_pos_smem, (k_ring, v_ring), metadata, columns, restored, lse_smem, *barriers = refs
     ready, described, filled = barriers
-    k_scale, k_zero, v_scale, v_zero, *per_slot = metadata
+    k_affine, v_affine, *per_slot = metadata
     head, split = jax.lax.axis_index("head"), jax.lax.axis_index("split")
     first = jax.lax.div(split * tiles, splits)
     # A step reads one word of every group of a tile, which holds `per` slots of each.
@@ -217,21 +215,25 @@ def _kernel(
         field = (plgpu.load(words, (), layout=plgpu.Layout.WGMMA, optimized=False) >> shift) & jnp.uint32(2**bits - 1)
         return field.astype(jnp.int32).astype(jnp.float32)
 
-    def restore_by_channel(words, shift, scale, zero):
-        scale, zero = (plgpu.load(x, (), layout=plgpu.Layout.WGMMA, optimized=False) for x in (scale, zero))
+    def restore_by_channel(words, shift, affine):
+        H = words.shape[1]
+        half = lambda first: plgpu.load(
+            affine.at[:, pl.ds(first, H)], (), layout=plgpu.Layout.WGMMA, optimized=False
+        )
+        scale, zero = half(0), half(H)
         x = code(words, shift) * scale.astype(jnp.float32) + zero.astype(jnp.float32)
         restored[...] = x.astype(jnp.bfloat16)
 
-    def restore_by_slot(words, shift, scale, zero, slot):
-        n, H = scale.shape[0], words.shape[1]
+    def restore_by_slot(words, shift, affine, slot):
+        n, H = affine.shape[0] // 2, words.shape[1]
         for i in range(n):
             channels = pl.ds(i * (H // n), H // n)
-            row = lambda x: jax.lax.broadcast_in_dim(
-                plgpu.load(x.at[i, :, slot], (), layout=of_rows, optimized=False).astype(jnp.float32),
+            row = lambda i: jax.lax.broadcast_in_dim(
+                plgpu.load(affine.at[i, :, slot], (), layout=of_rows, optimized=False).astype(jnp.float32),
                 (SLOTS, H // n),
                 (0,),
             )
-            x = code(words.at[:, channels], shift) * row(scale) + row(zero)
+            x = code(words.at[:, channels], shift) * row(i) + row(n + i)
             restored[:, channels] = x.astype(jnp.bfloat16)
 
     def attend(step, carry):
@@ -245,9 +247,9 @@ def _kernel(
             acc, m, total = carry
             slot, shift = word * per + j, (j * bits).astype(jnp.uint32)
             if key_axis == "channel":
-                restore_by_channel(k_words, shift, k_scale, k_zero)
+                restore_by_channel(k_words, shift, k_affine)
             else:
-                restore_by_slot(k_words, shift, k_scale, k_zero, slot)
+                restore_by_slot(k_words, shift, k_affine, slot)
             for source, column in zip(per_slot, columns, strict=True):  # rows become columns
                 column[...] = plgpu.load(source.at[:, slot], (), layout=of_rows, optimized=False)
             plgpu.commit_smem()
@@ -264,7 +266,7 @@ def _kernel(
             total = total * shrink + jnp.sum(p, axis=1)
             acc = acc * jax.lax.broadcast_in_dim(shrink, acc.shape, (0,))
             plgpu.commit_smem()  # all warps are done with the keys before values take their place
-            restore_by_slot(v_words, shift, v_scale, v_zero, slot)
+            restore_by_slot(v_words, shift, v_affine, slot)
             plgpu.commit_smem()
 
             def mix(ref):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.reference import decode_attention
 from pallas_kernels.partial import Partial, fold_tiles
-from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, dequantize
+from pallas_kernels.quantize_pack.reference import Packed, dequantize
 
 _TILE = 512  # slots; a float32 tile of 8 heads of 128 channels is 2 MB
 
@@ -31,21 +31,21 @@ def quantized_decode_attention(
     B, T, N, H = q.shape
     S = k_pos.shape[-1]
     if S == 0:
-        return Partial(jnp.zeros((B, T, N, (v or k).words.shape[-1]), jnp.float32), jnp.full((B, T, N), -jnp.inf))
-    group = S // k.scale.shape[2] if key_axis == "channel" else 1
-    step = math.lcm(group, WORD_BITS // bits)  # whole groups and whole words
+        width = (v or k).channels(bits, S)
+        return Partial(jnp.zeros((B, T, N, width), jnp.float32), jnp.full((B, T, N), -jnp.inf))
+    group = S // k.affine.shape[2] if key_axis == "channel" else 1
+    step = math.lcm(group, *(S // x.words.shape[2] for x in (k, v or k)))  # whole groups and whole rows of words
 
     def attend(start, size):
         def rows(x, first, count):
             return jax.lax.dynamic_slice_in_dim(x, first, count, axis=2)
 
         def packed_tile(x: Packed, axis) -> Packed:
-            words = rows(x.words, start * bits // 32, size * bits // 32)
+            in_row = S // x.words.shape[2]
+            words = rows(x.words, start // in_row, size // in_row)
             if axis == "channel":
-                return Packed(words, *(rows(y, start // group, size // group) for y in x[1:]))
-            return Packed(
-                words, *(jax.lax.dynamic_slice_in_dim(y, start, size, axis=3) for y in x[1:])
-            )
+                return Packed(words, rows(x.affine, start // group, size // group))
+            return Packed(words, jax.lax.dynamic_slice_in_dim(x.affine, start, size, axis=3))
 
         keys = dequantize(packed_tile(k, key_axis), bits=bits, axis=key_axis, dtype=q.dtype)
         return decode_attention(

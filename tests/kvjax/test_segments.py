@@ -317,15 +317,17 @@ def test_room_for_an_empty_body_holds_the_tokens():
     _assert_same_tokens(_by_token(segment), _by_token(_buffered(_filled(20), 0)), 20)
 
 
-@pytest.mark.parametrize("block, slots, rows", [(32, 33024, 1032), (128, 33024, 1032), (256, 33024, 1032)])
-def test_room_in_a_large_cache_ends_with_whole_tiles_of_scales(block, slots, rows):
+@pytest.mark.parametrize("block, channels", [(32, 64), (32, 128), (128, 64), (256, 128)])
+def test_room_in_a_large_cache_ends_with_whole_tiles_of_scales(block, channels):
     """Of 8 groups of 32 tokens each, however many groups a block has; smaller caches grow by blocks."""
-    encode = quantizer(2, key_group=32, value_group=8, scale_dtype="float32")
+    slots, rows = 33024, 1032
+    encode = quantizer(2, key_group=32, value_group=8, block=block, scale_dtype="float32")
     reserved = lambda dense: BufferedSegment.from_dense(dense, encode, block).reserve(64)
-    grown = lambda size: jax.eval_shape(reserved, _dense(size))
+    empty = lambda size: DenseSegment.empty(B, K, size, channels, jnp.float32)
+    grown = lambda size: jax.eval_shape(lambda: reserved(empty(size)))
     body = grown(32768).body
-    assert body.pos.shape[2] == slots and body.k.scale.shape[2] == rows and body.v.scale.shape[3] == slots
-    assert body.k.words.shape[2] == body.v.words.shape[2] == slots // 16
+    assert body.pos.shape[2] == slots and body.k.affine.shape[2] == rows and body.v.affine.shape[3] == slots
+    assert body.k.words.shape == body.v.words.shape == (B, K, slots * channels // 16 // 128, 128)
     assert grown(2048).body.pos.shape[2] == 2048 + max(block, 64)
     dense = lambda size: jax.eval_shape(lambda x: x.reserve(1), _dense(size))
     assert dense(16384).k.shape[2] == 16392 and dense(4096).k.shape[2] == 4097

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.mosaic_gpu import SLOTS, as_rows, by_token, parts
 from pallas_kernels.partial import Partial
-from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantize_pack import quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
 from pallas_kernels.shapes import DecodeShape, RaggedShape
@@ -45,9 +45,8 @@ def quantized(shape: DecodeShape, bits: int, axis: str, group=32, channels=32, s
     """Abstract `(q, k, v, q_pos, k_pos)`."""
     q, k, v, q_pos, k_pos, _ = shape.abstract()
     valid = jax.ShapeDtypeStruct(k_pos.shape, bool)
-    pack = lambda group, axis: jax.eval_shape(
-        functools.partial(quantize_pack, bits=bits, group=group, axis=axis, scale_dtype=scale_dtype), k, valid
-    )
+    how = dict(bits=bits, scale_dtype=scale_dtype, in_row=words_in_row(shape.H, shape.S * bits // 32))
+    pack = lambda group, axis: jax.eval_shape(functools.partial(quantize_pack, group=group, axis=axis, **how), k, valid)
     return q, pack(group if axis == "channel" else channels, axis), pack(channels, "token"), q_pos, k_pos
 
 

@@ -103,10 +103,13 @@ def test_any_split_in_any_order_and_association_is_dense_attention(data):
 def test_combine_is_commutative_and_associative(lse, seed):
     out = np.random.default_rng(seed).normal(size=(3, 4))
     a, b, c = (_partial(o if x > -np.inf else 0 * o, x) for o, x in zip(out, lse))
+    # On either side a log-sum-exp is stored in between, rounded by half a last place: so much the weights differ.
+    last_place = np.finfo(np.float32).eps * max([abs(x) for x in lse if x > -np.inf], default=0.0)
+    of_outputs = dict(rtol=TOLERANCE["rtol"], atol=TOLERANCE["atol"] + last_place * np.abs(out).max())
     for left, right in [
         (combine([a, b]), combine([b, a])),
         (combine([combine([a, b]), c]), combine([a, combine([b, c])])),
         (combine([a, b, c]), combine([c, combine([a, b])])),
     ]:
-        np.testing.assert_allclose(left.out, right.out, **TOLERANCE)
+        np.testing.assert_allclose(left.out, right.out, **of_outputs)
         np.testing.assert_allclose(left.lse, right.lse, **TOLERANCE)

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.quantize_pack import quantize_pack
+from pallas_kernels.quantize_pack import quantize_pack, words_in_row
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
@@ -103,6 +103,8 @@ def test_prefill_attention(case):
 PACKED = {
     "keys, 2 bits": (jnp.bfloat16, "bfloat16", 560, 128, 2, 16, "channel"),
     "keys, 4 bits": (jnp.float32, "float32", 32, 64, 4, 8, "channel"),
+    "keys, 2 bits of 64 channels": (jnp.bfloat16, "bfloat16", 1152, 64, 2, 32, "channel"),
+    "values, 8 bits of 64 channels": (jnp.bfloat16, "bfloat16", 40, 64, 8, 32, "token"),
     "values, one scale a token": (jnp.bfloat16, "bfloat16", 40, 256, 4, 256, "token"),
     "values, 8 bits": (jnp.float32, "float32", 4, 128, 8, 64, "token"),
 }
@@ -115,7 +117,7 @@ def test_quantize_pack_is_bit_exact(case):
     x = jnp.asarray(rng.normal(size=(1, 2, S, H)) * 10.0 ** rng.integers(-3, 3, size=(1, 2, S, 1)), dtype)
     valid = rng.random((1, 2, S)) < 0.8
     valid[0, 0, : S // 2] = False
-    how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype)
+    how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, in_row=words_in_row(H, S * bits // 32))
     got, want = both(quantize_pack, (x, jnp.asarray(valid)), **how)
     for a, b in zip(got, want):
         assert a.dtype == b.dtype
@@ -127,8 +129,9 @@ def test_quantize_pack_clips_as_the_reference_does():
     how = dict(bits=4, group=32, axis="channel", scale_dtype="float32", clip=0.8)
     got, want = both(quantize_pack, (x, jnp.ones(x.shape[:3], bool)), **how)
     # The ends are moved by a product and a sum, which a compiler may round once or twice.
-    np.testing.assert_allclose(got.zero, want.zero, rtol=3e-7)
-    np.testing.assert_allclose(got.scale, want.scale, rtol=1e-6)
+    (scale, zero), (want_scale, want_zero) = got.scale_and_zero("channel"), want.scale_and_zero("channel")
+    np.testing.assert_allclose(zero, want_zero, rtol=3e-7)
+    np.testing.assert_allclose(scale, want_scale, rtol=1e-6)
 
 
 def test_refusals_name_the_shape():

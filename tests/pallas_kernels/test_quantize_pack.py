@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.quantize_pack import api
+from pallas_kernels.quantize_pack import api, words_in_row
 from pallas_kernels.quantize_pack.reference import pack, unpack
 from tests.pallas_kernels.kivi_numpy import kivi_quantizer
 from tests.quick_jit import quick_jit
 
-_STATIC = ("bits", "group", "axis", "scale_dtype", "clip")
+_STATIC = ("bits", "group", "axis", "scale_dtype", "clip", "in_row")
 # One program a shape compiles faster than its operations one by one.
 quantize_pack = quick_jit(api.quantize_pack, static_argnames=_STATIC)
 dequantize = quick_jit(api.dequantize, static_argnames=("bits", "axis", "dtype"))
@@ -62,10 +62,8 @@ def test_keys_by_hand():
     ramp = np.tile(np.arange(4.0), 4)
     x = jnp.float32(np.stack([ramp, 2 * ramp - 1], axis=-1)).reshape(1, 1, 16, 2)
     packed = quantize_pack(x, jnp.ones((1, 1, 16), bool), bits=2, group=4, axis="channel", scale_dtype="float32")
-    assert packed.scale.shape == packed.zero.shape == (1, 1, 4, 2)
     # Scales are rounded up by at most one part in 2 ** 23 per step.
-    np.testing.assert_allclose(packed.scale[0, 0], [[1.0, 2.0]] * 4, rtol=5e-7)
-    np.testing.assert_allclose(packed.zero[0, 0], [[0.0, -1.0]] * 4, rtol=5e-7)
+    np.testing.assert_allclose(packed.affine[0, 0], [[1.0, 2.0, 0.0, -1.0]] * 4, rtol=5e-7)
     np.testing.assert_array_equal(packed.words.ravel(), [0xE4E4E4E4, 0xE4E4E4E4])
 
 
@@ -73,10 +71,39 @@ def test_values_by_hand():
     # Every token's four channels are 0, 1, 2, 3 plus the token's number: one scale a token.
     x = jnp.float32(np.arange(16)[:, None] + np.arange(4.0)).reshape(1, 1, 16, 4)
     packed = quantize_pack(x, jnp.ones((1, 1, 16), bool), bits=2, group=4, axis="token", scale_dtype="float32")
-    assert packed.scale.shape == packed.zero.shape == (1, 1, 1, 16)
-    np.testing.assert_allclose(packed.zero.ravel(), np.arange(16.0), rtol=5e-7)
-    np.testing.assert_allclose(packed.scale.ravel(), 1.0, rtol=3e-6)  # zero 15 rounded down by one last place
+    assert packed.affine.shape == (1, 1, 2, 16)
+    scale, zero = packed.affine[0, 0]
+    np.testing.assert_allclose(zero, np.arange(16.0), rtol=5e-7)
+    np.testing.assert_allclose(scale, 1.0, rtol=3e-6)  # zero 15 rounded down by one last place
     np.testing.assert_array_equal(unpack(packed.words, 2)[0, 0], np.tile(np.arange(4), (16, 1)))
+
+
+def test_words_side_by_side():
+    # Of three channels: the first row of two words, then what follows it in slots.
+    x = np.random.default_rng(0).normal(size=(2, 1, 64, 3)).astype(np.float32)
+    how = dict(bits=4, group=8, axis="channel", scale_dtype="float32")
+    one, two = (quantize_pack(x, np.ones((2, 1, 64), bool), in_row=n, **how) for n in (1, 2))
+    assert one.words.shape == (2, 1, 8, 3) and two.words.shape == (2, 1, 4, 6)
+    np.testing.assert_array_equal(two.words[..., :3], one.words[:, :, ::2])
+    np.testing.assert_array_equal(two.words[..., 3:], one.words[:, :, 1::2])
+    np.testing.assert_array_equal(one.affine, two.affine)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("slots", [0, 64])
+def test_words_in_a_row_are_restored_in_their_order(axis, slots):
+    x = np.random.default_rng(0).normal(size=(2, 1, slots, 16)).astype(np.float32)
+    how = dict(bits=4, group=8, axis=axis, scale_dtype="float32")
+    restored = [
+        dequantize(quantize_pack(x, np.ones((2, 1, slots), bool), in_row=n, **how), bits=4, axis=axis) for n in (1, 4)
+    ]
+    assert restored[0].shape == x.shape
+    np.testing.assert_array_equal(*restored)
+
+
+def test_as_many_words_as_fill_the_lanes_and_a_piece_has():
+    assert [words_in_row(channels, 8) for channels in (16, 32, 64, 128, 256, 96, 40)] == [8, 4, 2, 1, 1, 1, 1]
+    assert [words_in_row(64, words) for words in (1, 2, 3, 4)] == [1, 2, 1, 2]
 
 
 # --- the error bound ----------------------------------------------------------------------------------------------
@@ -107,9 +134,8 @@ def _arrays(draw):
 def test_the_error_is_at_most_half_a_scale(array, bits, axis, scale_dtype):
     x, valid = array
     packed = quantize_pack(x, valid, bits=bits, group=GROUP, axis=axis, scale_dtype=scale_dtype)
-    assert packed.scale.dtype == packed.zero.dtype == jnp.dtype(scale_dtype)
-    scale = _everywhere(packed.scale, axis, GROUP, S, H)
-    zero = _everywhere(packed.zero, axis, GROUP, S, H)
+    assert packed.affine.dtype == jnp.dtype(scale_dtype)
+    scale, zero = (_everywhere(x, axis, GROUP, S, H) for x in packed.scale_and_zero(axis))
     codes = np.asarray(unpack(packed.words, bits)).astype(np.float64)
     assert (scale > 0).all() and codes.max() < 2**bits
     np.testing.assert_array_equal(codes[~valid], 0)
@@ -145,7 +171,8 @@ def test_empty_slots_do_not_touch_the_extremes(axis):
     for a, b in zip(quiet, loud):
         np.testing.assert_array_equal(a, b)
     nobody = quantize_pack(x, jnp.zeros_like(valid), **how)
-    assert not nobody.words.any() and jnp.isfinite(nobody.scale).all() and not nobody.zero.any()
+    _, zero = nobody.scale_and_zero(axis)
+    assert not nobody.words.any() and jnp.isfinite(nobody.affine).all() and not zero.any()
 
 
 def test_bfloat16_input_is_quantized_as_its_float32_value():
@@ -163,7 +190,7 @@ def test_physical_bytes(axis, bits):
         jnp.zeros((2, 3, S, H)), jnp.ones((2, 3, S), bool), bits=bits, group=GROUP, axis=axis, scale_dtype="bfloat16"
     )
     assert packed.words.nbytes == 2 * 3 * S * H * bits // 8
-    assert packed.scale.nbytes == packed.zero.nbytes == 2 * 3 * S * H // GROUP * 2
+    assert packed.affine.nbytes == 2 * 2 * 3 * S * H // GROUP * 2
 
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
@@ -173,8 +200,9 @@ def test_clipping_cuts_both_ends_of_the_range(axis):
     x = ramp[:, None] + np.zeros(4) if axis == "channel" else np.arange(4.0) + 10 + np.zeros((16, 1))
     how = dict(bits=2, group=4, axis=axis, scale_dtype="float32")
     packed = quantize_pack(jnp.float32(x).reshape(1, 1, 16, 4), jnp.ones((1, 1, 16), bool), clip=0.8, **how)
-    np.testing.assert_allclose(packed.zero, 10.3, rtol=1e-6)
-    np.testing.assert_allclose(packed.scale, 0.8, rtol=1e-5)
+    scale, zero = packed.scale_and_zero(axis)
+    np.testing.assert_allclose(zero, 10.3, rtol=1e-6)
+    np.testing.assert_allclose(scale, 0.8, rtol=1e-5)
     want = 10.3 + 0.8 * (x - 10)
     np.testing.assert_allclose(dequantize(packed, bits=2, axis=axis)[0, 0], want, rtol=1e-6)
 
@@ -185,6 +213,7 @@ REFUSED = {
     "bits": (dict(bits=3), "bits must be 2, 4 or 8, got 3"),
     "words": (dict(bits=2, slots=24), "slots must be a multiple of 16 for 2-bit words, got 24"),
     "tokens": (dict(group=12), "group must divide the channel group axis of length 32, got 12"),
+    "row": (dict(in_row=3), "in_row must divide the 4 words of a channel, got 3"),
     "clip": (dict(clip=0.0), r"clip must be in \(0, 1\], got 0.0"),
     "channels": (dict(group=3, axis="token"), "group must divide the token group axis of length 8, got 3"),
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize_pack import Packed
+from pallas_kernels.quantize_pack import Packed, words_in_row
 from pallas_kernels.quantize_pack import api as packing
 from pallas_kernels.quantized_decode_attention import api as op
 from tests.pallas_kernels.attention_numpy import attention
@@ -20,7 +20,7 @@ quantized_decode_attention = quick_jit(
 )
 
 # One program of many operations compiles in a fraction of the time.
-quantize_pack = quick_jit(packing.quantize_pack, static_argnames=("bits", "group", "axis", "scale_dtype"))
+quantize_pack = quick_jit(packing.quantize_pack, static_argnames=("bits", "group", "axis", "scale_dtype", "in_row"))
 dequantize = quick_jit(packing.dequantize, static_argnames=("bits", "axis"))
 
 
@@ -31,7 +31,7 @@ def _draw(seed, S, bits, B=1, T=2, K=2, G=2, H=16, group=16, key_axis="channel")
     k_pos = np.tile(np.arange(S), (B, K, 1))
     k_pos = jnp.int32(rng.permuted(np.where(rng.random(k_pos.shape) < 0.125, -1, k_pos), axis=2))
     q_pos = jnp.int32(np.sort(rng.integers(S // 2, S + 1, size=(B, T)), axis=1))
-    how = dict(bits=bits, group=group, scale_dtype="bfloat16")
+    how = dict(bits=bits, group=group, scale_dtype="bfloat16", in_row=words_in_row(H, S * bits // 32))
     k = quantize_pack(k, k_pos >= 0, axis=key_axis, **how)
     v = quantize_pack(v, k_pos >= 0, axis="token", **how)
     return q, k, v, q_pos, k_pos
@@ -90,7 +90,7 @@ def test_empty_slots_make_an_empty_part(S):
     q, k, v, q_pos, k_pos = _draw(4, max(S, 16), 4)
     if S == 0:
         k = jax.tree.map(lambda x: x[:, :, :0], k)
-        v = Packed(v.words[:, :, :0], v.scale[..., :0], v.zero[..., :0])
+        v = Packed(v.words[:, :, :0], v.affine[..., :0])
         k_pos = k_pos[:, :, :0]
     part = quantized_decode_attention(q, k, v, q_pos, jnp.full_like(k_pos, -1), bits=4)
     assert not part.out.any()

@@ -1,5 +1,6 @@
 """Every decode kernel goes through the real TPU compiler, and reads what is stored as it is stored."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -11,12 +12,14 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
-from pallas_kernels.shapes import LLAMA_8B, SMOLLM2, LowrankShape, QuantizedShape, RaggedShape
+from pallas_kernels.shapes import LLAMA_8B, LowrankShape, QuantizedShape, RaggedShape
+from pallas_kernels.shapes import SMOLLM2 as SHORT
 
 pytestmark = pytest.mark.tpu_compile
 
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
 TPU = dict(implementation="mosaic_tpu")
+SMOLLM2 = dataclasses.replace(SHORT, S=32768)
 
 
 def _quantized(shape, bits, key_axis="channel"):
@@ -43,10 +46,11 @@ PROGRAMS = {
 SMALL = {
     "dense": (functools.partial(decode_attention, **TPU), SMOLLM2.abstract()[:5]),
     "int4": _quantized(SMOLLM2, 4),
-    "ragged": _ragged(SMOLLM2, 3 * 128),
+    "int2-token": _quantized(SMOLLM2, 2, "token"),
+    "ragged": _ragged(SMOLLM2, 3 * 2048),
     "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(SMOLLM2, 32).abstract()),
 }
-"""At 2,048 slots of 64 channels."""
+"""At 32,768 slots of 64 channels."""
 
 
 def nbytes(tree) -> int:
@@ -79,14 +83,13 @@ def test_64_channels(compiled, name, topology):
     function, args = SMALL[name]
     program = compiled(function, args, topology)
     assert "tpu_custom_call" in program.as_text()
-    # 3 heads of positions are padded to 4. The 64 groups of tokens of int4 fill half of 128 lanes, and the bases of
-    # the latents, 32 of 128.
-    padding = {"int4": [args[1].scale, args[1].zero] if name == "int4" else [], "lowrank": [args[3]] * 3}.get(name, [])
-    expected = nbytes(args) + nbytes(padding)
-    assert nbytes(args) <= program.memory_analysis().argument_size_in_bytes < 1.02 * expected
-    if name in ("dense", "lowrank"):
-        # Slots are minor in HBM and in the kernel: no copy but of a basis.
-        assert largest_result(program.as_text()) < 0.04 * nbytes(args)
+    # 3 heads of positions are padded to 4, and the bases of the latents, 32, to 128 lanes.
+    padding = args[3:4] * 3 if name == "lowrank" else ()
+    memory = program.memory_analysis()
+    assert nbytes(args) <= memory.argument_size_in_bytes < 1.02 * (nbytes(args) + nbytes(padding))
+    assert memory.temp_size_in_bytes < 0.01 * nbytes(args) + 2**19
+    # Slots are minor in HBM and in the kernel, or words fill the lanes: no copy but of a basis.
+    assert largest_result(program.as_text()) < 0.02 * nbytes(args)
 
 
 def largest_result(text: str) -> int:
