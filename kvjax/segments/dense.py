@@ -17,7 +17,7 @@ from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.partial import Partial
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
 
 
 @struct.dataclass
@@ -102,7 +102,7 @@ class DenseSegment:
         owner: jax.Array,
         kv_heads: int,
         *,
-        only: jax.Array | None = None,
+        run: PageRun | None = None,
         window: int | None = None,
         scale: float | None = None,
     ) -> Partial:
@@ -112,13 +112,13 @@ class DenseSegment:
           queries: of K * G heads.
           owner: i32[B, P], the KV head of every page.
           kv_heads: [K].
-          only: bool[B, P], the pages to attend to. None: all.
+          run: the pages to attend to. None: all.
           window: see `attend`.
           scale: see `attend`.
         """
         q, k = self._rotated(queries, None)
         k, v, pos, bias = (None if x is None else x[:, 0] for x in (k, self.values, self.pos, self.bias))
-        how = dict(kv_heads=kv_heads, bias=bias, only=only, window=window, scale=scale)
+        how = dict(kv_heads=kv_heads, bias=bias, run=run, window=window, scale=scale)
         return ragged_decode_attention(q, k, v, owner, queries.pos, pos, **how)
 
     def attend_expanded(

@@ -10,17 +10,15 @@ from kvjax.rope import Rope
 from kvjax.segments.axes import P
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.ragged import RaggedSegment
-from pallas_kernels.partial import Partial, fold
-
-_TILE = 32  # pages that are read at a time
+from pallas_kernels.partial import Partial
+from pallas_kernels.ragged_decode_attention import PageRun
 
 
 @struct.dataclass
 class PooledSegment:
     """The pages of a pool that belong to one layer, a run of them in every row.
 
-    Attention reads them tile by tile, as many tiles as the row with the most pages needs: the work follows the
-    layer's pages, not the pool.
+    The work follows the layer's pages, not the pool.
     """
 
     pool: RaggedSegment  # P pages of all layers; owners are KV heads of their layers
@@ -50,19 +48,17 @@ class PooledSegment:
     @property
     def pos(self) -> jax.Array:
         """That of the pool; the pages of other layers are empty."""
-        mine = self._mine(jnp.zeros_like(self.first), jnp.arange(self.owner.shape[1]))  # [B, P]
+        mine = self.run.has(jnp.arange(self.owner.shape[1]))  # [B, P]
         return jnp.where(self.pool.of_slots(mine), self.pool.pos, -1)
+
+    @property
+    def run(self) -> PageRun:
+        """The layer's pages."""
+        return PageRun(self.first, self.count)
 
     def attend(self, queries: Queries, **how) -> Partial:
         """See `Segment.attend`."""
-        tile = min(_TILE, self.owner.shape[1])
-        tiles = -(-jnp.max(self.count) // tile)
-
-        def read(i):
-            pages, mine = self._pages(i * tile, tile)
-            return pages.attend(queries, only=mine, **how)
-
-        return fold(read, tiles)
+        return self.pool.attend(queries, run=self.run, **how)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `RaggedSegment.mass`; 0 for the pages of other layers."""
@@ -89,18 +85,6 @@ class PooledSegment:
     def reserve(self, tokens: int) -> Segment:
         """Refused: see `RaggedSegment.reserve`."""
         return self.pool.reserve(tokens)
-
-    def _mine(self, start: jax.Array, index: jax.Array) -> jax.Array:
-        """bool[B, n]: which of the pages i32[n] or [B, n] are this layer's, from its page i32[B] `start` on."""
-        first, end = (x[:, None] for x in (self.first + start, self.first + self.count))
-        return (index >= first) & (index < end)
-
-    def _pages(self, start: jax.Array, size: int) -> tuple[RaggedSegment, jax.Array]:
-        """`size` pages of every row from its layer's page `start` on, and bool[B, size], which are the layer's."""
-        B, P = self.owner.shape
-        at = jnp.minimum(self.first + start, P - size)  # a run at the pool's end begins earlier
-        mine = self._mine(jnp.broadcast_to(start, (B,)), at[:, None] + jnp.arange(size))
-        return self.pool.run(at, size), mine
 
 
 @struct.dataclass

@@ -15,6 +15,9 @@ from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.slots import counts_by_owner
 from pallas_kernels.partial import Partial, combine_by_owner, spread_to_owned
+from pallas_kernels.ragged_decode_attention import PageRun, cut_rows
+
+_TILE = 32  # packed pages that are read at a time where a run of them is attended to
 
 
 class SlotList(NamedTuple):
@@ -106,20 +109,6 @@ class RaggedSegment:
             pages = jax.tree.map(lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:]), pages)
         return self.replace(stored=pages)
 
-    def run(self, first: jax.Array, count: int) -> RaggedSegment:
-        """`count` pages of every row, from its page i32[B] `first` on."""
-        axis, page = (2, self.pos.shape[2] // self.owner.shape[1]) if self._in_a_row else (1, 1)
-
-        def cut(x, axis, unit):
-            at, size = first * unit, count * unit
-            if x.shape[0] == 1:
-                return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis)
-            return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size, axis - 1))(x, at)
-
-        return self.replace(
-            stored=jax.tree.map(lambda x: cut(x, axis, page), self.stored), owner=cut(self.owner, 1, 1)
-        )
-
     def of_slots(self, of_pages: jax.Array) -> jax.Array:
         """What is known of pages, [B, P], for each of their slots: shaped as `pos`."""
         page = self.pos.size // self.owner.size
@@ -140,12 +129,18 @@ class RaggedSegment:
         """i32[B, 1, P * page] or i32[B, P, page], as they are stored."""
         return self.stored.pos
 
-    def attend(self, queries: Queries, *, only: jax.Array | None = None, **how) -> Partial:
-        """See `Segment.attend`; of the pages where bool[B, P] `only` is true, or of all."""
+    def attend(self, queries: Queries, *, run: PageRun | None = None, **how) -> Partial:
+        """See `Segment.attend`; of a run of pages, or of all."""
         if self._in_a_row:
-            return self.stored.attend_owned(queries, self.owner, self.kv_heads, only=only, **how)
-        partial = self.stored.attend(self._of_pages(queries), **how)
-        return combine_by_owner(partial, self.owner, self.kv_heads, only=only)
+            return self.stored.attend_owned(queries, self.owner, self.kv_heads, run=run, **how)
+
+        def attend(segment: RaggedSegment, mine: jax.Array | None) -> Partial:
+            partial = segment.stored.attend(segment._of_pages(queries), **how)
+            return combine_by_owner(partial, segment.owner, self.kv_heads, only=mine)
+
+        if run is None:
+            return attend(self, None)
+        return run.fold(lambda at, size, mine: attend(self._cut(at, size), mine), self.owner.shape[1], _TILE)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`; by the G query heads of a page's owner: f32[B, G, P * page] or f32[B, P * G, page]."""
@@ -182,6 +177,10 @@ class RaggedSegment:
     @property
     def _in_a_row(self) -> bool:
         return isinstance(self.stored, DenseSegment)
+
+    def _cut(self, at: jax.Array, size: int) -> RaggedSegment:
+        """`size` packed pages of every row, from its page i32[B] `at` on."""
+        return jax.tree.map(lambda x: cut_rows(x, at, size), self)
 
     def _of_pages(self, queries: Queries) -> Queries:
         return queries._replace(raw=self._heads(queries.raw))

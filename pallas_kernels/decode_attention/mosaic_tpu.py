@@ -58,6 +58,7 @@ def attend(
     q_pos: jax.Array,
     k_pos: jax.Array,
     bias: jax.Array | None = None,
+    within: tuple[jax.Array, jax.Array] | None = None,
     *,
     sizes: Blocks,
     window: int | None,
@@ -75,6 +76,8 @@ def attend(
       q_pos: i32[B, T].
       k_pos: i32[B, K or 1, S].
       bias: f32[B, K or 1, S] or None.
+      within: (i32[B], i32[B]), the first slot of every row and the one behind its last. The grid then has as many tiles
+        as the longest run touches, and nothing is read beyond a row's own. None: all S.
       sizes: heads, slots and splits of the grid.
       window: tokens, or None.
       scale: None: `H ** -0.5`.
@@ -93,35 +96,49 @@ def attend(
     stored = [*per_slot, *keys.stored, *values.stored]
 
     tiles = -(-S // sizes.slots)
-    splits = sizes.splits if tiles % sizes.splits == 0 else 1
-    grid = (B, K // sizes.heads, splits, tiles // splits)
-    per_head = lambda *shape: pl.BlockSpec((1, sizes.heads, *shape), lambda b, h, i, t: (b, h) + (0,) * len(shape))
-    result = lambda width: pl.BlockSpec((1, 1, sizes.heads, R, width), lambda b, h, i, t: (i, b, h, 0, 0))
+    splits, bounds = sizes.splits, ()
+    if within is not None:
+        begin, end = (x.astype(jnp.int32) for x in within)
+        last = jnp.maximum(end - 1, begin) // sizes.slots
+        part = jnp.max(last - begin // sizes.slots) // splits + 1
+        bounds = begin, end, part[None]
+    elif tiles % splits:
+        part, splits = tiles, 1
+    else:
+        part = tiles // splits
+    per_head = lambda *shape: pl.BlockSpec((1, sizes.heads, *shape), lambda b, h, i, t, *_: (b, h) + (0,) * len(shape))
+    result = lambda width: pl.BlockSpec((1, 1, sizes.heads, R, width), lambda b, h, i, t, *_: (i, b, h, 0, 0))
     out, lse = pl.pallas_call(
         functools.partial(
-            _kernel, keys=keys, values=values, slots=S, window=window, biased=bias is not None, tiles=tiles // splits
+            _kernel, keys=keys, values=values, slots=S, window=window, biased=bias is not None, bounded=bool(bounds)
         ),
-        grid=grid,
-        in_specs=[
-            per_head(R, H),
-            pl.BlockSpec((1, R, 1), lambda b, h, i, t: (b, 0, 0)),
-            *(_block(x, sizes, tiles // splits) for x in stored),
-        ],
-        out_specs=[result(values.width), result(1)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(bounds),
+            grid=(B, K // sizes.heads, splits, part),
+            in_specs=[
+                per_head(R, H),
+                pl.BlockSpec((1, R, 1), lambda b, h, i, t, *_: (b, 0, 0)),
+                *(
+                    _block(x, sizes, functools.partial(_tile, sizes.slots, tiles, None if bounds else part))
+                    for x in stored
+                ),
+            ],
+            out_specs=[result(values.width), result(1)],
+            scratch_shapes=[
+                pltpu.VMEM((sizes.heads, R, 1), jnp.float32),
+                pltpu.VMEM((sizes.heads, R, 1), jnp.float32),
+                *(pltpu.VMEM((sizes.heads, n, R, width), jnp.float32) for n, width in values.sums),
+            ],
+        ),
         out_shape=[
             result_like((splits, B, K, R, width), jnp.float32, q, q_pos, *(x.array for x in stored))
             for width in (values.width, 1)
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((sizes.heads, R, 1), jnp.float32),
-            pltpu.VMEM((sizes.heads, R, 1), jnp.float32),
-            *(pltpu.VMEM((sizes.heads, n, R, width), jnp.float32) for n, width in values.sums),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
         name="decode_attention",
-    )(rows, row_pos, *(x.array for x in stored))
+    )(*bounds, rows, row_pos, *(x.array for x in stored))
 
     def by_token(x):
         x = x[..., : T * G, :].reshape(splits, B, K, T, G, -1)
@@ -139,7 +156,16 @@ def _number_per_slot(x: jax.Array) -> Stored:
     return Stored(x, 2)
 
 
-def _block(stored: Stored, sizes: Blocks, tiles: int) -> pl.BlockSpec:
+def _tile(slots: int, tiles: int, part: int | None, b, i, t, *bounds):
+    """The tile that a step of the grid sees. With bounds a step beyond a row's run sees its last, which is there."""
+    if part is not None:
+        return i * part + t
+    begin, end, part = bounds
+    first, last = (jax.lax.div(x, jnp.int32(slots)) for x in (begin[b], jnp.maximum(end[b] - 1, begin[b])))
+    return jnp.minimum(first + i * part[0] + t, jnp.minimum(last, tiles - 1))
+
+
+def _block(stored: Stored, sizes: Blocks, tile: Callable[..., jax.Array]) -> pl.BlockSpec:
     """The part of an array that a step of the grid sees."""
     shape = list(stored.array.shape)
     shared = shape[1] == 1  # by all heads
@@ -148,40 +174,46 @@ def _block(stored: Stored, sizes: Blocks, tiles: int) -> pl.BlockSpec:
         shape[stored.axis] = sizes.slots // stored.slots
     by_row = stored.array.shape[0] > 1
 
-    def index(b, h, i, t):
+    def index(b, h, i, t, *bounds):
         at = [0] * len(shape)
         at[0], at[1] = b if by_row else 0, 0 if shared else h
         if stored.axis is not None:
-            at[stored.axis] = i * tiles + t
+            at[stored.axis] = tile(b, i, t, *bounds)
         return tuple(at)
 
     return pl.BlockSpec(tuple(shape), index)
 
 
-def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, biased, tiles):
+def _kernel(*refs, keys, values, slots, window, biased, bounded):
     """One tile of every head of a block.
 
-    q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1]; pos_ref i32[1, k or 1, s] or [1, k, 1, s]; bias f32 alike, if any;
-    tiles of keys and values; out_ref f32[1, 1, k, R, H'], lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
+    begin_ref, end_ref i32[B] and part_ref i32[1] if bounded; q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1]; pos_ref
+    i32[1, k or 1, s] or [1, k, 1, s]; bias f32 alike, if any; tiles of keys and values; out_ref f32[1, 1, k, R, H'],
+    lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
     """
+    bounds, (q_ref, row_pos_ref, pos_ref, *refs) = (refs[:3], refs[3:]) if bounded else ((), refs)
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
     key_refs, refs = refs[: len(keys.stored)], refs[len(keys.stored) :]
     value_refs, refs = refs[: len(values.stored)], refs[len(values.stored) :]
     out_ref, lse_ref, m_ref, l_ref, *sum_refs = refs
-    tile = pl.program_id(3)
+    step, steps = pl.program_id(3), pl.num_programs(3)
 
-    @pl.when(tile == 0)
+    @pl.when(step == 0)
     def _():
         m_ref[...] = jnp.full_like(m_ref, -jnp.inf)
         for ref in (l_ref, *sum_refs):
             ref[...] = jnp.zeros_like(ref)
 
     size = pos_ref.shape[-1]
-    start = (pl.program_id(2) * tiles + tile) * size
+    start = (pl.program_id(2) * steps + step) * size
     overhang = slots % size != 0
+    if bounded:
+        begin, end = (ref[pl.program_id(0)] for ref in bounds[:2])
+        start += jax.lax.div(begin, jnp.int32(size)) * size
+    elif overhang:
+        begin, end = 0, slots
 
-    @_for_every_head(q_ref.shape[1])
-    def _(head):
+    def attend_to_head(head):
         of_head = lambda ref: ref[0, head if ref.shape[1] > 1 else 0]
 
         def row(ref):
@@ -190,8 +222,9 @@ def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, bia
             return ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
 
         pos = row(pos_ref)  # [1, s]
-        if overhang:
-            pos = jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1) < slots, pos, -1)
+        if bounded or overhang:
+            slot = start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1)
+            pos = jnp.where((slot >= begin) & (slot < end), pos, -1)
         logits = keys.logits(of_head(q_ref), pos, *map(of_head, key_refs))
         if biased:
             logits += row(bias_ref)
@@ -210,7 +243,12 @@ def _kernel(q_ref, row_pos_ref, pos_ref, *refs, keys, values, slots, window, bia
         for ref, added in zip(sum_refs, values.weigh(p, *value_tiles)):
             ref[head] = kept[None] * ref[head] + added
 
-    @pl.when(tile == tiles - 1)
+    if bounded:
+        pl.when(start < end)(lambda: _for_every_head(q_ref.shape[1])(attend_to_head))
+    else:
+        _for_every_head(q_ref.shape[1])(attend_to_head)
+
+    @pl.when(step == steps - 1)
     def _():
 
         @_for_every_head(q_ref.shape[1])

@@ -7,6 +7,7 @@ import jax
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.partial import Partial
 from pallas_kernels.ragged_decode_attention import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.ragged_decode_attention.page_run import PageRun
 
 _OP = Op(
     "ragged_decode_attention",
@@ -26,7 +27,7 @@ def ragged_decode_attention(
     *,
     kv_heads: int,
     bias: jax.Array | None = None,
-    only: jax.Array | None = None,
+    run: PageRun | None = None,
     window: int | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -44,7 +45,7 @@ def ragged_decode_attention(
       k_pos: i32[B, S] token positions, -1 for empty slots.
       kv_heads: [K].
       bias: f32[B, S] added to the logits. Optional.
-      only: bool[B, P], the pages to attend to. None: all.
+      run: the pages to attend to; the work is theirs. None: all.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
       implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`; never
@@ -59,5 +60,5 @@ def ragged_decode_attention(
     Source: Kwon et al., PagedAttention (2023); Feng et al., Ada-KV (2024), for budgets that differ by head.
     """
     return _OP(
-        implementation, q, k, v, owner, q_pos, k_pos, bias, only, kv_heads=kv_heads, window=window, scale=scale
+        implementation, q, k, v, owner, q_pos, k_pos, bias, run, kv_heads=kv_heads, window=window, scale=scale
     )

@@ -2,7 +2,7 @@
 
 The dense kernel over one list of slots, those of all pages. The rows of its products are the queries of all heads, of
 which each sees the slots of its own; without them most rows would be empty. Blocks take equal numbers of slots, whoever
-owns them, so the work is that of the pages and falls on all multiprocessors alike.
+owns them, so the work is that of the pages and falls on all multiprocessors alike. Of a run of pages, all are read.
 
 Pages behind the last whole tile, fewer than 64 slots, are left to the reference and merged.
 """
@@ -18,10 +18,10 @@ from pallas_kernels.ragged_decode_attention import reference
 
 
 def _unsupported(
-    q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window=None, scale=None
+    q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window=None, scale=None
 ) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
-    del q_pos, k_pos, bias, only, kv_heads, window, scale
+    del q_pos, k_pos, bias, run, kv_heads, window, scale
     _, T, N, H = q.shape
     S, P = k.shape[1], owner.shape[1]
     page = S // P
@@ -39,14 +39,14 @@ def _unsupported(
 
 
 def _ragged_decode_attention(
-    q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window=None, scale=None
+    q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window=None, scale=None
 ) -> Partial:
     """See `pallas_kernels.ragged_decode_attention.api.ragged_decode_attention`."""
     B, T, N, _ = q.shape
     S, P = k.shape[1], owner.shape[1]
     page = S // P
-    if only is not None:
-        k_pos = jnp.where(jnp.repeat(only, page, axis=1), k_pos, -1)
+    if run is not None:
+        k_pos = jnp.where(jnp.repeat(run.has(jnp.arange(P)), page, axis=1), k_pos, -1)
     rows, row_pos = as_rows(q, q_pos, 1, scale)
     head = jnp.arange(ROWS, dtype=jnp.int32) % N // (N // kv_heads)  # rows are tokens times heads
     partials = attend(

@@ -70,7 +70,7 @@ def _sizes(q, k, v, owner) -> Blocks | None:
     return blocks("ragged_decode_attention.mosaic_tpu", key, 1, k.shape[1], *sizes, step=step, most=step)
 
 
-def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> str | None:
+def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> str | None:
     rows = q.shape[1] * q.shape[2]
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
@@ -101,12 +101,11 @@ def _repeated(x: jax.Array, times: int) -> jax.Array:
     return jnp.dot(rows, spread.astype(jnp.bfloat16)).astype(jnp.int32).reshape(B, -1)[:, : P * times]
 
 
-def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, only=None, *, kv_heads, window, scale) -> Partial:
+def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> Partial:
     T, N = q.shape[1:3]
-    if only is not None:
-        owner = jnp.where(only, owner, kv_heads)  # a head that no query has
+    page = _page(k, owner)
     one_head = lambda x: x[:, None]
-    units = _repeated(owner, _page(k, owner) // _unit(k, owner))[:, None, None]
+    units = _repeated(owner, page // _unit(k, owner))[:, None, None]
     return attend(
         q,
         owned_keys(one_head(k), units, (T, N), kv_heads, q.dtype),
@@ -114,6 +113,7 @@ def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, only=None,
         q_pos,
         one_head(k_pos),
         None if bias is None else one_head(bias),
+        None if run is None else (run.first * page, (run.first + run.count) * page),
         sizes=_sizes(q, k, v, owner),
         window=window,
         scale=scale,

@@ -7,10 +7,11 @@ import pytest
 
 import kvjax
 from kvjax import DenseSegment, QuantizedSegment, Queries, Rope
-from kvjax.segments import pooled
+from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.transforms.evict_across_layers import proportional
 from kvjax.transforms.evict_by_head import choose, pages_for
+from pallas_kernels.ragged_decode_attention import page_run, reference
 from tests.kvjax import papers
 from tests.quick_jit import quick_jit
 
@@ -37,7 +38,7 @@ def _pool(layers, keep, page: int):
     pages = pages_for(L * K, int(keep.sum(axis=-1).mean(axis=(1, 2)).max()) + 1, page)
     held = SlotList.of(together)
     flat = keep.reshape(held.owner.shape)
-    return pooled.pool_layers(RaggedSegment.of_list(held, flat, kv_heads=L * K, page=page, pages=pages), L)
+    return pool_layers(RaggedSegment.of_list(held, flat, kv_heads=L * K, page=page, pages=pages), L)
 
 
 def _queries(batch: int) -> Queries:
@@ -47,7 +48,7 @@ def _queries(batch: int) -> Queries:
 
 @pytest.mark.parametrize("batch, page, tile", [(1, 4, 2), (2, 1, 4), (2, 8, 64)])
 def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
-    monkeypatch.setattr(pooled, "_TILE", tile)
+    monkeypatch.setattr(reference, "TILE", tile)
     layers, keep = _layers(batch)
     pool, views = _pool(layers, keep, page)
     queries = _queries(batch)
@@ -72,11 +73,11 @@ def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
 
 
 def test_a_layer_reads_no_more_tiles_than_it_has(monkeypatch):
-    monkeypatch.setattr(pooled, "_TILE", 2)
+    monkeypatch.setattr(reference, "TILE", 2)
     layers, keep = _layers(2)
     pool, views = _pool(layers, keep, 4)
     tiles = []
-    monkeypatch.setattr(pooled, "fold", lambda attend, count: tiles.append(int(count)))
+    monkeypatch.setattr(page_run, "fold", lambda attend, count: tiles.append(int(count)))
     for view in views:
         view.inlined({"pool": pool}).attend(_queries(2), window=None)
     counts = [-(-np.asarray(keep[:, layer].sum(axis=-1)) // 4) for layer in range(L)]

@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention.mosaic_gpu import SLOTS, as_rows, by_token,
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
 from pallas_kernels.shapes import DecodeShape, RaggedShape
 from tests.quick_jit import quick_jit
 
@@ -82,13 +82,13 @@ def test_quantized_lowers_for_cuda(bits, shape, axis, group, channels):
 )
 def test_ragged_lowers_for_cuda(shape):
     arrays = shape.abstract()
-    only = jax.ShapeDtypeStruct(arrays[3].shape, bool)
-    op = lambda *arrays, **how: ragged_decode_attention(*arrays[:6], only=arrays[6], **how)
+    run = PageRun(*[jax.ShapeDtypeStruct(arrays[3].shape[:1], jnp.int32)] * 2)
+    op = lambda *arrays, **how: ragged_decode_attention(*arrays[:6], run=arrays[6], **how)
     how = dict(kv_heads=shape.decode.K, window=100, implementation="mosaic_gpu")
-    text = for_cuda(op, *arrays, only, **how)
+    text = for_cuda(op, *arrays, run, **how)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
     assert ("dot_general" in text) == (shape.P * shape.page % SLOTS != 0)
-    got = jax.eval_shape(functools.partial(op, **how), *arrays, only)
+    got = jax.eval_shape(functools.partial(op, **how), *arrays, run)
     assert got.out.shape == (shape.decode.B, shape.decode.T, shape.decode.K * shape.decode.G, shape.decode.H)
 
 

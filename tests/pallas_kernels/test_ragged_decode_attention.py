@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_decode_attention import api
+from pallas_kernels.ragged_decode_attention import PageRun, api, reference
 from pallas_kernels.shapes import CHECKED_RAGGED, DecodeShape, RaggedShape
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import FLOAT32, tolerance
@@ -16,7 +16,7 @@ from tests.quick_jit import quick_jit
 
 def run(implementation, args, **how):
     op = functools.partial(api.ragged_decode_attention, implementation=implementation)
-    how, arrays = {k: v for k, v in how.items() if k not in ("bias", "only")}, {k: how.get(k) for k in ("bias", "only")}
+    how, arrays = {k: v for k, v in how.items() if k not in ("bias", "run")}, {k: how.get(k) for k in ("bias", "run")}
     return quick_jit(lambda args, arrays: op(*args, **arrays, **how))(args, arrays)
 
 
@@ -28,9 +28,11 @@ def test_pages_of_two_heads_by_hand():
     part = run("xla", args, kv_heads=2)
     np.testing.assert_allclose(part.out.ravel(), [3.0, 15.0], rtol=1e-6)
     np.testing.assert_allclose(part.lse.ravel(), np.log([3.0, 2.0]), rtol=1e-6)
-    # Without page 1 head 1 has nothing.
-    part = run("xla", args, kv_heads=2, only=jnp.array([[True, False, True]]))
-    np.testing.assert_allclose(part.out.ravel(), [3.0, 0.0], rtol=1e-6)
+    # In pages 1 and 2 head 0 has one slot; in page 2 head 1 has nothing.
+    part = run("xla", args, kv_heads=2, run=PageRun(jnp.array([1]), jnp.array([2])))
+    np.testing.assert_allclose(part.out.ravel(), [6.0, 15.0], rtol=1e-6)
+    part = run("xla", args, kv_heads=2, run=PageRun(jnp.array([2]), jnp.array([1])))
+    np.testing.assert_allclose(part.out.ravel(), [6.0, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(part.lse[..., 1], -jnp.inf)
 
 
@@ -46,15 +48,37 @@ def test_a_head_is_the_concatenation_of_its_pages():
         np.testing.assert_allclose(got.lse[:, :, heads], want.lse, **FLOAT32)
 
 
+def test_a_run_of_pages_is_a_list_of_its_own(monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 4)
+    shape = RaggedShape(DecodeShape(B=4, T=2, K=3, G=2, H=16), P=11, page=4)
+    q, k, v, owner, q_pos, k_pos = args = shape.draw(3)
+    runs = [(2, 7), (8, 3), (5, 0), (0, 11)]  # one that ends with the list, one of none, one of all
+    got = run("xla", args, kv_heads=3, run=PageRun(*(jnp.array(x) for x in zip(*runs))))
+    for row, (first, count) in enumerate(runs):
+        of = lambda x, unit=shape.page: x[row : row + 1, first * unit : (first + count) * unit]
+        if count == 0:
+            assert not got.out[row].any() and (got.lse[row] == -jnp.inf).all()
+            continue
+        want = run("xla", (q[row : row + 1], of(k), of(v), of(owner, 1), q_pos[row : row + 1], of(k_pos)), kv_heads=3)
+        np.testing.assert_allclose(got.out[row], want.out[0], **FLOAT32)
+        np.testing.assert_allclose(got.lse[row], want.lse[0], **FLOAT32)
+
+
+@pytest.mark.parametrize("runs", [None, ([1, 30], [5, 90]), ([100, 159], [60, 1]), ([160, 0], [0, 0])], ids=str)
 @pytest.mark.parametrize("shape", CHECKED_RAGGED, ids=str)
-def test_the_tpu_kernel(shape):
+def test_the_tpu_kernel(shape, runs):
+    """Of all pages, and of runs that begin and end within tiles, that are one page, or none at all."""
+    B, P = shape.decode.B, shape.P
+    if runs is not None:
+        first, count = (jnp.array(x[:B]) for x in runs)
+        runs = PageRun(jnp.minimum(first, P), jnp.minimum(count, P - jnp.minimum(first, P)))
     args = shape.draw(0)
     rng = np.random.default_rng(1)
     how = dict(
         kv_heads=shape.decode.K,
         window=12,
         bias=jnp.float32(rng.normal(size=args[5].shape)),
-        only=jnp.array(rng.random(args[3].shape) < 0.8),
+        run=runs,
     )
     with pltpu.force_tpu_interpret_mode():
         got = run("mosaic_tpu", args, **how)

@@ -6,12 +6,13 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
 from pallas_kernels.shapes import LLAMA_8B, LowrankShape, QuantizedShape, RaggedShape
 from pallas_kernels.shapes import SMOLLM2 as SHORT
 
@@ -31,6 +32,12 @@ def _ragged(shape, pages):
     return functools.partial(ragged_decode_attention, kv_heads=shape.K, **TPU), RaggedShape(shape, pages).abstract()
 
 
+def _run_of_pages(shape, pages):
+    op, args = _ragged(shape, pages)
+    rows = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
+    return lambda *args: op(*args[:-1], run=args[-1]), (*args, PageRun(rows, rows))
+
+
 PROGRAMS = {
     "dense": (functools.partial(decode_attention, **TPU), LLAMA_8B.abstract()[:5]),
     "int8": _quantized(LLAMA_8B, 8),
@@ -38,6 +45,7 @@ PROGRAMS = {
     "int2": _quantized(LLAMA_8B, 2),
     "int2-token": _quantized(LLAMA_8B, 2, "token"),
     "ragged": _ragged(LLAMA_8B, 8 * 2048),
+    "run": _run_of_pages(dataclasses.replace(LLAMA_8B, B=2), 4 * 8 * 2048),
     "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 64).abstract()),
     "joint": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 256, joint=True).abstract()),
 }
@@ -62,6 +70,7 @@ def _cases():
     for name in ("dense", "int4", "ragged", "lowrank"):
         yield from ((name, topology) for topology in TOPOLOGIES)
     yield from zip(("int8", "int2", "int2-token", "joint"), TOPOLOGIES)
+    yield from zip(["run"] * 4, TOPOLOGIES)
 
 
 @pytest.mark.parametrize("name, topology", list(_cases()))
