@@ -18,6 +18,7 @@ LAST = jnp.iinfo(jnp.int32).max
 
 _TILE = 512  # slots that are expanded at a time
 _OF_ROWS = P("batch", "kv_heads")  # names of the axes of what is beside a segment
+_MOST_GATHERED = 8192  # slots that go from shard to shard at a time
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
@@ -227,7 +228,7 @@ def fill_slots(old, new):
 def gather_slots(segment, index: jax.Array, valid: jax.Array):
     """Slots i32[B, K, n] of a segment whose leaves are all [B, K, S, ...]; zeros where bool[B, K, n] is false.
 
-    On a mesh each shard in turn gets its part of the result, summed over those that hold any of it.
+    On a mesh each shard in turn gets its part of the result, summed over those that hold any of it, piece by piece.
     """
     named = segment.axes()
     split, axes = _split(named, segment)
@@ -252,20 +253,34 @@ def gather_slots(segment, index: jax.Array, valid: jax.Array):
         if not spread:
             return pick(segment, index, valid)
         size = count // parts
-        part = lambda i: [jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in (index, valid)]
-        like = jax.eval_shape(lambda: pick(segment, *part(0)))
+        piece = _piece(size)
         mine = jax.lax.axis_index(axes)
 
         def turn(i, kept):
-            picked = pick(segment, *part(i))
-            return jax.tree.map(lambda new, old: jnp.where(i == mine, new, old), picked, kept)
+            rows = [jax.lax.dynamic_slice_in_dim(x, i * piece, piece, axis=2) for x in (index, valid)]
+            at, here = i * piece % size, i * piece // size == mine
 
-        return jax.lax.fori_loop(0, parts, turn, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+            def put(new, old):
+                there = jax.lax.dynamic_slice_in_dim(old, at, piece, axis=2)
+                return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(here, new, there), at, axis=2)
+
+            return jax.tree.map(put, pick(segment, *rows), kept)
+
+        # Known only with the indices, or a compiler makes the room of every such loop of a program when it begins.
+        zero, _ = jax.lax.optimization_barrier((jnp.zeros(()), index))
+        room = lambda x: jnp.full((*x.shape[:2], size, *x.shape[3:]), zero, x.dtype)
+        return jax.lax.fori_loop(0, count // piece, turn, jax.tree.map(room, segment))
 
     of_result = split if spread else split | {"slots": ()}
     rows = sharding.specs(_OF_ROWS, index, split)
     out = jax.tree.map(lambda spec, x: sharding.specs(spec, x, of_result), named, segment)
     return sharding.over_shards(here, (sharding.specs(named, segment, split), rows, rows), out)(segment, index, valid)
+
+
+def _piece(slots: int) -> int:
+    """How many of a shard's slots are gathered at a time: what divides them, and is not much less than it may be."""
+    piece = next(n for n in range(min(slots, _MOST_GATHERED), 0, -1) if slots % n == 0)
+    return piece if 16 * piece >= min(slots, _MOST_GATHERED) else slots
 
 
 def _split(named, segment):

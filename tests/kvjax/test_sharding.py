@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import kvjax
 from kvjax import sharding
 from kvjax.segments import DenseSegment
+from kvjax.segments import slots as slot_module
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.slots import keep_best, keep_highest
 from models.decoder import bind
@@ -148,8 +149,10 @@ def test_mass_of_heads_in_parts_is_that_of_one_device(heads):
         np.testing.assert_allclose(jax.jit(mass)(held, queries), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("count", [8, 5])
-def test_slots_are_gathered_across_shards(count):
+@pytest.mark.parametrize("count, at_a_time", [(8, 8192), (5, 8192), (48, 4), (44, 4)])
+def test_slots_are_gathered_across_shards(count, at_a_time, monkeypatch):
+    """A part for every shard, all for each of them, a part in three pieces, and slot by slot."""
+    monkeypatch.setattr(slot_module, "_MOST_GATHERED", at_a_time)
     held = _slots()
     index = jnp.int32(np.random.default_rng(2).integers(0, 32, size=(2, 2, count)))
     valid = index % 5 > 0
