@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.mosaic_tpu import slots_minor
 from pallas_kernels.dispatch import result_like
-from pallas_kernels.tpu_tiles import LANES
+from pallas_kernels.tpu_tiles import LANES, slots_minor
 
 
 def is_column(x: jax.Array, new: jax.Array) -> bool:

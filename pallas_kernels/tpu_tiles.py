@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import jax
+
 LANES, SUBLANES = 128, 8
 """A register: the last two axes of an array in HBM are padded to whole ones."""
+
+
+def slots_minor(x: jax.Array) -> bool:
+    """Whether slots of `[B, K, S, H]` fill lanes better than channels do."""
+    filled = lambda n: n / (-(-n // LANES) * LANES)
+    return filled(x.shape[2]) > filled(x.shape[3])
 
 
 def kv_heads_per_block(K: int, G: int, H: int) -> int:

@@ -10,22 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.config import Blocks, blocks
-from pallas_kernels.decode_attention.mosaic_tpu import (
-    Keys,
-    Stored,
-    as_laid_out,
-    attend,
-    dense_values,
-    logits_bytes,
-    padded_rows,
-    product,
-    row_limit,
-    vmem_bytes,
-    widened,
-)
+from pallas_kernels.decode_attention.mosaic_tpu import as_laid_out, dense_values, vmem_bytes, widened
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
+from pallas_kernels.tpu_decode import Keys, Stored, attend, logits_bytes, padded_rows, product, row_limit
+from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 
 _SUBLANES = 8
 _EXPANDED = 6  # float32 arrays [H, s] of a head: keys, rotated keys, angles, cosines, sines, and one more

@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.mosaic_tpu import product, slots_minor
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.partial import Partial
-from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block
+from pallas_kernels.tpu_decode import product
+from pallas_kernels.tpu_tiles import LANES, kv_heads_per_block, slots_minor
 from pallas_kernels.visibility import visible
 
 _QUERIES, _KEYS = 256, 512  # of a tile at most

@@ -11,10 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.mosaic_tpu import slots_minor
 from pallas_kernels.dispatch import Kernel, result_like
 from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, affine, nearest_code
-from pallas_kernels.tpu_tiles import LANES, SUBLANES
+from pallas_kernels.tpu_tiles import LANES, SUBLANES, slots_minor
 
 _SLOTS = 512  # of a tile at least, unless there are fewer
 _BYTES = 2**20  # of float32 in a tile at most; a tile is held several times while it is worked on

@@ -13,20 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.config import Blocks, blocks
-from pallas_kernels.decode_attention.mosaic_tpu import (
-    Keys,
-    Stored,
-    Values,
-    attend,
-    logits_bytes,
-    padded_rows,
-    product,
-    row_limit,
-)
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Packed
+from pallas_kernels.tpu_decode import Keys, Stored, Values, attend, logits_bytes, padded_rows, product, row_limit
+from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
 _MOST_GROUPS = 16  # of channels

@@ -14,21 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.config import Blocks, blocks
-from pallas_kernels.decode_attention.mosaic_tpu import (
-    LEAST_SLOTS,
-    MOST_ROWS,
-    Keys,
-    Stored,
-    attend,
-    dense_keys,
-    dense_values,
-    logits_bytes,
-    padded_rows,
-    vmem_bytes,
-)
+from pallas_kernels.decode_attention.mosaic_tpu import dense_keys, dense_values, vmem_bytes
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
+from pallas_kernels.tpu_decode import LEAST_SLOTS, MOST_ROWS, Keys, Stored, attend, logits_bytes, padded_rows
+from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 
 _LANES = 128
 _UNIT = 8  # slots that one entry of the owners stands for, at most

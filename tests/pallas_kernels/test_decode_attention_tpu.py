@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import api, config, mosaic_tpu
+from pallas_kernels import tpu_decode_blocks
+from pallas_kernels.decode_attention import api, mosaic_tpu
 from pallas_kernels.partial import Partial
 from pallas_kernels.shapes import CHECKED, DecodeShape
 from tests.pallas_kernels.kernel_tolerance import tolerance
@@ -17,7 +18,7 @@ from tests.quick_jit import quick_jit
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
     """Of the few slots that an interpreted kernel reads in time."""
-    monkeypatch.setattr(config, "_MOST_SLOTS", 128)
+    monkeypatch.setattr(tpu_decode_blocks, "_MOST_SLOTS", 128)
 
 
 def check(args, dtype="float32", **how) -> Partial:
@@ -53,7 +54,7 @@ def test_8_bit_floats_and_values_of_another_width():
 
 def test_more_heads_than_a_tile_holds(monkeypatch):
     # Of 128 slots with float32 keys and values of 64 channels, and the logits of 16 rows.
-    monkeypatch.setattr(config, "_TILE_BYTES", 128 * (8 * (2 * 128 * 4 + 4) + 16 * 16))
+    monkeypatch.setattr(tpu_decode_blocks, "_TILE_BYTES", 128 * (8 * (2 * 128 * 4 + 4) + 16 * 16))
     shape = DecodeShape(K=16, S=128, H=64)
     assert mosaic_tpu._sizes(*shape.abstract()[:3], shape.abstract()[4]).heads == 8
     check(shape.draw(3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import config
+from pallas_kernels import tpu_decode_blocks
 from pallas_kernels.lowrank_decode_attention import api
 from pallas_kernels.shapes import CHECKED_LOWRANK, DecodeShape, LowrankShape
 from tests.pallas_kernels.attention_numpy import attention
@@ -50,7 +50,7 @@ def test_it_is_attention_over_expanded_and_rotated_keys(joint):
 
 @pytest.mark.parametrize("shape", CHECKED_LOWRANK, ids=str)
 def test_the_tpu_kernel(shape, monkeypatch):
-    monkeypatch.setattr(config, "_MOST_SLOTS", 128)
+    monkeypatch.setattr(tpu_decode_blocks, "_MOST_SLOTS", 128)
     args = shape.draw(0)
     mean = jnp.float32(np.random.default_rng(1).normal(size=(shape.decode.K, shape.decode.H)))
     with pltpu.force_tpu_interpret_mode():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import config
+from pallas_kernels import tpu_decode_blocks
 from pallas_kernels.quantized_decode_attention import api
 from pallas_kernels.shapes import CHECKED_QUANTIZED, DecodeShape, QuantizedShape
 from tests.pallas_kernels.kernel_tolerance import tolerance
@@ -17,7 +17,7 @@ from tests.quick_jit import quick_jit
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
     """Of the few slots that an interpreted kernel reads in time."""
-    monkeypatch.setattr(config, "_MOST_SLOTS", 256)
+    monkeypatch.setattr(tpu_decode_blocks, "_MOST_SLOTS", 256)
 
 
 def check(shape, args, **how):
