@@ -127,6 +127,17 @@ def _draw_lowrank(shape: DecodeShape, key) -> tuple:
     return q, k, v, basis, inv_freq, q_pos, k_pos
 
 
+def _draw_unrotated(shape: DecodeShape, key) -> tuple:
+    """Keys from before the rotation, and the ranks of their slots, by which they are rotated when they are read."""
+    q, k, v, q_pos, k_pos = _draw_dense(shape, key)
+    inv_freq = 500_000.0 ** -(jnp.arange(0, shape.H, 2) / shape.H)
+    return q, k, v, inv_freq, q_pos, k_pos, jnp.cumsum(k_pos >= 0, axis=-1, dtype=jnp.int32)
+
+
+def _unrotated_attention(q, k, v, inv_freq, q_pos, k_pos, at, **how):
+    return lowrank_decode_attention(q, k, v, None, inv_freq, q_pos, k_pos, at=at, **how)
+
+
 def _draw_observed(shape: DecodeShape, key) -> tuple:
     keys = jax.random.split(key, 3)
     q, q_pos = _queries(shape, keys[0], min(_QUERIES, shape.S))
@@ -163,6 +174,7 @@ CASES = (
     *map(_quantized, (8, 4, 2)),
     KernelCase("ragged", ragged_decode_attention, _draw_pages, static=lambda shape: {"kv_heads": shape.K}),
     KernelCase(f"rank {_RANK}", lowrank_decode_attention, _draw_lowrank),
+    KernelCase("unrotated", _unrotated_attention, _draw_unrotated),
     KernelCase("mass", attention_mass, _draw_observed, every_step=False),
     _packing("pack keys", "channel"),
     _packing("pack values", "token"),

@@ -91,7 +91,7 @@ def attend(
     R = padded_rows(q, K)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     row_pos = jnp.pad(row_pos, ((0, 0), (0, R - T * G), (0, 0)), constant_values=-1)
-    per_slot = [_number_per_slot(k_pos)] + ([] if bias is None else [_number_per_slot(bias.astype(jnp.float32))])
+    per_slot = [number_per_slot(k_pos)] + ([] if bias is None else [number_per_slot(bias.astype(jnp.float32))])
     stored = [*per_slot, *keys.stored, *values.stored]
 
     tiles = -(-S // sizes.slots)
@@ -147,7 +147,7 @@ def attend(
     return combine([Partial(out[i], lse[i]) for i in range(splits)])
 
 
-def _number_per_slot(x: jax.Array) -> Stored:
+def number_per_slot(x: jax.Array) -> Stored:
     """[B, K, S] the way it lies in HBM: heads that do not fill a tile's rows lie one by one where there is one row."""
     B, K, _ = x.shape
     if B == 1 and K % SUBLANES and K not in (1, 2, 4):
@@ -213,20 +213,19 @@ def _kernel(*refs, keys, values, slots, window, biased, bounded):
         begin, end = 0, slots
 
     def attend_to_head(head):
-        of_head = lambda ref: ref[0, head if ref.shape[1] > 1 else 0]
 
-        def row(ref):
-            if ref.ndim == 4:
-                return ref[0, head]
-            return ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
+        def of_head(ref):
+            if ref.ndim == 3:  # numbers of slots: [1, s]
+                return ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
+            return ref[0, head if ref.shape[1] > 1 else 0]
 
-        pos = row(pos_ref)  # [1, s]
+        pos = of_head(pos_ref)  # [1, s]
         if bounded or overhang:
             slot = start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1)
             pos = jnp.where((slot >= begin) & (slot < end), pos, -1)
         logits = keys.logits(of_head(q_ref), pos, *map(of_head, key_refs))
         if biased:
-            logits += row(bias_ref)
+            logits += of_head(bias_ref)
         logits = jnp.where(_visible(row_pos_ref[0], pos, window), logits, -jnp.inf)
         before = m_ref[head]
         m = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))

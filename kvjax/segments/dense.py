@@ -86,14 +86,17 @@ class DenseSegment:
         ranks: Ranks | None = None,
     ) -> Partial:
         """See `Segment.attend`."""
-        q, k = self._rotated(queries, ranks)
+        q = self._queries(queries, ranks)
         q_pos, batch = queries.pos, q.shape[0]
         if self.k.shape[0] == 1 and batch > 1:
             fold = lambda x: x.reshape(1, -1, *x.shape[2:])
             q, q_pos = fold(q), fold(q_pos)
-        partial = decode_attention(
-            q, k, self.values, q_pos, self.pos, bias=self.bias, window=window, scale=scale
-        )
+        how = dict(bias=self.bias, window=window, scale=scale)
+        if self.key_rope == "stored" or queries.rope is None:
+            partial = decode_attention(q, self.k, self.values, q_pos, self.pos, **how)
+        else:
+            at, inv_freq = None if self.key_rope == "at_attend" else ranks.slots, queries.rope.inv_freq
+            partial = lowrank_decode_attention(q, self.k, self.values, None, inv_freq, q_pos, self.pos, at=at, **how)
         return Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
 
     def attend_owned(
@@ -116,7 +119,7 @@ class DenseSegment:
           window: see `attend`.
           scale: see `attend`.
         """
-        q, k = self._rotated(queries, None)
+        q, k = self._queries(queries, None), self._rotated(queries, None)
         k, v, pos, bias = (None if x is None else x[:, 0] for x in (k, self.values, self.pos, self.bias))
         how = dict(kv_heads=kv_heads, bias=bias, run=run, window=window, scale=scale)
         return ragged_decode_attention(q, k, v, owner, queries.pos, pos, **how)
@@ -154,7 +157,7 @@ class DenseSegment:
         reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `Segment.mass`."""
-        q, k = self._rotated(queries, ranks)
+        q, k = self._queries(queries, ranks), self._rotated(queries, ranks)
         if self.k.shape[0] != q.shape[0]:
             raise TypeError("A prefix shared by the batch has no per-row attention mass.")
         return attention_mass(
@@ -271,14 +274,17 @@ class DenseSegment:
         """Empties the slots where bool[B, K, S] is true; their room is used again."""
         return self.replace(pos=jnp.where(slots, -1, self.pos))
 
-    def _rotated(self, queries, ranks):
-        if self.key_rope == "stored":
-            return queries.rotated, self.k
-        if self.key_rope == "at_attend":
-            return queries.rotated, rotate(self.k, self.pos, queries.rope)
-        if ranks is None:
+    def _queries(self, queries, ranks):
+        """[B, T, N, H], rotated as the keys are when they are read."""
+        if self.key_rope == "rank" and ranks is None:
             raise TypeError("A segment with key_rope='rank' is read through its layer cache.")
-        return ranks.rotated_queries(queries), rotate(self.k, ranks.slots, queries.rope)
+        return ranks.rotated_queries(queries) if self.key_rope == "rank" else queries.rotated
+
+    def _rotated(self, queries, ranks):
+        """[B, K, S, H] keys, all of them: of few slots, or where nobody waits."""
+        if self.key_rope == "stored":
+            return self.k
+        return rotate(self.k, self.pos if self.key_rope == "at_attend" else ranks.slots, queries.rope)
 
     def oldest(self) -> DenseSegment:
         """The one slot of every row and head that the next token takes: an empty one, or the oldest but for sinks."""

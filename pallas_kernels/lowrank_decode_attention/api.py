@@ -15,13 +15,14 @@ def lowrank_decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    basis: jax.Array,
+    basis: jax.Array | None,
     inv_freq: jax.Array,
     q_pos: jax.Array,
     k_pos: jax.Array,
     *,
     mean: jax.Array | None = None,
     bias: jax.Array | None = None,
+    at: jax.Array | None = None,
     window: int | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -35,12 +36,13 @@ def lowrank_decode_attention(
       q: [B, T, N, H] queries, already rotated.
       k: [B, K, S, R] coordinates of un-rotated keys, or [B, 1, S, R] that all KV heads read.
       v: [B, K or 1, S, H'] values, or their coordinates: the output is a weighted sum of them.
-      basis: [1 or B, K, H, R].
+      basis: [1 or B, K, H, R]. None: k are the un-rotated keys themselves, R = H.
       inv_freq: f32[H / 2], radians per token of the rotation.
       q_pos: i32[B, T] token positions, -1 for padding.
       k_pos: i32[B, K or 1, S] token positions, -1 for empty slots.
       mean: [K, H] added to the keys before they are rotated. Optional.
       bias: f32[B, K or 1, S] added to the logits. Optional.
+      at: i32[B, K or 1, S], what keys are rotated by in place of their tokens' positions. Optional.
       window: tokens a query looks back over, itself included. None: all.
       scale: multiplies the dot products. None: `H ** -0.5`.
       implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
@@ -53,4 +55,4 @@ def lowrank_decode_attention(
 
     Source: Wang et al., CSKV (2024), for latents from before the rotation.
     """
-    return _OP(implementation, q, k, v, basis, inv_freq, q_pos, k_pos, mean, bias, window=window, scale=scale)
+    return _OP(implementation, q, k, v, basis, inv_freq, q_pos, k_pos, mean, bias, at, window=window, scale=scale)

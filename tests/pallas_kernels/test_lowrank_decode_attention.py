@@ -8,16 +8,30 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
-from pallas_kernels.lowrank_decode_attention import api
+from pallas_kernels.lowrank_decode_attention import api, reference
 from pallas_kernels.shapes import CHECKED_LOWRANK, DecodeShape, LowrankShape
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
 
 
-def run(implementation, args, mean=None, **how):
+def run(implementation, args, mean=None, at=None, **how):
     op = functools.partial(api.lowrank_decode_attention, implementation=implementation, **how)
-    return quick_jit(lambda args, mean: op(*args, mean=mean))(args, mean)
+    return quick_jit(lambda args, mean, at: op(*args, mean=mean, at=at))(args, mean, at)
+
+
+def turned(k, at, inv_freq):
+    """Keys [B, K, S, H] as complex numbers, turned by numbers [B, K, S] times frequencies."""
+    half = k.shape[-1] // 2
+    z = (k[..., :half] + 1j * k[..., half:]) * np.exp(1j * np.asarray(at)[..., None] * np.float64(inv_freq))
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def unrotated(shape: DecodeShape, seed: int) -> tuple:
+    """`(args, at)` of keys without a basis, rotated by other numbers than their tokens' positions."""
+    q, k, v, q_pos, k_pos = shape.draw(seed)
+    inv_freq = jnp.float32(10000.0 ** (-np.arange(0, shape.H, 2) / shape.H))
+    return (q, k, v, None, inv_freq, q_pos, k_pos), jnp.maximum(jnp.cumsum(k_pos >= 0, axis=-1) - 1, 0)
 
 
 def test_a_quarter_turn_by_hand():
@@ -40,9 +54,7 @@ def test_it_is_attention_over_expanded_and_rotated_keys(joint):
     got = run("xla", args, mean, window=300)
     k = np.einsum("bksr,akhr->bksh", np.float64(c), np.float64(basis)) + np.float64(mean)[:, None]
     pos = np.broadcast_to(np.asarray(k_pos), k.shape[:3])
-    turned = (k[..., :8] + 1j * k[..., 8:]) * np.exp(1j * pos[..., None] * np.float64(inv_freq))
-    k = np.concatenate([turned.real, turned.imag], axis=-1)
-    want = attention(q, k, np.broadcast_to(v, (*k.shape[:3], 6)), q_pos, pos, window=300)
+    want = attention(q, turned(k, pos, inv_freq), np.broadcast_to(v, (*k.shape[:3], 6)), q_pos, pos, window=300)
     # float32 angles of up to 530 radians are off by 3e-5.
     np.testing.assert_allclose(got.out, want.out, rtol=2e-4, atol=2e-4)
     np.testing.assert_allclose(got.lse, want.lse, rtol=2e-4, atol=2e-4)
@@ -60,6 +72,31 @@ def test_the_tpu_kernel(shape, monkeypatch):
     # the reference rounds keys twice, before and after their rotation.
     np.testing.assert_allclose(got.out, want.out, **tolerance(shape.decode.dtype))
     np.testing.assert_allclose(got.lse, want.lse, **tolerance(shape.decode.dtype))
+
+
+def test_keys_without_a_basis_are_rotated_by_what_is_said(monkeypatch):
+    monkeypatch.setattr(reference, "_ROTATED", 200)
+    args, at = unrotated(DecodeShape(B=2, T=2, K=2, G=2, S=530, H=16), 1)
+    q, k, v, _, inv_freq, q_pos, k_pos = args
+    for by in (None, at):
+        got = run("xla", args, at=by, window=300)
+        of_keys = turned(np.float64(k), k_pos if by is None else by, inv_freq)
+        want = attention(q, of_keys, v, q_pos, k_pos, window=300)
+        np.testing.assert_allclose(got.out, want.out, rtol=2e-4, atol=2e-4)  # as above
+        np.testing.assert_allclose(got.lse, want.lse, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize("shape", [x.decode for x in CHECKED_LOWRANK], ids=str)
+def test_the_tpu_kernel_without_a_basis(shape, ranked, monkeypatch):
+    monkeypatch.setattr(tpu_decode_blocks, "_MOST_SLOTS", 128)
+    args, at = unrotated(shape, 0)
+    how = dict(at=at if ranked else None, window=100)
+    with pltpu.force_tpu_interpret_mode():
+        got = run("mosaic_tpu", args, **how)
+    want = run("xla", args, **how)
+    np.testing.assert_allclose(got.out, want.out, **tolerance(shape.dtype))
+    np.testing.assert_allclose(got.lse, want.lse, **tolerance(shape.dtype))
 
 
 def test_unsupported_shapes_are_named():

@@ -32,6 +32,15 @@ def _ragged(shape, pages):
     return functools.partial(ragged_decode_attention, kv_heads=shape.K, **TPU), RaggedShape(shape, pages).abstract()
 
 
+def _unrotated(shape):
+    """Keys that are rotated when they are read, by ranks of their slots."""
+    q, k, v, q_pos, k_pos, _ = shape.abstract()
+    op = lambda q, k, v, q_pos, k_pos, at, inv_freq: lowrank_decode_attention(
+        q, k, v, None, inv_freq, q_pos, k_pos, at=at, **TPU
+    )
+    return op, (q, k, v, q_pos, k_pos, k_pos, jax.ShapeDtypeStruct((shape.H // 2,), jnp.float32))
+
+
 def _run_of_pages(shape, pages):
     op, args = _ragged(shape, pages)
     rows = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
@@ -44,6 +53,7 @@ PROGRAMS = {
     "int4": _quantized(LLAMA_8B, 4),
     "int2": _quantized(LLAMA_8B, 2),
     "int2-token": _quantized(LLAMA_8B, 2, "token"),
+    "unrotated": _unrotated(LLAMA_8B),
     "ragged": _ragged(LLAMA_8B, 8 * 2048),
     "run": _run_of_pages(dataclasses.replace(LLAMA_8B, B=2), 4 * 8 * 2048),
     "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 64).abstract()),
@@ -55,6 +65,7 @@ SMALL = {
     "dense": (functools.partial(decode_attention, **TPU), SMOLLM2.abstract()[:5]),
     "int4": _quantized(SMOLLM2, 4),
     "int2-token": _quantized(SMOLLM2, 2, "token"),
+    "unrotated": _unrotated(SMOLLM2),
     "ragged": _ragged(SMOLLM2, 3 * 2048),
     "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(SMOLLM2, 32).abstract()),
 }
@@ -70,7 +81,7 @@ def _cases():
     for name in ("dense", "int4", "ragged", "lowrank"):
         yield from ((name, topology) for topology in TOPOLOGIES)
     yield from zip(("int8", "int2", "int2-token", "joint"), TOPOLOGIES)
-    yield from zip(["run"] * 4, TOPOLOGIES)
+    yield from zip(["run"] * 4 + ["unrotated"] * 4, TOPOLOGIES * 2)
 
 
 @pytest.mark.parametrize("name, topology", list(_cases()))

@@ -113,7 +113,7 @@ def test_every_method_compiles(devices, name, program, model, topology, pytestco
 @pytest.mark.parametrize(
     "name, prompt",
     # A cache is rounded up to whole tiles where that adds less than one slot in 128, packed ones from 32,768 slots on.
-    [("full", 32768), ("int4", 32768), ("kivi2", 32768), ("h2o", 16384)],
+    [("full", 32768), ("int4", 32768), ("kivi2", 32768), ("h2o", 16384), ("streamingllm", 32768)],
 )
 def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt):
     """TPU tiles pad little, nothing is copied, and a packed cache is never dequantized as a whole."""
