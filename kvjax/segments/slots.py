@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from kvjax import sharding
 from kvjax.segments.axes import OF_SLOTS, P, rename, slot_axis
-from pallas_kernels.column_write import is_column, write_columns
 from pallas_kernels.partial import Partial, fold_tiles
+from pallas_kernels.slot_write import takes_slot, write_slot
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
 LAST = jnp.iinfo(jnp.int32).max
@@ -308,20 +308,20 @@ def write_windows(
     fills_tiles = axis == 2 and old.ndim == 4 and old.shape[2] % SUBLANES == 0 and old.shape[3] % LANES == 0
     if fills_tiles and B * K <= _UNROLL:
         return jax.lax.platform_dependent(old, new, start, on, tpu=_write_rows, default=_write_slices)
-    if axis == 2 and old.ndim == 4 and is_column(old, new):
-        return _write_column(old, new, start, on)
+    if axis == 2 and old.ndim == 4 and takes_slot(old, new):
+        return _write_slot(old, new, start, on)
     return _write_slices(old, new, start, on, axis)
 
 
 @jax.custom_jvp
-def _write_column(old, new, start, on):
-    return jax.lax.platform_dependent(old, new, start, on, tpu=write_columns, default=_write_slices)
+def _write_slot(old, new, start, on):
+    return jax.lax.platform_dependent(old, new, start, on, tpu=write_slot, default=_write_slices)
 
 
-@_write_column.defjvp
-def _derivative_of_write_column(primals, tangents):
+@_write_slot.defjvp
+def _derivative_of_write_slot(primals, tangents):
     _, _, start, on = primals
-    return _write_column(*primals), _write_slices(*tangents[:2], start, on)  # linear in both; kernels have no rule
+    return _write_slot(*primals), _write_slices(*tangents[:2], start, on)  # linear in both; kernels have no rule
 
 
 def _write_slices(old, new, start, on, axis=2):

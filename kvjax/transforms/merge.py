@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_highest
+from kvjax.segments.slots import keep_highest, marked
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
 from kvjax.transforms.evict import (
     Scorer,
@@ -23,6 +23,8 @@ from kvjax.transforms.evict import (
     worth_keeping,
 )
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
+
+_FEW = 8  # slots up to which each is written by itself: the tokens of a decoding step, and room in whole tiles
 
 
 class Ranked(NamedTuple):
@@ -176,24 +178,28 @@ def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
     weight = jnp.where(taken_up, moves.weight, 0.0)
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     into = jnp.where(taken_up, moves.into, S)
-    one = moves.slots.shape[2] == 1
+    count = moves.slots.shape[2]
+    few = count <= _FEW
 
     def add(x):
-        """Sums of x over what each slot takes up; for a single one, x itself."""
-        if one:
-            return x
+        """Sums of x over what goes to the same slot: for each of a few, otherwise for every slot."""
+        if few:
+            same = (into[..., None] == into[..., None, :]).astype(jnp.float32)
+            return jnp.einsum("bkef,bkf...->bke...", same, x, precision=jax.lax.Precision.HIGHEST)
         return jnp.zeros((B, K, S, *x.shape[3:]), jnp.float32).at[rows, heads, into].add(x, mode="drop")
 
-    # A single token changes a single slot, in place; many are summed for all slots at once.
-    target = segment.take(jnp.minimum(into, S - 1), taken_up) if one else segment
+    # A few tokens change as many slots, in place; many are summed for all slots at once.
+    target = segment.take(jnp.minimum(into, S - 1), taken_up) if few else segment
     total = 1.0 + add(weight)[..., None]
     mean = lambda own, x: (own.astype(jnp.float32) + add(weight[..., None] * x.astype(jnp.float32))) / total
     merged = target.map_vectors(mean, given).astype(segment.k.dtype)
     if segment.bias is not None:
-        count = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
-        merged = merged.replace(bias=jnp.log(count))
-    emptied = jnp.where(moves.real, moves.slots, S)
-    if one:
-        left = segment.drop(emptied == jnp.arange(S))
-        return left.put(jnp.minimum(into, S - 1)[..., 0], merged)
-    return merged.replace(pos=segment.pos.at[rows, heads, emptied].set(-1, mode="drop"))
+        tokens = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
+        merged = merged.replace(bias=jnp.log(tokens))
+    if few:
+        left = segment.drop(marked(moves.slots, moves.real, S))
+        for i in range(count):
+            new = jax.tree.map(lambda x: x[:, :, i : i + 1], merged)
+            left = left.put(jnp.minimum(into, S - 1)[..., i], new)
+        return left
+    return merged.drop(marked(moves.slots, moves.real, S))

@@ -133,7 +133,7 @@ def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt)
         assert not re.search(rf"(?:f32|bf16)\[(?:1,8,{slots}[0-9,]*|{8 * slots}),128\]", text)
 
 
-@pytest.mark.parametrize("name, kernels", [("full", {"write_columns"}), ("int4", {"quantize_pack"})])
+@pytest.mark.parametrize("name, kernels", [("full", {"write_slot"}), ("int4", {"quantize_pack"})])
 def test_heads_of_64_are_written_where_they_lie(devices, name, kernels):
     """Dense slots lie along lanes there, two words in a row; other layouts would copy the cache at every step."""
     programs = compile_for(devices("v6e:2x2"), SMOLLM2, load_method(name, budget=0.5), 32768, programs=("decode",))
