@@ -16,6 +16,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
 from pallas_kernels.shapes import DecodeShape
 
 DENSE = "dense"
@@ -110,11 +111,23 @@ def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:
 def _draw_pages(shape: DecodeShape, key) -> tuple:
     """As many slots as in the dense case, half of them of head 0."""
     q, k, v, q_pos, k_pos = _draw_dense(shape, key)
-    pages = shape.K * shape.S // _PAGE
     in_a_row = lambda x: x.reshape(shape.B, -1, *x.shape[3:])
+    return q, in_a_row(k), in_a_row(v), _owners(shape, _PAGE), q_pos, in_a_row(k_pos)
+
+
+def _owners(shape: DecodeShape, page: int) -> jax.Array:
+    pages = shape.K * shape.S // page
     head = jnp.arange(pages, dtype=jnp.int32) * 2 * shape.K // pages  # 0 to 2 K - 1
-    owner = jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages))
-    return q, in_a_row(k), in_a_row(v), owner, q_pos, in_a_row(k_pos)
+    return jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages))
+
+
+def _draw_packed_pages(shape: DecodeShape, key, bits: int) -> tuple:
+    """The same packed, a group of tokens a page."""
+    keys = jax.random.split(key, 4)
+    q, q_pos = _queries(shape, keys[0], 1)
+    one_head = dataclasses.replace(shape, K=1, S=shape.K * shape.S)
+    k, v = _packed(one_head, keys[1], bits, "channel"), _packed(one_head, keys[2], bits, "token")
+    return q, k, v, _owners(shape, _GROUP), q_pos, _positions(shape, keys[3]).reshape(shape.B, -1)
 
 
 def _draw_lowrank(shape: DecodeShape, key) -> tuple:
@@ -168,11 +181,18 @@ def _packing(name: str, axis: str) -> KernelCase:
     return KernelCase(name, op, _draw_slots, every_step=False)
 
 
+def _quantized_pages(bits: int) -> KernelCase:
+    op = functools.partial(ragged_quantized_decode_attention, bits=bits)
+    draw = functools.partial(_draw_packed_pages, bits=bits)
+    return KernelCase(f"int{bits} pages", op, draw, static=lambda shape: {"kv_heads": shape.K})
+
+
 CASES = (
     KernelCase(DENSE, decode_attention, _draw_dense),
     KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
     *map(_quantized, (8, 4, 2)),
     KernelCase("ragged", ragged_decode_attention, _draw_pages, static=lambda shape: {"kv_heads": shape.K}),
+    _quantized_pages(4),
     KernelCase(f"rank {_RANK}", lowrank_decode_attention, _draw_lowrank),
     KernelCase("unrotated", _unrotated_attention, _draw_unrotated),
     KernelCase("mass", attention_mass, _draw_observed, every_step=False),

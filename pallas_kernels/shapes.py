@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack, words_in_row
+from pallas_kernels.ragged_quantized_decode_attention import in_a_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,34 @@ class RaggedShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class RaggedQuantizedShape:
+    """Queries over packed pages; bits, groups and scales are those of `packed`, whose `decode` is left unused."""
+
+    pages: RaggedShape
+    packed: QuantizedShape
+
+    def __str__(self) -> str:
+        x = self.packed
+        return f"{x.bits}bit-{x.key_axis}{x.key_group}-{x.value_group}-{self.pages}"
+
+    def abstract(self) -> tuple:
+        """`(q, k, v, owner, q_pos, k_pos)` without numbers."""
+        q, k, v, owner, q_pos, k_pos = self.pages.abstract()
+        return q, *jax.eval_shape(self._pack, k, v, k_pos), owner, q_pos, k_pos
+
+    def draw(self, seed: int) -> tuple:
+        """As `RaggedShape.draw`, with keys and values packed page by page."""
+        q, k, v, owner, q_pos, k_pos = self.pages.draw(seed)
+        return q, *jax.jit(self._pack)(k, v, k_pos), owner, q_pos, k_pos
+
+    def _pack(self, k, v, k_pos) -> tuple[Packed, Packed]:
+        paged = lambda x: x.reshape(x.shape[0], self.pages.P, self.pages.page, *x.shape[2:])
+        of_page = dataclasses.replace(self.pages.decode, S=self.pages.page)
+        packed = dataclasses.replace(self.packed, decode=of_page)._pack(paged(k_pos) >= 0, paged(k), paged(v))
+        return tuple(in_a_row(x, axis) for x, axis in zip(packed, (self.packed.key_axis, "token")))
+
+
+@dataclasses.dataclass(frozen=True)
 class LowrankShape:
     """Queries over coordinates of un-rotated keys, and of values."""
 
@@ -181,6 +210,17 @@ CHECKED_RAGGED = (
     RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=160, page=8),
 )
 """Small ones: a tile, and several of which the last reaches over the end."""
+
+CHECKED_RAGGED_QUANTIZED = (
+    RaggedQuantizedShape(
+        RaggedShape(DecodeShape(T=2, K=3, G=2, H=64), P=7, page=32), QuantizedShape(DecodeShape(), 4, value_group=32)
+    ),
+    RaggedQuantizedShape(
+        RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=80, page=16),
+        QuantizedShape(DecodeShape(), 2, key_axis="token", key_group=64, value_group=64),
+    ),
+)
+"""Small ones: keys per channel and per token, a tile and several of which the last reaches over the end."""
 
 CHECKED_LOWRANK = (
     LowrankShape(DecodeShape(T=2, K=2, G=2, S=160, H=64), R=24),

@@ -124,6 +124,14 @@ class DenseSegment:
         how = dict(kv_heads=kv_heads, bias=bias, run=run, window=window, scale=scale)
         return ragged_decode_attention(q, k, v, owner, queries.pos, pos, **how)
 
+    def in_a_row(self) -> DenseSegment:
+        """[B, P, page, ...] -> [B, 1, P * page, ...]: the heads one after the other, as `attend_owned` takes them."""
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:]), self)
+
+    def as_pages(self, pages: int) -> DenseSegment:
+        """The inverse of `in_a_row`."""
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], pages, -1, *x.shape[3:]), self)
+
     def attend_expanded(
         self,
         queries: Queries,

@@ -17,6 +17,8 @@ from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, dequantize, quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
+from pallas_kernels.ragged_decode_attention import PageRun
+from pallas_kernels.ragged_quantized_decode_attention import as_pages, in_a_row, ragged_quantized_decode_attention
 
 
 def fewest_slots(bits: int, key_group: int, key_axis: Axis) -> int:
@@ -132,6 +134,36 @@ class QuantizedSegment:
             window=window,
             scale=scale,
         )
+
+    def attend_owned(
+        self,
+        queries: Queries,
+        owner: jax.Array,
+        kv_heads: int,
+        *,
+        run: PageRun | None = None,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Partial:
+        """See `DenseSegment.attend_owned`; pages are of whole blocks."""
+        how = dict(kv_heads=kv_heads, bits=self.bits, key_axis=self.key_axis, run=run, window=window, scale=scale)
+        pos, bias = (None if x is None else x[:, 0] for x in (self.pos, self.bias))
+        return ragged_quantized_decode_attention(
+            queries.rotated, self.k, self.v, owner, queries.pos, pos, bias=bias, **how
+        )
+
+    def in_a_row(self) -> QuantizedSegment:
+        """See `DenseSegment.in_a_row`."""
+        return self._laid_out(in_a_row, lambda x: x.reshape(x.shape[0], 1, -1))
+
+    def as_pages(self, pages: int) -> QuantizedSegment:
+        """The inverse of `in_a_row`."""
+        return self._laid_out(lambda x, axis: as_pages(x, pages, axis), lambda x: x.reshape(x.shape[0], pages, -1))
+
+    def _laid_out(self, packed, per_slot) -> QuantizedSegment:
+        bias = None if self.bias is None else per_slot(self.bias)
+        k, v = packed(self.k, self.key_axis), packed(self.v, "token")
+        return self.replace(k=k, v=v, pos=per_slot(self.pos), bias=bias)
 
     def mass(
         self,

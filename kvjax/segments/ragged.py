@@ -13,6 +13,7 @@ from kvjax.rope import Rope
 from kvjax.segments.axes import P, rename
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
+from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.slots import counts_by_owner
 from pallas_kernels.partial import Partial, combine_by_owner, spread_to_owned
 from pallas_kernels.ragged_decode_attention import PageRun, cut_rows
@@ -49,15 +50,15 @@ class SlotList(NamedTuple):
 class RaggedSegment:
     """A pool of P pages a row; each page holds slots of one KV head.
 
-    Dense slots lie in a row, page after page, as one head of P * page slots that kernels read with their owners: a
-    TPU would lay out positions of [P, page] anew at every step. Any other representation has the pages as its
-    "heads"; attention treats a page as a KV head, then merges the pages of a head. Either way the work is that of the
-    pages, however unequal the heads are. Unused pages are empty and belong to head 0.
+    Dense and quantized slots lie in a row, page after page, as one head of P * page slots that kernels read with their
+    owners: a TPU would pad what has [P, page] numbers to tiles, and lay it out anew at every step. Any other
+    representation has the pages as its "heads"; attention treats a page as a KV head, then merges the pages of a head.
+    Either way the work is that of the pages, however unequal the heads are. Unused pages are empty, and head 0's.
 
     Bytes: those of the slots, and `4 * B * P`.
     """
 
-    stored: Segment  # dense: [B, 1, P * page, ...]; otherwise [B, P, page, ...]
+    stored: Segment  # dense, quantized: [B, 1, P * page, ...]; otherwise [B, P, page, ...]
     owner: jax.Array  # i32[B, P], KV head of every page
     kv_heads: int = struct.field(pytree_node=False)
 
@@ -98,16 +99,11 @@ class RaggedSegment:
     @property
     def pages(self) -> Segment:
         """[B, P, page, ...], as a segment whose heads are the pages."""
-        if not self._in_a_row:
-            return self.stored
-        B, P = self.owner.shape
-        return jax.tree.map(lambda x: x.reshape(B, P, -1, *x.shape[3:]), self.stored)
+        return self.stored.as_pages(self.owner.shape[1]) if self._in_a_row else self.stored
 
     def with_pages(self, pages: Segment) -> RaggedSegment:
         """The same owners with other pages [B, P, page, ...], in any representation."""
-        if isinstance(pages, DenseSegment):
-            pages = jax.tree.map(lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:]), pages)
-        return self.replace(stored=pages)
+        return self.replace(stored=pages.in_a_row() if _lies_in_a_row(pages) else pages)
 
     def of_slots(self, of_pages: jax.Array) -> jax.Array:
         """What is known of pages, [B, P], for each of their slots: shaped as `pos`."""
@@ -176,7 +172,7 @@ class RaggedSegment:
 
     @property
     def _in_a_row(self) -> bool:
-        return isinstance(self.stored, DenseSegment)
+        return _lies_in_a_row(self.stored)
 
     def _cut(self, at: jax.Array, size: int) -> RaggedSegment:
         """`size` packed pages of every row, from its page i32[B] `at` on."""
@@ -187,6 +183,11 @@ class RaggedSegment:
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return spread_to_owned(x, self.owner, self.kv_heads)
+
+
+def _lies_in_a_row(pages: Segment) -> bool:
+    """Whether kernels read pages of this representation with their owners."""
+    return isinstance(pages, DenseSegment) or isinstance(pages, QuantizedSegment) and pages.v is not None
 
 
 def split_pages(layer, transform: str) -> tuple[tuple[Segment, ...], RaggedSegment | None, DenseSegment]:

@@ -93,9 +93,22 @@ def _group_of_channel(shape, groups: int, axis: int) -> jax.Array:
     return jax.lax.div(index, jnp.int32(shape[axis] // groups))
 
 
-def _sizes(q, k: Packed, v: Packed, S: int, bits: int, key_axis: str) -> Blocks | None:
+def sizes(
+    q,
+    k: Packed,
+    v: Packed,
+    S: int,
+    bits: int,
+    key_axis: str,
+    *,
+    name: str = "quantized_decode_attention.mosaic_tpu",
+    unit: int = 0,
+    step: int = 1,
+    expanded: float = 0.0,
+) -> Blocks | None:
+    """What a step of the grid reads, for a kernel of this `name`, with what it adds for units of pages."""
     K = k.words.shape[1]
-    slot_bytes, expanded, step = 4.0, logits_bytes(q, K), 1
+    slot_bytes, expanded = 4.0, expanded + logits_bytes(q, K)
     in_lanes = lambda width: -(-width // LANES) * LANES
     for x, axis in ((k, key_axis), (v, "token")):
         in_row = S // x.words.shape[2]  # slots
@@ -120,17 +133,25 @@ def _sizes(q, k: Packed, v: Packed, S: int, bits: int, key_axis: str) -> Blocks 
         value_group=group_of(v, "token"),
         q=q.dtype,
         scale=k.affine.dtype,
+        **({"unit": unit} if unit else {}),
     )
-    return blocks("quantized_decode_attention.mosaic_tpu", key, K, S, slot_bytes, expanded, step=step)
+    return blocks(name, key, K, S, slot_bytes, expanded, step=step)
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> str | None:
     if v is None:
         return "takes values of their own"
-    limit = row_limit(q, k.words.shape[1], k_pos.shape[2])
-    if limit is not None:
-        return limit
     S = k_pos.shape[2]
+    if limit := row_limit(q, k.words.shape[1], S) or unsupported_groups(q, k, v, S, key_axis):
+        return limit
+    if sizes(q, k, v, S, bits, key_axis) is None:
+        group = S // k.affine.shape[2]
+        return f"finds no tile of [K, S, H] = {[*k_pos.shape[1:], q.shape[3]]} in groups of {group} that fits"
+    return None
+
+
+def unsupported_groups(q, k: Packed, v: Packed, S: int, key_axis: str) -> str | None:
+    """What is wrong with what shares a scale."""
     group = S // k.affine.shape[2]
     if key_axis == "channel" and group % SUBLANES:
         return f"takes groups of a multiple of {SUBLANES} tokens, got {group}"
@@ -140,8 +161,6 @@ def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, sc
     rows = q.shape[1] * q.shape[2] // k.words.shape[1] * groups
     if rows > _MOST_SUMS:
         return f"takes up to {_MOST_SUMS} queries of a KV head times groups of channels, got T * G * {groups} = {rows}"
-    if _sizes(q, k, v, S, bits, key_axis) is None:
-        return f"finds no tile of [K, S, H] = {[*k_pos.shape[1:], q.shape[3]]} in groups of {group} that fits"
     return None
 
 
@@ -154,7 +173,7 @@ def _quantized_decode_attention(q, k, v, q_pos, k_pos, bias=None, *, bits, key_a
         q_pos,
         k_pos,
         bias,
-        sizes=_sizes(q, k, v, S, bits, key_axis),
+        sizes=sizes(q, k, v, S, bits, key_axis),
         window=window,
         scale=scale,
     )

@@ -8,6 +8,7 @@ of reading the pages, once each, whoever owns them.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,94 +18,119 @@ from pallas_kernels import block_sizes
 from pallas_kernels.decode_attention.mosaic_tpu import dense_keys, dense_values, vmem_bytes
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
+from pallas_kernels.ragged_decode_attention.page_run import PageRun
 from pallas_kernels.tpu_decode import LEAST_SLOTS, MOST_ROWS, Keys, Stored, attend, logits_bytes, padded_rows
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
+from pallas_kernels.tpu_tiles import LANES
 
-_LANES = 128
 _UNIT = 8  # slots that one entry of the owners stands for, at most
 _MOST_HEADS = 256  # numbers that bfloat16 holds exactly
 
 
-def owned_keys(k: jax.Array, owner: jax.Array, queries: tuple[int, int], kv_heads: int, dtype) -> Keys:
-    """Keys [B, 1, S, H] whose owners i32[B, 1, 1, S / unit] see them; `queries` are (T, N)."""
-    dense = dense_keys(k, dtype)
-    T, N = queries
-    unit = k.shape[2] // owner.shape[3]
+class Pages(NamedTuple):
+    """Slots of one list, page after page, each page with its KV head."""
 
-    def logits(q, pos, tile, owner):
-        n, s = owner.shape[1], pos.shape[1]
-        # Owners of slots from owners of units: a product with zeros and ones.
-        slot = jax.lax.broadcasted_iota(jnp.int32, (n, s), 1)
-        first = jax.lax.broadcasted_iota(jnp.int32, (n, s), 0) * unit
-        spread = ((slot >= first) & (slot < first + unit)).astype(jnp.float32).astype(jnp.bfloat16)
-        owner = owner.astype(jnp.float32).astype(jnp.bfloat16)
-        of_slot = jnp.dot(owner, spread, preferred_element_type=jnp.float32)  # [1, s]
-        query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), jnp.int32(N))
-        head = jax.lax.div(query, jnp.int32(N // kv_heads)).astype(jnp.float32)
-        return jnp.where(of_slot == head, dense.logits(q, pos, tile), -jnp.inf)
+    owner: jax.Array  # i32[B, P]
+    slots: int  # [S]
+    kv_heads: int
+    most_unit: int = _UNIT
 
-    return Keys((*dense.stored, Stored(owner, 3, unit)), logits)
+    @property
+    def page(self) -> int:
+        """Slots of a page."""
+        return self.slots // self.owner.shape[1]
 
+    @property
+    def unit(self) -> int:
+        """Slots that one entry of the owners stands for in the kernel: a page, or a part of it."""
+        return math.gcd(self.page, self.most_unit)
 
-def _sizes(q, k, v, owner) -> Blocks | None:
-    one_head = [jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype) for x in (k, v)]
-    widened = sum(x.shape[2] * q.dtype.itemsize for x in (k, v) if x.dtype.itemsize == 1)
-    # Owners fill lanes in every tile but a single one; the matrix that spreads them has a row for each.
-    expanded = widened + logits_bytes(q, 1) + 8 * _LANES
-    unit = _unit(k, owner)
-    step = _LANES * unit
-    key = block_sizes.key(
-        rows=padded_rows(q, 1), H=k.shape[2], H_v=v.shape[2], unit=unit, q=q.dtype, k=k.dtype, v=v.dtype
-    )
-    sizes = sum(map(vmem_bytes, one_head)) + 4, expanded
-    return blocks("ragged_decode_attention.mosaic_tpu", key, 1, k.shape[1], *sizes, step=step, most=step)
+    @property
+    def step(self) -> int:
+        """Slots of a tile, of which owners fill whole lanes in every tile but a single one."""
+        return LANES * self.unit
 
+    @property
+    def expanded_bytes(self) -> int:
+        """Of one slot: the matrix that spreads the owners has a row for each."""
+        return 8 * LANES
 
-def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> str | None:
-    rows = q.shape[1] * q.shape[2]
-    if rows > MOST_ROWS:
-        return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
-    if kv_heads > _MOST_HEADS:
-        return f"takes up to {_MOST_HEADS} KV heads, got {kv_heads}"
-    if k.shape[1] < LEAST_SLOTS:
-        return f"takes {LEAST_SLOTS} slots or more, got k {list(k.shape)}"
-    if _sizes(q, k, v, owner) is None:
-        return f"finds no tile of [S, H] = {list(k.shape[1:])} that fits"
-    return None
+    def owned(self, keys: Keys, heads: int) -> Keys:
+        """Keys of the list, each of which the queries of its owner alone see; T * N queries of N `heads`."""
+        unit, group = self.unit, heads // self.kv_heads
+        units = Stored(_repeated(self.owner, self.page // unit)[:, None, None], 3, unit)
 
+        def logits(q, pos, *tiles):
+            *tiles, owner = tiles
+            n, s = owner.shape[1], pos.shape[1]
+            # Owners of slots from owners of units: a product with zeros and ones.
+            slot = jax.lax.broadcasted_iota(jnp.int32, (n, s), 1)
+            first = jax.lax.broadcasted_iota(jnp.int32, (n, s), 0) * unit
+            spread = ((slot >= first) & (slot < first + unit)).astype(jnp.float32).astype(jnp.bfloat16)
+            owner = owner.astype(jnp.float32).astype(jnp.bfloat16)
+            of_slot = jnp.dot(owner, spread, preferred_element_type=jnp.float32)  # [1, s]
+            query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), jnp.int32(heads))
+            head = jax.lax.div(query, jnp.int32(group)).astype(jnp.float32)
+            return jnp.where(of_slot == head, keys.logits(q, pos, *tiles), -jnp.inf)
 
-def _page(k, owner) -> int:
-    """Slots of a page."""
-    return k.shape[1] // owner.shape[1]
+        return Keys((*keys.stored, units), logits)
 
-
-def _unit(k, owner) -> int:
-    """Slots that one entry of the owners stands for in the kernel: a page, or a part of it."""
-    return math.gcd(_page(k, owner), _UNIT)
+    def within(self, run: PageRun | None) -> tuple[jax.Array, jax.Array] | None:
+        """The slots of a run of pages, for `attend`."""
+        return None if run is None else (run.first * self.page, (run.first + run.count) * self.page)
 
 
 def _repeated(x: jax.Array, times: int) -> jax.Array:
     """`jnp.repeat(x, times, axis=1)` in int32, of up to 256; as a product: repeating makes a row of lanes of each."""
     B, P = x.shape
-    rows = jnp.pad(x, ((0, 0), (0, -P % _LANES))).reshape(B, -1, _LANES).astype(jnp.bfloat16)
-    spread = np.repeat(np.eye(_LANES), times, axis=1)
+    rows = jnp.pad(x, ((0, 0), (0, -P % LANES))).reshape(B, -1, LANES).astype(jnp.bfloat16)
+    spread = np.repeat(np.eye(LANES), times, axis=1)
     return jnp.dot(rows, spread.astype(jnp.bfloat16)).astype(jnp.int32).reshape(B, -1)[:, : P * times]
 
 
+def head_limit(q: jax.Array, kv_heads: int, slots: int) -> str | None:
+    """What is wrong with a number of queries, heads or slots."""
+    rows = q.shape[1] * q.shape[2]
+    if rows > MOST_ROWS:
+        return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
+    if kv_heads > _MOST_HEADS:
+        return f"takes up to {_MOST_HEADS} KV heads, got {kv_heads}"
+    if slots < LEAST_SLOTS:
+        return f"takes {LEAST_SLOTS} slots or more, got S = {slots}"
+    return None
+
+
+def _sizes(q, k, v, pages: Pages) -> Blocks | None:
+    one_head = [jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype) for x in (k, v)]
+    widened = sum(x.shape[2] * q.dtype.itemsize for x in (k, v) if x.dtype.itemsize == 1)
+    key = block_sizes.key(
+        rows=padded_rows(q, 1), H=k.shape[2], H_v=v.shape[2], unit=pages.unit, q=q.dtype, k=k.dtype, v=v.dtype
+    )
+    sizes = sum(map(vmem_bytes, one_head)) + 4, widened + logits_bytes(q, 1) + pages.expanded_bytes
+    name = "ragged_decode_attention.mosaic_tpu"
+    return blocks(name, key, 1, pages.slots, *sizes, step=pages.step, most=pages.step)
+
+
+def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> str | None:
+    pages = Pages(owner, k.shape[1], kv_heads)
+    if limit := head_limit(q, kv_heads, pages.slots):
+        return limit
+    if _sizes(q, k, v, pages) is None:
+        return f"finds no tile of [S, H] = {list(k.shape[1:])} that fits"
+    return None
+
+
 def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> Partial:
-    T, N = q.shape[1:3]
-    page = _page(k, owner)
-    one_head = lambda x: x[:, None]
-    units = _repeated(owner, page // _unit(k, owner))[:, None, None]
+    pages, one_head = Pages(owner, k.shape[1], kv_heads), lambda x: x[:, None]
     return attend(
         q,
-        owned_keys(one_head(k), units, (T, N), kv_heads, q.dtype),
+        pages.owned(dense_keys(one_head(k), q.dtype), q.shape[2]),
         dense_values(one_head(v), q.dtype),
         q_pos,
         one_head(k_pos),
         None if bias is None else one_head(bias),
-        None if run is None else (run.first * page, (run.first + run.count) * page),
-        sizes=_sizes(q, k, v, owner),
+        pages.within(run),
+        sizes=_sizes(q, k, v, pages),
         window=window,
         scale=scale,
     )

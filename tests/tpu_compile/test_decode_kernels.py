@@ -13,7 +13,8 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
-from pallas_kernels.shapes import LLAMA_8B, LowrankShape, QuantizedShape, RaggedShape
+from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
+from pallas_kernels.shapes import LLAMA_8B, LowrankShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
 from pallas_kernels.shapes import SMOLLM2 as SHORT
 
 pytestmark = pytest.mark.tpu_compile
@@ -30,6 +31,14 @@ def _quantized(shape, bits, key_axis="channel"):
 
 def _ragged(shape, pages):
     return functools.partial(ragged_decode_attention, kv_heads=shape.K, **TPU), RaggedShape(shape, pages).abstract()
+
+
+def _packed_pages(shape, pages):
+    """A run of packed pages of 32 slots."""
+    shape = RaggedQuantizedShape(RaggedShape(shape, pages, 32), QuantizedShape(shape, 4))
+    op = functools.partial(ragged_quantized_decode_attention, kv_heads=shape.pages.decode.K, bits=4, **TPU)
+    rows = jax.ShapeDtypeStruct((shape.pages.decode.B,), jnp.int32)
+    return lambda *args: op(*args[:-1], run=args[-1]), (*shape.abstract(), PageRun(rows, rows))
 
 
 def _unrotated(shape):
@@ -55,6 +64,7 @@ PROGRAMS = {
     "int2-token": _quantized(LLAMA_8B, 2, "token"),
     "unrotated": _unrotated(LLAMA_8B),
     "ragged": _ragged(LLAMA_8B, 8 * 2048),
+    "packed pages": _packed_pages(LLAMA_8B, 8 * 1024),
     "run": _run_of_pages(dataclasses.replace(LLAMA_8B, B=2), 4 * 8 * 2048),
     "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 64).abstract()),
     "joint": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 256, joint=True).abstract()),
@@ -67,6 +77,7 @@ SMALL = {
     "int2-token": _quantized(SMOLLM2, 2, "token"),
     "unrotated": _unrotated(SMOLLM2),
     "ragged": _ragged(SMOLLM2, 3 * 2048),
+    "packed pages": _packed_pages(SMOLLM2, 3 * 1024),
     "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(SMOLLM2, 32).abstract()),
 }
 """At 32,768 slots of 64 channels."""
@@ -81,7 +92,7 @@ def _cases():
     for name in ("dense", "int4", "ragged", "lowrank"):
         yield from ((name, topology) for topology in TOPOLOGIES)
     yield from zip(("int8", "int2", "int2-token", "joint"), TOPOLOGIES)
-    yield from zip(["run"] * 4 + ["unrotated"] * 4, TOPOLOGIES * 2)
+    yield from zip(["run"] * 4 + ["unrotated"] * 4 + ["packed pages"] * 4, TOPOLOGIES * 3)
 
 
 @pytest.mark.parametrize("name, topology", list(_cases()))
@@ -108,8 +119,9 @@ def test_64_channels(compiled, name, topology):
     memory = program.memory_analysis()
     assert nbytes(args) <= memory.argument_size_in_bytes < 1.02 * (nbytes(args) + nbytes(padding))
     assert memory.temp_size_in_bytes < 0.01 * nbytes(args) + 2**19
-    # Slots are minor in HBM and in the kernel, or words fill the lanes: no copy but of a basis.
-    assert largest_result(program.as_text()) < 0.02 * nbytes(args)
+    # Slots are minor in HBM and in the kernel, or words fill the lanes: no copy but of a basis, and of the owners of
+    # pages, which are spread to one for 4 slots, the same for all layers.
+    assert largest_result(program.as_text()) < (0.04 if name == "packed pages" else 0.02) * nbytes(args)
 
 
 def largest_result(text: str) -> int:
