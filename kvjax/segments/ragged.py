@@ -15,10 +15,8 @@ from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.protocol import KeyRope, Queries, Segment
 from kvjax.segments.quantized import QuantizedSegment
 from kvjax.segments.slots import counts_by_owner
-from pallas_kernels.partial import Partial, combine_by_owner, spread_to_owned
-from pallas_kernels.ragged_decode_attention import PageRun, cut_rows
-
-_TILE = 32  # packed pages that are read at a time where a run of them is attended to
+from pallas_kernels.partial import Partial, spread_to_owned
+from pallas_kernels.ragged_decode_attention import PageRun, over_pages
 
 
 class SlotList(NamedTuple):
@@ -130,13 +128,11 @@ class RaggedSegment:
         if self._in_a_row:
             return self.stored.attend_owned(queries, self.owner, self.kv_heads, run=run, **how)
 
-        def attend(segment: RaggedSegment, mine: jax.Array | None) -> Partial:
-            partial = segment.stored.attend(segment._of_pages(queries), **how)
-            return combine_by_owner(partial, segment.owner, self.kv_heads, only=mine)
+        def attend(owner, cut) -> Partial:
+            part = self.replace(stored=jax.tree.map(cut, self.stored), owner=owner)
+            return part.stored.attend(part._of_pages(queries), **how)
 
-        if run is None:
-            return attend(self, None)
-        return run.fold(lambda at, size, mine: attend(self._cut(at, size), mine), self.owner.shape[1], _TILE)
+        return over_pages(attend, self.owner, self.kv_heads, run)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`; by the G query heads of a page's owner: f32[B, G, P * page] or f32[B, P * G, page]."""
@@ -173,10 +169,6 @@ class RaggedSegment:
     @property
     def _in_a_row(self) -> bool:
         return _lies_in_a_row(self.stored)
-
-    def _cut(self, at: jax.Array, size: int) -> RaggedSegment:
-        """`size` packed pages of every row, from its page i32[B] `at` on."""
-        return jax.tree.map(lambda x: cut_rows(x, at, size), self)
 
     def _of_pages(self, queries: Queries) -> Queries:
         return queries._replace(raw=self._heads(queries.raw))

@@ -133,7 +133,7 @@ def sizes(
         value_group=group_of(v, "token"),
         q=q.dtype,
         scale=k.affine.dtype,
-        **({"unit": unit} if unit else {}),
+        unit=unit,
     )
     return blocks(name, key, K, S, slot_bytes, expanded, step=step)
 

@@ -1,4 +1,4 @@
-"""A run of pages in every row."""
+"""Attention over pages, or a run of them in every row, of which each is a KV head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.partial import Partial, fold
+from pallas_kernels.partial import Partial, combine_by_owner, fold
+
+_TILE = 32  # pages that are read at a time where a run of them is attended to
 
 
 class PageRun(NamedTuple):
@@ -22,26 +24,43 @@ class PageRun(NamedTuple):
         first, count = self.first[:, None], self.count[:, None]
         return (index >= first) & (index < first + count)
 
-    def fold(self, attend: Callable[[jax.Array, int, jax.Array], Partial], pages: int, tile: int) -> Partial:
-        """Merges attention tile by tile, as many tiles as the longest run needs.
 
-        Args:
-          attend: `(at i32[B], size, mine bool[B, size]) -> Partial` over pages `at .. at + size - 1` of every row, of
-            which those are meant where `mine`.
-          pages: [P], in a row.
-          tile: pages that are read at a time.
-        """
-        size = min(tile, pages)
+def over_pages(
+    attend: Callable[[jax.Array, Callable], Partial], owner: jax.Array, kv_heads: int, run: PageRun | None
+) -> Partial:
+    """Attends to pages as if each were a KV head, and merges those of a head.
 
-        def read(i):
-            at = jnp.minimum(self.first + i * size, pages - size)  # a run at the end begins earlier
-            index = at[:, None] + jnp.arange(size)
-            return attend(at, size, self.has(index) & (index >= (self.first + i * size)[:, None]))
+    A run is read tile by tile, as many tiles as the longest needs: the work is that of its pages.
 
-        return fold(read, -(-jnp.max(self.count) // size))
+    Args:
+      attend: `(owner i32[B, n], cut) -> Partial` of the queries of n pages; `cut(x, axis=1)` is what these pages have
+        of an array in which those of all P lie one after the other along an axis.
+      owner: i32[B, P], the KV head of every page.
+      kv_heads: [K].
+      run: None: all pages.
+    """
+    if run is None:
+        return combine_by_owner(attend(owner, lambda x, axis=1: x), owner, kv_heads)
+    pages = owner.shape[1]
+    size = min(_TILE, pages)
+
+    def read(i):
+        start = run.first + i * size
+        at = jnp.minimum(start, pages - size)  # a run at the end begins earlier
+        index = at[:, None] + jnp.arange(size)
+        mine = run.has(index) & (index >= start[:, None])
+
+        def cut(x, axis=1):
+            unit = x.shape[axis] // pages  # entries of a page
+            return _rows_from(x, at * unit, size * unit, axis)
+
+        part = cut(owner)
+        return combine_by_owner(attend(part, cut), part, kv_heads, only=mine)
+
+    return fold(read, -(-jnp.max(run.count) // size))
 
 
-def cut_rows(x: jax.Array, at: jax.Array, size: int, axis: int = 1) -> jax.Array:
+def _rows_from(x: jax.Array, at: jax.Array, size: int, axis: int) -> jax.Array:
     """`x[b, ..., at[b] : at[b] + size, ...]` of every row, along an axis."""
     if x.shape[0] == 1:
         return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis)

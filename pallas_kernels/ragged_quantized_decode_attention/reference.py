@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.partial import Partial, combine_by_owner, spread_to_owned
+from pallas_kernels.partial import Partial, spread_to_owned
 from pallas_kernels.quantize_pack import Packed
 from pallas_kernels.quantized_decode_attention.reference import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention.page_run import PageRun, cut_rows
-from pallas_kernels.ragged_decode_attention.reference import TILE
+from pallas_kernels.ragged_decode_attention.page_run import PageRun, over_pages
 
 
 def ragged_quantized_decode_attention(
@@ -28,37 +27,28 @@ def ragged_quantized_decode_attention(
     scale: float | None = None,
 ) -> Partial:
     """See `pallas_kernels.ragged_quantized_decode_attention.api.ragged_quantized_decode_attention`."""
-    P, page = owner.shape[1], k_pos.shape[1] // owner.shape[1]
+    page = k_pos.shape[1] // owner.shape[1]
 
-    def attend(k, v, owner, k_pos, bias, mine=None):
-        pages = owner.shape[1]
-        paged = lambda x: None if x is None else x.reshape(*owner.shape, page)
-        partial = quantized_decode_attention(
+    def attend(owner, cut):
+        def paged(x: Packed, axis: str) -> Packed:
+            part = Packed(cut(x.words, 2), cut(x.affine, 2 if axis == "channel" else 3))
+            return as_pages(part, owner.shape[1], axis)
+
+        per_slot = lambda x: None if x is None else cut(x).reshape(*owner.shape, page)
+        return quantized_decode_attention(
             spread_to_owned(q, owner, kv_heads),
-            as_pages(k, pages, key_axis),
-            as_pages(v, pages, "token"),
+            paged(k, key_axis),
+            paged(v, "token"),
             q_pos,
-            paged(k_pos),
-            paged(bias),
+            per_slot(k_pos),
+            per_slot(bias),
             bits=bits,
             key_axis=key_axis,
             window=window,
             scale=scale,
         )
-        return combine_by_owner(partial, owner, kv_heads, only=mine)
 
-    if run is None:
-        return attend(k, v, owner, k_pos, bias)
-
-    def attend_to_tile(at, size, mine):
-        def cut(x, axis):
-            unit = 0 if x is None else x.shape[axis] // P  # entries of a page
-            return None if x is None else cut_rows(x, at * unit, size * unit, axis)
-
-        packed = lambda x, axis: Packed(cut(x.words, 2), cut(x.affine, 2 if axis == "channel" else 3))
-        return attend(packed(k, key_axis), packed(v, "token"), cut(owner, 1), cut(k_pos, 1), cut(bias, 1), mine)
-
-    return run.fold(attend_to_tile, P, TILE)
+    return over_pages(attend, owner, kv_heads, run)
 
 
 def as_pages(x: Packed, pages: int, axis: str) -> Packed:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_decode_attention import PageRun, api, reference
+from pallas_kernels.ragged_decode_attention import PageRun, api, page_run
 from pallas_kernels.shapes import CHECKED_RAGGED, DecodeShape, RaggedShape
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import FLOAT32, tolerance
@@ -49,7 +49,7 @@ def test_a_head_is_the_concatenation_of_its_pages():
 
 
 def test_a_run_of_pages_is_a_list_of_its_own(monkeypatch):
-    monkeypatch.setattr(reference, "TILE", 4)
+    monkeypatch.setattr(page_run, "_TILE", 4)
     shape = RaggedShape(DecodeShape(B=4, T=2, K=3, G=2, H=16), P=11, page=4)
     q, k, v, owner, q_pos, k_pos = args = shape.draw(3)
     runs = [(2, 7), (8, 3), (5, 0), (0, 11)]  # one that ends with the list, one of none, one of all
