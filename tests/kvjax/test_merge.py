@@ -238,3 +238,23 @@ def test_evict_then_merge_then_quantize_holds_the_smallest_budget():
     )
     segment = run.cache.layers[0].segments[0]
     assert segment.body.pos.shape[2] == 12 + 4 and segment.tail.pos.shape[2] == 4
+
+
+def test_a_few_moves_are_written_one_by_one_and_do_what_many_do():
+    """Two of five go to the same slot, one nowhere, one is not real; nine, four of them not real, are one scatter."""
+    rng = np.random.default_rng(0)
+    B, K, S, H = 1, 2, 4096, 16
+    k, v = jnp.float32(rng.normal(size=(2, B, K, S, H)))
+    bias = jnp.float32(rng.normal(size=(B, K, S)))
+    segment = DenseSegment(k=k, v=v, pos=jnp.broadcast_to(jnp.arange(S), (B, K, S)), bias=bias)
+
+    def moves(count):
+        wide = lambda x, fill: jnp.broadcast_to(jnp.array([*x, *[fill] * (count - 5)]), (B, K, count))
+        weight = jnp.float32(wide([0.5, 0.25, 1.0, 0.75, 0.3], 0.0))
+        return Moves(wide([3, 70, 9, 4000, 11], 0), wide([1, 1, 1, 1, 0], 0) == 1, wide([5, 5, S, 20, 5], S), weight)
+
+    few, many = (jax.jit(move)(segment, moves(count)) for count in (5, 9))
+    assert few.pos[0, 0, 3] == few.pos[0, 0, 9] == -1 and few.pos[0, 0, 11] == 11
+    expected = (k[0, 0, 5] + 0.5 * k[0, 0, 3] + 0.25 * k[0, 0, 70]) / 1.75
+    np.testing.assert_allclose(few.k[0, 0, 5], expected, **CLOSE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), few, many)
