@@ -175,9 +175,8 @@ class Planner:
         s = self._setting
         cache = prompt_cache(s.config, s.batch, self._dtype)
         chunk = method.prefill_chunk or s.chunk
-        return kvjax.prefill(
-            bind(params, s.config), method.transform, tokens, lengths, cache, room=s.room, chunk=chunk
-        )
+        step = bind(params, s.config, max_positions=tokens.shape[1] + s.room)  # what it would cost, whatever it knows
+        return kvjax.prefill(step, method.transform, tokens, lengths, cache, room=s.room, chunk=chunk)
 
     def _extend(self, method: Method, context: int, params, run, tokens) -> kvjax.Run:
         s = self._setting

@@ -7,6 +7,7 @@ papers as short compositions, `prefill`, `extend` and `generate` run a decoder w
 from kvjax import inspection, methods, scores, sharding
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
+from kvjax.limits import Limits, Room
 from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample

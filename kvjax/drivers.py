@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from kvjax import query_window, sharding
 from kvjax.cache import Cache
+from kvjax.limits import Limits, Room, check_positions, check_tokens, limits_of, readable
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.reread import reread
-from kvjax.sampling import Sampler
+from kvjax.sampling import Sampler, row_keys
 from kvjax.transforms.base import CacheTransform
 
 
@@ -29,7 +30,11 @@ class StepOutput(NamedTuple):
 
 
 class Step(Protocol):
-    """A decoder: the only thing the drivers ask of a model."""
+    """A decoder: the only thing the drivers ask of a model.
+
+    One with an attribute `limits` (`kvjax.Limits`) states which ids and positions it knows, and the drivers refuse
+    others; a plain function states none.
+    """
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, cache: Cache, *, needs: Needs, last_only: bool
@@ -52,12 +57,13 @@ class Run(NamedTuple):
     cache: Cache
     state: Any  # of the transform
     prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
+    room: Room  # static: what may follow
 
     def specs(self) -> Run:
         """For every leaf, the `PartitionSpec` over the axes of the mesh in use."""
         rows = lambda x: sharding.specs(P("batch"), x)
         state = jax.tree.map(lambda _: P(), self.state)  # budgets of rows and the like, on every device
-        return Run(rows(self.logits), self.cache.specs(), state, rows(self.prompt))
+        return Run(rows(self.logits), self.cache.specs(), state, rows(self.prompt), self.room)
 
     def placed(self) -> Run:
         """The shapes of all leaves, on a mesh with where they lie: to compile for, and to restore into."""
@@ -90,7 +96,7 @@ def prefill(
     Args:
       step: the decoder.
       transform: what compresses.
-      tokens: i32[B, T], prompts padded at their end.
+      tokens: i32[B, T], prompts padded at their end with any ids.
       lengths: i32[B], tokens of each prompt, at least 1.
       cache: an empty cache with 0 slots.
       room: tokens that will follow, over all later calls.
@@ -101,13 +107,34 @@ def prefill(
       `Run`, whose cache takes `room` more tokens.
 
     Raises:
-      ValueError: room or chunk is impossible, or the transform wants every query of the prompt, which chunks
-        do not keep, or wants to read the prompt again after having dropped parts of it.
+      ValueError: tokens, lengths, cache, room or chunk are impossible (what only values can tell: see
+        `kvjax.limits`), or the transform wants every query of the prompt, which chunks do not keep, or wants to read
+        the prompt again after having dropped parts of it.
     """
-    if room < 0:
-        raise ValueError(f"room must be at least 0 tokens, got {room}.")
+    _check_room(room, call_tokens)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token or None, got {chunk}.")
+    check_tokens(tokens, lengths, cache)
+    held = max((s.pos.shape[-1] for layer in cache.layers for s in layer.segments), default=0)
+    if held:
+        raise ValueError(f"cache must be one without slots, got {held}: `extend` goes on after what a run has read.")
+    limits, T = limits_of(step), tokens.shape[1]
+    right = readable(limits, tokens, lengths, cache.length, least=1)
+    longest = T if isinstance(lengths, jax.core.Tracer) else int(jnp.max(lengths))
+    check_positions(limits, longest + room, f"a prompt of {longest} tokens with room for {room} more")
+    lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
+    run = _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk)
+    return run._replace(logits=jnp.where(right[:, None], run.logits, jnp.nan))
+
+
+def _check_room(room: int, call_tokens: int) -> None:
+    if room < 0:
+        raise ValueError(f"room must be at least 0 tokens, got {room}.")
+    if call_tokens < 1:
+        raise ValueError(f"call_tokens must be at least 1, got {call_tokens}.")
+
+
+def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk) -> Run:
     if transform.before is not None:
         cache, transform = transform.before(cache), transform._replace(before=None)
     T = tokens.shape[1]
@@ -118,7 +145,7 @@ def prefill(
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
     logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
-    return Run(logits[:, -1], _reserve(transform, cache, room, call_tokens).constrained(), state, lengths)
+    return _run(transform, logits, cache, state, lengths, room, call_tokens)
 
 
 def start(
@@ -144,23 +171,25 @@ def start(
 
     Raises:
       ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so; or the prompt
-        should have seen what the transform puts before it.
+        should have seen what the transform puts before it; or room is impossible, or more than the decoder's positions.
     """
     if transform.before is not None:
         raise ValueError(f"{transform.name} puts something before the prompt, which was read without it: use prefill.")
+    _check_room(room, call_tokens)
+    slots = observation.prompt_slots
+    check_positions(limits_of(step), slots + room, f"a prompt of {slots} tokens with room for {room} more")
     how = transform.needs.reread
     if how is not None:
         if step is None or tokens is None:
             raise ValueError(f"step and tokens are needed by {transform.name}, which reads the prompt again.")
         observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation)
-    cache = _reserve(transform, cache, room, call_tokens).constrained()
-    return Run(prompt.logits[:, -1], cache, state, observation.prompt)
+    return _run(transform, prompt.logits, cache, state, observation.prompt, room, call_tokens)
 
 
-def _reserve(transform: CacheTransform, cache: Cache, room: int, call_tokens: int) -> Cache:
-    interval = transform.frees_in_decode
-    return cache.reserve(room if interval is None else min(room, interval - 1 + call_tokens))
+def _run(transform, logits, cache, state, prompt, room, call_tokens) -> Run:
+    slots, room = Room.reserved(room, call_tokens, transform.frees_in_decode)
+    return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, room)
 
 
 def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
@@ -252,15 +281,29 @@ def extend(
       step: the decoder.
       transform: what compresses.
       run: the sequence so far.
-      tokens: i32[B, T], padded at the end.
-      lengths: i32[B], real tokens of each row.
+      tokens: i32[B, T], padded at the end with any ids.
+      lengths: i32[B], real tokens of each row, 0 for a row that rests.
       prompt_slots: the longest prompt of the batch, as at `prefill`.
 
     Returns:
       The run after them, and f32[B, T, V], the logits after each of them.
+
+    Raises:
+      ValueError: tokens or lengths are impossible, or there is no room for them; what only values can tell: see
+        `kvjax.limits`.
     """
-    positions = _positions(run.cache, lengths, tokens.shape[1])
-    out = step(tokens, positions, run.cache, needs=transform.needs, last_only=False)
+    check_tokens(tokens, lengths, run.cache)
+    run = run._replace(room=run.room.after_call(tokens.shape[1]))
+    return _extend(step, transform, run, tokens, lengths, prompt_slots)
+
+
+def _extend(step, transform, run, tokens, lengths, prompt_slots) -> tuple[Run, jax.Array]:
+    left = _left(run)
+    right = readable(limits_of(step), tokens, lengths, run.cache.length, least=0, left=left)
+    lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
+    out = step(
+        tokens, _positions(run.cache, lengths, tokens.shape[1]), run.cache, needs=transform.needs, last_only=False
+    )
     seen = Observation(
         out.layers, new=lengths, prompt=run.prompt, prompt_slots=prompt_slots, phase="decode"
     )
@@ -269,13 +312,21 @@ def extend(
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     logits = jnp.take_along_axis(out.logits, last, axis=1)[:, 0]
     logits = jnp.where((lengths > 0)[:, None], logits, run.logits)
-    return Run(logits, cache, state, run.prompt), out.logits
+    logits = jnp.where(right[:, None], logits, jnp.nan)
+    each = jnp.where(right[:, None, None], out.logits, jnp.nan)
+    return Run(logits, cache, state, run.prompt, run.room), each
+
+
+def _left(run: Run) -> jax.Array | None:
+    """i32[B]: tokens that each row still has room for; None: any number."""
+    total = run.room.total
+    return None if total is None else total - (run.cache.length - run.prompt)
 
 
 class Generated(NamedTuple):
     """Tokens drawn by `generate`."""
 
-    tokens: jax.Array  # i32[B, max_new_tokens]; after a stop token, the stop token again
+    tokens: jax.Array  # i32[B, max_new_tokens]; after a stop token, the stop token again; -1: there were no logits
     lengths: jax.Array  # i32[B], tokens before and including the stop token
     run: Run
 
@@ -293,21 +344,38 @@ def generate(
 ) -> Generated:
     """Draws tokens one by one in a `lax.while_loop`, until every row has stopped.
 
+    A row whose logits are NaN draws -1 and stops, the others go on.
+
     Args:
       step: the decoder.
       transform: what compresses; its `step` runs after every token.
       run: the sequence so far, with room for `max_new_tokens`.
-      max_new_tokens: at most this many for each row.
+      max_new_tokens: at most this many for each row, at least 0.
       sampler: draws a token from logits.
-      key: PRNG key for the sampler.
+      key: PRNG key. Each draw has its own, made of it, the row and the position, so a second call goes on with other
+        numbers under the same key.
       stop_tokens: a row ends with any of these.
       prompt_slots: the longest prompt of the batch, as at `prefill`.
-    """
-    B = run.logits.shape[0]
-    stops = jnp.asarray(stop_tokens, jnp.int32)
 
-    def draw(run, index):
-        return sampler(run.logits, jax.random.fold_in(key, index))
+    Raises:
+      ValueError: `max_new_tokens` is below 0, or more than the cache has room or the decoder positions for; where
+        only values can tell that, see `kvjax.limits`.
+    """
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+    run = run._replace(room=run.room.after_tokens(max_new_tokens))
+    B = run.logits.shape[0]
+    nothing = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros((B,), jnp.int32)
+    if max_new_tokens == 0:
+        return Generated(*nothing, run)
+    # Any ids: what they are is not known yet, only how many may come.
+    count = jnp.full((B,), max_new_tokens)
+    readable(Limits(positions=limits_of(step).positions), nothing[0], count, run.cache.length, least=0, left=_left(run))
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+    keys = row_keys(key, B)
+
+    def draw(run):
+        return sampler(run.logits, jax.vmap(jax.random.fold_in)(keys, run.cache.length))
 
     def going(carry):
         index, done, _, _, _ = carry
@@ -315,23 +383,16 @@ def generate(
 
     def body(carry):
         index, done, tokens, lengths, run = carry
-        token = draw(run, index)
-        token = jnp.where(done, tokens[:, jnp.maximum(index - 1, 0)], token)
+        token = jnp.where(done, tokens[:, jnp.maximum(index - 1, 0)], draw(run))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
-        alive = (~done).astype(jnp.int32)
+        alive = (~done & (token >= 0)).astype(jnp.int32)
         lengths = lengths + alive
-        done = done | jnp.any(token[:, None] == stops, axis=-1)
-        run, _ = extend(step, transform, run, token[:, None], alive, prompt_slots=prompt_slots)
+        done = done | (token < 0) | jnp.any(token[:, None] == stops, axis=-1)
+        run, _ = _extend(step, transform, run, token[:, None], alive, prompt_slots)
         return index + 1, done, tokens, lengths, run
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((B,), bool),
-        jnp.zeros((B, max_new_tokens), jnp.int32),
-        jnp.zeros((B,), jnp.int32),
-        run,
-    )
+    start = (jnp.zeros((), jnp.int32), jnp.zeros((B,), bool), *nothing, run)
     index, _, tokens, lengths, run = jax.lax.while_loop(going, body, start)
-    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+    last = tokens[:, jnp.maximum(index - 1, 0)][:, None]  # a row that has stopped repeats its last token
     tokens = jnp.where(jnp.arange(max_new_tokens) < index, tokens, last)
     return Generated(tokens, lengths, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,9 +12,10 @@ import jax
 
 from kvjax import orbax_folder
 from kvjax.drivers import Run
+from kvjax.limits import Room
 
 FILE = "kvjax_run.json"
-_VERSION = 1
+_VERSION = 2
 
 
 def save_run(folder: str | os.PathLike[str], run: Run, about: dict[str, Any] | None = None) -> None:
@@ -24,8 +26,13 @@ def save_run(folder: str | os.PathLike[str], run: Run, about: dict[str, Any] | N
       run: what `prefill`, `extend` or `generate` returned, outside of jit.
       about: said by `load_run` where it refuses: the model, the method, the text.
     """
-    leaves = {path: [str(x.dtype), *x.shape] for path, x in _leaves(run).items()}
-    described = {"version": _VERSION, "about": about or {}, "leaves": leaves}
+    described = {
+        "version": _VERSION,
+        "about": about or {},
+        "leaves": {path: [str(x.dtype), *x.shape] for path, x in _leaves(run).items()},
+        "static": _static(run._replace(room=None)),
+        "room": dataclasses.asdict(run.room),
+    }
     orbax_folder.save(pathlib.Path(folder).absolute(), run, FILE, described)
 
 
@@ -36,33 +43,60 @@ def load_run(folder: str | os.PathLike[str], like: Run) -> Run:
       folder: where.
       like: the shapes that it has, from `jax.eval_shape` of the prefill that made it. Inside `use_mesh` every leaf
         comes to the devices that hold it, whatever mesh it was saved from; meshes that round slots differently
-        (`sharding.whole`) make other shapes.
+        (`sharding.whole`) make other shapes. What it has room for is read, not compared.
 
     Raises:
-      ValueError: there is none, it is damaged, or another model or method made it: names the first leaf that differs.
+      ValueError: there is none, it is damaged, or another model or method made it: names the first leaf or static
+        field that differs.
     """
     folder = pathlib.Path(folder).absolute()
     try:
         described = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if described["version"] != _VERSION:
             raise ValueError(f"it is of version {described['version']}, expected {_VERSION}")
-        there = {path: (dtype, *shape) for path, (dtype, *shape) in described["leaves"].items()}
+        there = {path: _shape(leaf) for path, leaf in described["leaves"].items()} | described["static"]
+        room = Room(**described["room"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: {FILE} cannot be used ({error}).") from error
-    wanted = {path: (str(x.dtype), *x.shape) for path, x in _leaves(like).items()}
+    wanted = {path: _shape((x.dtype, *x.shape)) for path, x in _leaves(like).items()}
+    wanted |= _static(like._replace(room=None))
     for path in sorted(there.keys() | wanted.keys()):
         if there.get(path) != wanted.get(path):
             said = ", ".join(f"{name} {value}" for name, value in described["about"].items())
             raise ValueError(
-                f"{folder} holds another run{f' ({said})' if said else ''}: {path} is {_shape(there.get(path))}, "
-                f"expected {_shape(wanted.get(path))}."
+                f"{folder} holds another run{f' ({said})' if said else ''}: {path} is {there.get(path, 'missing')}, "
+                f"expected {wanted.get(path, 'none')}."
             )
-    return orbax_folder.load(folder, like.placed())
+    return orbax_folder.load(folder, like.placed())._replace(room=room)
 
 
 def _leaves(run: Run) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(run)}
 
 
-def _shape(leaf: tuple | None) -> str:
-    return "missing" if leaf is None else f"{leaf[0]}{list(leaf[1:])}"
+def _static(tree: Any, path: str = "") -> dict[str, str]:
+    """Returns what is not an array: the class of every node and its static fields, which say how the arrays are read."""
+    found = {}
+    if dataclasses.is_dataclass(tree):
+        found[f"{path} kind"] = type(tree).__name__
+        parts = {}
+        for field in dataclasses.fields(tree):
+            value = getattr(tree, field.name)
+            if field.metadata.get("pytree_node", True):
+                parts[f".{field.name}"] = value
+            else:
+                found[f"{path}.{field.name}"] = repr(value)
+    elif isinstance(tree, dict):
+        parts = {f"[{key!r}]": value for key, value in tree.items()}
+    elif isinstance(tree, tuple | list):
+        names = getattr(tree, "_fields", None)
+        parts = {f".{names[i]}" if names else f"[{i}]": value for i, value in enumerate(tree)}
+    else:
+        parts = {}
+    for name, value in parts.items():
+        found |= _static(value, path + name)
+    return found
+
+
+def _shape(leaf: Any) -> str:
+    return f"{leaf[0]}{list(leaf[1:])}"

@@ -7,6 +7,7 @@ Layers are a Python tuple, unrolled: a scan over stacked layers would copy weigh
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 
 from kvjax import sharding
 from kvjax.cache import Cache, LayerCache, empty_cache
-from kvjax.drivers import Step, StepOutput
+from kvjax.drivers import StepOutput
+from kvjax.limits import Limits
 from kvjax.observation import ALL, LayerObservation, Needs, observe, take_last
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
@@ -94,9 +96,42 @@ def step(
     return StepOutput(logits, cache, tuple(seen))
 
 
-def bind(params: dict, config: DecoderConfig, *, donate: bool = False) -> Step:
-    """The decoder as a `kvjax.Step`; `donate` as in `step`."""
-    return functools.partial(step, params, config, donate=donate)
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundDecoder:
+    """A decoder with its weights: a `kvjax.Step`."""
+
+    params: dict
+    config: DecoderConfig
+    donate: bool
+    limits: Limits
+
+    def __call__(self, tokens, positions, cache, *, needs: Needs, last_only: bool) -> StepOutput:
+        """See `step`."""
+        how = dict(needs=needs, last_only=last_only, donate=self.donate)
+        return step(self.params, self.config, tokens, positions, cache, **how)
+
+
+def bind(
+    params: dict, config: DecoderConfig, *, donate: bool = False, max_positions: int | None = None
+) -> BoundDecoder:
+    """Makes a `kvjax.Step` of the decoder, which the drivers call with ids and positions that it knows.
+
+    Args:
+      params: see `forward`.
+      config: see `forward`.
+      donate: see `step`.
+      max_positions: tokens that a row may have; None: as many as the model was trained for. More is at the caller's
+        risk, but where positions are looked up in a table there are no more than its rows.
+
+    Raises:
+      ValueError: max_positions is below 1, or more than the table has rows.
+    """
+    positions = config.max_positions if max_positions is None else max_positions
+    rows = config.learned_positions
+    if max_positions is not None and not 1 <= max_positions <= (rows or max_positions):
+        most = f" to the {rows} rows of the model's table of positions" if rows else ""
+        raise ValueError(f"max_positions must be from 1{most}, got {max_positions}.")
+    return BoundDecoder(params, config, donate, Limits(config.vocab_size, min(positions, rows or positions)))
 
 
 def prompt_cache(config: DecoderConfig, batch: int, dtype=jnp.float32) -> Cache:
@@ -206,6 +241,8 @@ _normed = jax.jit(_norm, static_argnames=("name", "config"))
 
 @functools.partial(jax.jit, static_argnames="scale")
 def _embed(embed: jax.Array, table: jax.Array | None, tokens: jax.Array, positions: jax.Array, *, scale: float):
+    # A wrong id gives NaN, not the embedding of another token; what padding holds does not matter.
+    tokens = jnp.where(positions < 0, 0, jnp.where(tokens < 0, embed.shape[0], tokens))
     x = jnp.take(embed, tokens, axis=0)  # [B, T, D]
     if scale != 1.0:
         x = x * jnp.asarray(scale, x.dtype)

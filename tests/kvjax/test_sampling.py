@@ -44,6 +44,13 @@ def test_a_tiny_temperature_is_greedy():
     _check(Sample(temperature=1e-6), [1, 0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40])
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_no_temperature_is_too_small_for_float32(temperature, scale):
+    logits = jnp.tile(LOGITS[::-1] * scale, (50, 1))
+    assert (Sample(temperature=temperature)(logits, jax.random.key(0)) == 4).all()
+
+
 @pytest.mark.parametrize("k, kept", [(1, 1), (2, 2), (3, 3), (5, 5), (100, 5)])
 def test_top_k_keeps_the_k_most_likely(k, kept):
     _check(Sample(top_k=k), np.where(np.arange(5) < kept, PROBABILITY, 0))
@@ -52,6 +59,33 @@ def test_top_k_keeps_the_k_most_likely(k, kept):
 @pytest.mark.parametrize("p, kept", [(0.1, 1), (0.39, 1), (0.5, 2), (0.69, 2), (0.71, 3), (1.0, 5)])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
     _check(Sample(top_p=p), np.where(np.arange(5) < kept, PROBABILITY, 0))
+
+
+def test_top_p_of_one_drops_nothing():
+    # A cut at 1 would: sums of rounded probabilities reach 1 before the last token.
+    program = lambda sampler: str(jax.make_jaxpr(sampler)(LOGITS[None], jax.random.key(0)))
+    assert program(Sample(top_p=1.0)) == program(Sample()) != program(Sample(top_p=0.999))
+
+
+@pytest.mark.parametrize("how", [dict(top_k=3), dict(top_p=0.6)])
+def test_ties_at_a_cut_go_to_the_lowest_ids(how):
+    drawn = Sample(**how)(jnp.zeros((400, 5)), jax.random.key(0))  # five equal tokens
+    assert sorted(set(drawn.tolist())) == [0, 1, 2]
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch():
+    keys = jax.random.split(jax.random.key(3), 12)
+    logits = jax.random.normal(jax.random.key(4), (12, 30))
+    together = Sample(top_p=0.9)(logits, keys)
+    alone = [int(Sample(top_p=0.9)(logits[i : i + 1], keys[i : i + 1])[0]) for i in range(12)]
+    assert together.tolist() == alone and len(set(alone)) > 4
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Sample(), Sample(top_k=2), Sample(top_p=0.5)])
+def test_rows_without_logits_draw_no_token(sampler):
+    logits = jnp.stack([LOGITS, LOGITS.at[2].set(jnp.nan), jnp.full(5, jnp.nan)])
+    drawn = sampler(logits, jax.random.key(0)).tolist()
+    assert 0 <= drawn[0] < 5 and drawn[1:] == [-1, -1]
 
 
 def test_top_k_comes_before_top_p():

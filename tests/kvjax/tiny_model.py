@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import decoder
 from models.config import DecoderConfig
-from models.decoder import prompt_cache, step
+from models.decoder import prompt_cache
 from models.weights import random_params
 
 CONFIG = DecoderConfig(
@@ -27,12 +28,13 @@ CONFIG = DecoderConfig(
 @functools.cache
 def params(config: DecoderConfig = CONFIG) -> dict:
     """The same random float32 weights at every call."""
-    return random_params(config, jax.random.key(0), jnp.float32)
+    with jax.ensure_compile_time_eval():  # kept beyond the program that asks first
+        return random_params(config, jax.random.key(0), jnp.float32)
 
 
 def bind(weights: dict, config: DecoderConfig = CONFIG):
     """The decoder over weights that may be traced."""
-    return functools.partial(step, weights, config)
+    return decoder.bind(weights, config)
 
 
 def empty(batch: int, config: DecoderConfig = CONFIG):

@@ -1,0 +1,190 @@
+"""What a call of the drivers may bring: ids and positions that the decoder knows, and tokens that the cache has room for.
+
+What shapes decide is refused when a call is traced. What only values decide is refused where values can be seen, outside
+`jax.jit`; inside it the row in question is left as it was and its logits are NaN (its tokens -1), no other row notices,
+and `jax.experimental.checkify` turns it into an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from kvjax.cache import Cache
+
+
+class Limits(NamedTuple):
+    """What a decoder can read; None: anything."""
+
+    vocab_size: int | None = None  # ids are below it
+    positions: int | None = None  # tokens a row may have, prompt and answer together
+
+
+def limits_of(step: Any) -> Limits:
+    """Returns the limits that a decoder states; a plain function states none."""
+    return getattr(step, "limits", Limits())
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """How many tokens may follow a prompt: part of the structure of a `Run`, so that calls are checked when traced.
+
+    Attributes:
+      total: tokens of all calls together; None: any number, the method frees slots as they come.
+      call: the most tokens of one call where any number may come; None where `total` bounds it.
+      spent: of `total`, what `generate` and calls of several tokens may have used. Calls of one token are counted in
+        the cache alone, or every step of a loop would be a program of its own.
+    """
+
+    total: int | None
+    call: int | None = None
+    spent: int = 0
+
+    @classmethod
+    def reserved(cls, tokens: int, call_tokens: int, interval: int | None) -> tuple[int, Room]:
+        """Returns the slots to reserve for `tokens` more tokens, and what they have room for.
+
+        Args:
+          tokens: that will follow, over all calls.
+          call_tokens: the most tokens that one call brings.
+          interval: the method frees slots at least every so many tokens; None: never.
+        """
+        if interval is None:
+            return tokens, cls(total=tokens)
+        slots = min(tokens, interval - 1 + call_tokens)
+        call = slots - (interval - 1)
+        return slots, cls(total=None, call=call) if call > 0 else cls(total=tokens)
+
+    def after_call(self, tokens: int) -> Room:
+        """Returns what is left after a call of so many tokens.
+
+        Raises:
+          ValueError: there is no room for them.
+        """
+        if self.total is None:
+            if tokens > self.call:
+                raise ValueError(
+                    f"tokens of a call must be at most {self.call}, which is what the method has slots for, got "
+                    f"{tokens}: prefill with call_tokens={tokens} and as much room, or more."
+                )
+            return self
+        left = self.after_tokens(tokens)
+        return left if tokens > 1 else self
+
+    def after_tokens(self, tokens: int) -> Room:
+        """Returns what is left when up to so many tokens have followed one by one.
+
+        Raises:
+          ValueError: there is no room for them.
+        """
+        if self.total is None:
+            return self
+        if self.spent + tokens > self.total:
+            used = f", of which {self.spent} are spent" if self.spent else ""
+            raise ValueError(
+                f"the cache has room for {self.total} tokens after the prompt{used}, got {tokens} more: prefill with "
+                f"room={self.spent + tokens} or more."
+            )
+        return dataclasses.replace(self, spent=self.spent + tokens)
+
+
+def check_tokens(tokens: Any, lengths: Any, cache: Cache) -> None:
+    """Checks kind and shape of what a call of the decoder brings.
+
+    Raises:
+      ValueError: names the argument that is wrong.
+    """
+    integers = lambda x, ndim: (
+        hasattr(x, "shape") and hasattr(x, "dtype") and len(x.shape) == ndim and jnp.issubdtype(x.dtype, jnp.integer)
+    )
+    if not integers(tokens, 2):
+        raise ValueError(f"tokens must be an array of integers [B, T], got {_described(tokens)}.")
+    B, T = tokens.shape
+    if T < 1:
+        raise ValueError(f"tokens must be at least 1 in every row, got shape {list(tokens.shape)}.")
+    if not integers(lengths, 1) or lengths.shape[0] != B:
+        raise ValueError(f"lengths must be an array of {B} integers, one for each row, got {_described(lengths)}.")
+    if cache.length.shape[0] != B:
+        raise ValueError(f"tokens must have the {cache.length.shape[0]} rows of the cache, got {B}.")
+
+
+def check_positions(limits: Limits, most: int, what: str) -> None:
+    """Checks that rows of `most` tokens fit the decoder.
+
+    Raises:
+      ValueError: they do not; `what` says what they are made of.
+    """
+    if limits.positions is not None and most > limits.positions:
+        raise ValueError(f"{what} is more than the {limits.positions} positions of the decoder{_BEYOND}.")
+
+
+_BEYOND = "; bind(..., max_positions=...) of `models` goes beyond what a model was trained for"
+
+
+def readable(
+    limits: Limits,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    first: jax.Array,
+    *,
+    least: int,
+    left: jax.Array | None = None,
+) -> jax.Array:
+    """Returns bool[B]: the rows that the decoder can read and the cache can hold.
+
+    Args:
+      limits: of the decoder.
+      tokens: i32[B, T]; what is beyond `lengths` does not matter.
+      lengths: i32[B].
+      first: i32[B], positions of the first tokens.
+      least: the smallest length that makes sense.
+      left: i32[B], tokens that the cache has room for; None: any number.
+
+    Raises:
+      ValueError: values can be seen and a row is wrong: names the argument, the value and the row.
+    """
+    given = (tokens, lengths, first, left)
+    seen = not any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in given)
+    xp = np if seen else jnp
+    tokens, lengths, first, left = (None if x is None else xp.asarray(x) for x in given)
+    T = tokens.shape[1]
+    rules = [
+        (f"lengths must be from {least} to the {T} tokens of a row", (lengths >= least) & (lengths <= T), lengths),
+    ]
+    if limits.vocab_size is not None:
+        wrong = ((tokens < 0) | (tokens >= limits.vocab_size)) & (xp.arange(T) < lengths[:, None])
+        which = xp.take_along_axis(tokens, xp.argmax(wrong, axis=1)[:, None], axis=1)[:, 0]
+        rules.append((f"tokens must be ids from 0 to {limits.vocab_size - 1}", ~xp.any(wrong, axis=1), which))
+    if limits.positions is not None:
+        most = first + lengths
+        rules.append((f"rows may have {limits.positions} tokens, the decoder's positions", most <= limits.positions, most))
+    if left is not None:
+        rules.append(("tokens must fit the room that prefill made", lengths <= left, lengths))
+    for said, right, value in rules:
+        if not seen:
+            checkify.debug_check(jnp.all(right), f"{said}, in row {{row}} are {{value}}", **_first(right, value))
+        elif not right.all():
+            row = int(np.argmin(right))
+            more = _BEYOND if said.startswith("rows may") else ""
+            raise ValueError(f"{said}, got {value[row]} in row {row}{more}.")
+    everything = xp.ones(lengths.shape, bool)
+    for _, right, _ in rules:
+        everything = everything & right
+    return jnp.asarray(everything)
+
+
+def _first(right: jax.Array, value: jax.Array) -> dict[str, jax.Array]:
+    row = jnp.argmin(right)
+    return {"row": row, "value": value[row]}
+
+
+def _described(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}{list(x.shape)}"
+    return type(x).__name__
