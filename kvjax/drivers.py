@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from kvjax import query_window, sharding
 from kvjax.cache import Cache
-from kvjax.limits import Limits, Room, check_positions, check_tokens, limits_of, readable
+from kvjax.limits import Limits, Room, check_positions, check_tokens, limits_of, longest_row, readable
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.reread import reread
 from kvjax.sampling import Sampler, row_keys
@@ -120,7 +120,7 @@ def prefill(
         raise ValueError(f"cache must be one without slots, got {held}: `extend` goes on after what a run has read.")
     limits, T = limits_of(step), tokens.shape[1]
     right = readable(limits, tokens, lengths, cache.length, least=1)
-    longest = T if isinstance(lengths, jax.core.Tracer) else int(jnp.max(lengths))
+    longest = longest_row(lengths, T)
     check_positions(limits, longest + room, f"a prompt of {longest} tokens with room for {room} more")
     lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
     run = _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk)
@@ -293,7 +293,7 @@ def extend(
         `kvjax.limits`.
     """
     check_tokens(tokens, lengths, run.cache)
-    run = run._replace(room=run.room.after_call(tokens.shape[1]))
+    run.room.check_call(tokens.shape[1])
     return _extend(step, transform, run, tokens, lengths, prompt_slots)
 
 
@@ -363,7 +363,7 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
-    run = run._replace(room=run.room.after_tokens(max_new_tokens))
+    run = run._replace(room=run.room.after(max_new_tokens))
     B = run.logits.shape[0]
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros((B,), jnp.int32)
     if max_new_tokens == 0:

@@ -38,8 +38,8 @@ class Room:
     Attributes:
       total: tokens of all calls together; None: any number, the method frees slots as they come.
       call: the most tokens of one call where any number may come; None where `total` bounds it.
-      spent: of `total`, what `generate` and calls of several tokens may have used. Calls of one token are counted in
-        the cache alone, or every step of a loop would be a program of its own.
+      spent: of `total`, what `generate` may have used. What a call brings is counted in the cache alone: its padding
+        takes no room, and every step of a loop would be a program of its own.
     """
 
     total: int | None
@@ -61,23 +61,21 @@ class Room:
         call = slots - (interval - 1)
         return slots, cls(total=None, call=call) if call > 0 else cls(total=tokens)
 
-    def after_call(self, tokens: int) -> Room:
-        """Returns what is left after a call of so many tokens.
+    def check_call(self, tokens: int) -> None:
+        """Checks that there is room for a call of so many tokens.
 
         Raises:
-          ValueError: there is no room for them.
+          ValueError: there is none.
         """
-        if self.total is None:
-            if tokens > self.call:
-                raise ValueError(
-                    f"tokens of a call must be at most {self.call}, which is what the method has slots for, got "
-                    f"{tokens}: prefill with call_tokens={tokens} and as much room, or more."
-                )
-            return self
-        left = self.after_tokens(tokens)
-        return left if tokens > 1 else self
+        if self.total is not None:
+            self.after(tokens)
+        elif tokens > self.call:
+            raise ValueError(
+                f"tokens of a call must be at most {self.call}, which is what the method has slots for, got {tokens}: "
+                f"prefill with call_tokens={tokens} and as much room, or more."
+            )
 
-    def after_tokens(self, tokens: int) -> Room:
+    def after(self, tokens: int) -> Room:
         """Returns what is left when up to so many tokens have followed one by one.
 
         Raises:
@@ -112,6 +110,15 @@ def check_tokens(tokens: Any, lengths: Any, cache: Cache) -> None:
         raise ValueError(f"lengths must be an array of {B} integers, one for each row, got {_described(lengths)}.")
     if cache.length.shape[0] != B:
         raise ValueError(f"tokens must have the {cache.length.shape[0]} rows of the cache, got {B}.")
+
+
+def longest_row(lengths: jax.Array, slots: int) -> int:
+    """Returns the largest of i32[B] lengths where values can be seen, else the slots there are for them."""
+    return int(np.asarray(lengths).max()) if _can_be_seen(lengths) else slots
+
+
+def _can_be_seen(x: jax.Array) -> bool:
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def check_positions(limits: Limits, most: int, what: str) -> None:
@@ -150,7 +157,7 @@ def readable(
       ValueError: values can be seen and a row is wrong: names the argument, the value and the row.
     """
     given = (tokens, lengths, first, left)
-    seen = not any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) for x in given)
+    seen = all(x is None or _can_be_seen(x) for x in given)
     xp = np if seen else jnp
     tokens, lengths, first, left = (None if x is None else xp.asarray(x) for x in given)
     T = tokens.shape[1]

@@ -22,6 +22,7 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=16,
     ffn_width=48,
+    max_positions=16384,
 )
 
 
