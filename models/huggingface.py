@@ -141,7 +141,8 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     The chat template is chat_template.jinja, else `chat_template` of tokenizer_config.json. The tokens that end a turn
     are the union of what generation_config.json, config.json and tokenizer_config.json declare and the known ends.
     """
-    backend = _read_backend(path)
+    settings = _read_json(path / "tokenizer_config.json", required=False)
+    backend = _read_backend(path, settings, fields)
     # Some files carry the truncation and padding of a training run.
     backend.no_truncation()
     backend.no_padding()
@@ -150,7 +151,6 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
         text = token.get("content") if isinstance(token, dict) else token
         return None if text is None else backend.token_to_id(text)
 
-    settings = _read_json(path / "tokenizer_config.json", required=False)
     generation = _read_json(path / "generation_config.json", required=False)
     ends = []
     for declared in (generation.get("eos_token_id"), fields.get("eos_token_id"), named(settings.get("eos_token"))):
@@ -174,7 +174,9 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
+def _read_backend(
+    path: pathlib.Path, settings: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
     """Reads tokenizer.json, else Mistral's tekken.json, else SentencePiece's tokenizer.model."""
     if (path / "tokenizer.json").is_file():
         try:
@@ -184,5 +186,25 @@ def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
     if (path / "tekken.json").is_file():
         return tekken.backend(_read_json(path / "tekken.json"))
     if (path / "tokenizer.model").is_file():
-        return sentencepiece.backend(sentencepiece.read_model((path / "tokenizer.model").read_bytes()))
+        vocabulary = sentencepiece.read_model((path / "tokenizer.model").read_bytes())
+        if settings.get("add_prefix_space") is False:
+            vocabulary = vocabulary._replace(space_first=False)
+        # Without the setting transformers takes the classes of Llama as new and what it has no class for as legacy.
+        legacy = settings.get("legacy", (fields.get("architectures") or [""])[0] != "LlamaForCausalLM")
+        built = sentencepiece.backend(vocabulary._replace(space_after_specials=bool(legacy)))
+        _add_tokens(built, path, settings)
+        return built
     raise ValueError("tokenizer.json is missing, and so are tekken.json and tokenizer.model.")
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Adds the tokens that stand beside a tokenizer.model, each under the id that the files give it."""
+    declared = settings.get("added_tokens_decoder")
+    if declared is None:
+        older = _read_json(path / "added_tokens.json", required=False)
+        declared = {i: {"content": token} for token, i in older.items()}
+    for i, token in sorted((int(i), token) for i, token in declared.items()):
+        flags = {flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+        if (found := backend.token_to_id(token["content"])) != i:
+            raise ValueError(f"added_tokens_decoder gives {token['content']!r} the id {i}, tokenizer.model {found}.")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from models.merges import check_lengths, merges_of
 
@@ -21,14 +21,29 @@ _SPACE = "▁"
 
 
 class Vocabulary(NamedTuple):
-    """What a SentencePiece model knows."""
+    """Describes a SentencePiece model.
+
+    Attributes:
+      pieces: by id.
+      scores: of the pieces; the highest is made first.
+      kinds: of the pieces.
+      unigram: the likeliest split, instead of merges.
+      space_first: a text starts with a space, whether it is written or not.
+      space_after_specials: so does what follows a special token, as the tokenizers did that transformers calls legacy.
+      unknown: the piece for what is unknown; None: the one of that kind.
+      squeezed: spaces at the ends are dropped, and several in a row are one.
+      charsmap: SentencePiece's compiled table of replaced characters; empty: none are.
+    """
 
     pieces: Sequence[str]
     scores: Sequence[float]
     kinds: Sequence[int]
     unigram: bool = False
-    space_first: bool = True  # a text starts with a space, whether it is written or not
-    unknown: int | None = None  # the piece for what is unknown; None: the one of that kind
+    space_first: bool = True
+    space_after_specials: bool = False
+    unknown: int | None = None
+    squeezed: bool = False
+    charsmap: bytes = b""
 
 
 def backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
@@ -37,13 +52,13 @@ def backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
     Raises:
       ValueError: it has no unknown piece, or lists of different lengths.
     """
-    pieces, scores, kinds, unigram, space_first, unknown = vocabulary
+    pieces, scores, kinds, unknown = vocabulary.pieces, vocabulary.scores, vocabulary.kinds, vocabulary.unknown
     check_lengths(pieces=pieces, scores=scores, kinds=kinds)
     if unknown is None:
         if _UNKNOWN not in kinds:
             raise ValueError("The vocabulary has no piece for what is unknown.")
         unknown = list(kinds).index(_UNKNOWN)
-    if unigram:
+    if vocabulary.unigram:
         scored = list(zip(pieces, map(float, scores)))
         built = tokenizers.Tokenizer(models.Unigram(scored, unk_id=unknown, byte_fallback=_BYTE in kinds))
     else:
@@ -57,9 +72,16 @@ def backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
                 byte_fallback=_BYTE in kinds,
             )
         )
-    first = [normalizers.Prepend(_SPACE)] if space_first else []
-    built.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if space_first else []
+    changes = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
+    if vocabulary.squeezed:
+        changes += [normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), "")]
+        changes += [normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    every = vocabulary.space_first and vocabulary.space_after_specials
+    changes += [normalizers.Prepend(_SPACE)] if every else []
+    built.normalizer = normalizers.Sequence([*changes, normalizers.Replace(" ", _SPACE)])
+    if vocabulary.space_first and not every:
+        built.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.space_first else []
     replace = decoders.Replace(_SPACE, " ")
     built.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), *strip])
     # A piece with spaces is found where spaces have become "▁"; markup is found in the text as it is.
@@ -74,7 +96,11 @@ def backend(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
 
 
 def from_gguf(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer that llama.cpp calls `llama`."""
+    """Builds the tokenizer that llama.cpp calls `llama`.
+
+    Files do not say whether a space follows special tokens. As in transformers it does in Phi's files only: llama.cpp
+    itself writes one, which the models that have `[INST]` as a token were not trained with.
+    """
     keys = ("tokens", "scores", "token_type")
     missing = [key for key in keys if f"tokenizer.ggml.{key}" not in metadata]
     if missing:
@@ -84,6 +110,7 @@ def from_gguf(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
         Vocabulary(
             *lists,
             space_first=metadata.get("tokenizer.ggml.add_space_prefix", True),
+            space_after_specials=metadata.get("general.architecture") == "phi3",
             unknown=metadata.get("tokenizer.ggml.unknown_token_id"),
         )
     )
@@ -95,7 +122,7 @@ def read_model(data: bytes) -> Vocabulary:
     Raises:
       ValueError: it is no such file, or asks for what is not supported.
     """
-    pieces, scores, kinds, unigram, space_first = [], [], [], True, True
+    pieces, scores, kinds, unigram, normalizer = [], [], [], True, {}
     try:
         for number, value in _fields(data):
             if number == 1:  # SentencePiece
@@ -116,14 +143,24 @@ def read_model(data: bytes) -> Vocabulary:
                     raise ValueError(f"its model_type is {kind}, supported: 1 (unigram) and 2 (BPE)")
                 unigram = kind == _UNIGRAM
             elif number == 3:  # NormalizerSpec
-                space_first = bool(dict(_fields(value)).get(3, 1))
+                normalizer = dict(_fields(value))
     except (IndexError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer.model is damaged or no SentencePiece model ({error}).") from error
     except ValueError as error:
         raise ValueError(f"tokenizer.model cannot be used: {error}.") from error
     if not pieces:
         raise ValueError("tokenizer.model holds no pieces: it is no SentencePiece model.")
-    return Vocabulary(pieces, scores, kinds, unigram, space_first)
+    if not normalizer.get(5, 1):
+        raise ValueError("tokenizer.model keeps spaces as they are (escape_whitespaces), which is not supported.")
+    return Vocabulary(
+        pieces,
+        scores,
+        kinds,
+        unigram,
+        space_first=bool(normalizer.get(3, 1)),
+        squeezed=bool(normalizer.get(4, 1)),
+        charsmap=normalizer.get(2, b""),
+    )
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from models import deepseek_words, sentencepiece
+from models import byte_level, chat_template, sentencepiece
 
-# Ends of a turn under the names that the common chat formats give them: whichever of these a vocabulary has stops
-# generation, because files often declare only one of the two that a model emits.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
-
-# llama.cpp's token types (gguf.TokenType) that are matched in text before BPE runs.
-_CONTROL, _USER_DEFINED = 3, 4
-
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Ends of a turn or of a text under the names that the common formats give them: whichever of these a vocabulary has
+# stops generation, because files often declare only one of those that a model emits.
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
 )
-_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN_PATTERN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# The same, where they are special: in other vocabularies these are markup that a text may contain (Gemma's </s>).
+_SPECIAL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "[EOS]")
+
+# GGUF files do not say that the special tokens of Phi take the white space after them: of these they do not.
+_PHI_PLAIN = ("<unk>", "<s>", "<|endoftext|>", "<|endofprompt|>")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,33 +53,47 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of some ids, special tokens included: `decode(encode(text)) == text`."""
+        """Returns the text of some ids, special tokens included.
+
+        `decode(encode(text))` is the text, but for what a vocabulary itself does not keep: the composed forms of
+        Unicode (Qwen, GPT-NeoX), white space after special tokens (Phi), a space at the start (SentencePiece).
+        """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
         """Renders a conversation as the prompt the model was trained on.
 
         Args:
           messages: `{"role": "user", "content": ...}` and so on, in order.
           add_generation_prompt: end with the opening of the assistant's turn.
+          tools: JSON schemas of the functions that the model may call.
+          **variables: more that this model's template reads, such as `enable_thinking=False`.
 
         Returns:
           The prompt; `encode` it as it is.
 
         Raises:
-          ValueError: there is no chat template, or it refuses these messages.
+          ValueError: there is no chat template, or it fails or refuses these messages.
         """
         if self.chat_template is None:
             raise ValueError("This model has no chat template: encode the text itself.")
-        try:
-            return _chat_environment().from_string(self.chat_template).render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._text_of(self.bos_id),
-                eos_token=self._text_of(self.eos_ids[0] if self.eos_ids else None),
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"The chat template cannot render these messages: {error}") from error
+        given = {
+            "bos_token": self._text_of(self.bos_id),
+            "eos_token": self._text_of(self.eos_ids[0] if self.eos_ids else None),
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            **variables,
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return chat_template.render(self.chat_template, given)
 
     def _text_of(self, token_id: int | None) -> str:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
@@ -100,15 +109,18 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
       ValueError: another kind of vocabulary or pre-tokenizer, or metadata missing.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    builders = {"gpt2": _byte_level_bpe, "llama": sentencepiece.from_gguf}
+    builders = {"gpt2": byte_level.from_gguf, "llama": sentencepiece.from_gguf}
     if kind not in builders:
         raise ValueError(
             f"tokenizer.ggml.model is {kind!r}, supported: 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)."
         )
     backend = builders[kind](metadata)
-    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    if metadata.get("general.architecture") == "phi3":
+        _strip_beside_specials(backend, metadata)
+    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    opens = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos_id is not None
+    opens = kind == "llama" or byte_level.words_of(metadata).opens
+    opens = metadata.get("tokenizer.ggml.add_bos_token", opens) and bos_id is not None
     return Tokenizer(
         backend=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -118,68 +130,22 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    def pattern(*regexes: str, digits: bool = False) -> list[pre_tokenizers.PreTokenizer]:
-        cuts = [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes]
-        return [*cuts, *[pre_tokenizers.Digits(individual_digits=True)] * digits, _byte_level(pattern=False)]
-
-    split = {
-        # llama.cpp isolates every \p{N}, then applies GPT-2's pattern; `Digits` tests the same Unicode class.
-        "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level(pattern=True)],
-        "gpt-2": lambda: [_byte_level(pattern=True)],
-        "llama-bpe": lambda: pattern(_LLAMA3_PATTERN),
-        "qwen2": lambda: pattern(_QWEN2_PATTERN),
-        "tekken": lambda: pattern(_TEKKEN_PATTERN),
-        "deepseek-llm": lambda: pattern(*deepseek_words.PATTERNS, digits=True),
-    }
-    name = metadata.get("tokenizer.ggml.pre")
-    if name not in split:
-        raise ValueError(f"tokenizer.ggml.pre is {name!r}, supported: {', '.join(map(repr, split))}.")
-    missing = [key for key in ("tokens", "merges", "token_type") if f"tokenizer.ggml.{key}" not in metadata]
-    if missing:
-        raise ValueError(f"tokenizer.ggml.{missing[0]} is missing, expected a list.")
-
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    # These take a whole word that is in the vocabulary as it is, whatever the merges say.
-    whole_words = name in ("llama-bpe", "tekken")
-    try:
-        bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=whole_words)
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}.") from error
-    backend = tokenizers.Tokenizer(bpe)
-    if name == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(split[name]())
-    backend.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
-        if token_type in (_CONTROL, _USER_DEFINED):
-            special = token_type == _CONTROL
-            backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
-    return backend
+def _strip_beside_specials(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any]) -> None:
+    """Lets special tokens take the white space beside them, as the tokenizer.json of each Phi says."""
+    both = metadata.get("tokenizer.ggml.pre") == "dbrx"  # Phi-4 (14B): of all of them, on both sides
+    specials = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(token.content, special=True, normalized=False, rstrip=True, lstrip=both)
+            for token in specials
+            if both or token.content not in _PHI_PLAIN
+        ]
+    )
 
 
 def stop_ids(backend: tokenizers.Tokenizer, declared: Iterable[int | None]) -> tuple[int, ...]:
-    """Returns the declared end tokens, then the turn ends that the vocabulary has, each once; None is skipped."""
-    ids = [*declared, *(backend.token_to_id(token) for token in _TURN_ENDS)]
+    """Returns the declared end tokens, then the known ends that the vocabulary has, each once; None is skipped."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    known = [*_ENDS, *(token for token in _SPECIAL_ENDS if token in special)]
+    ids = [*declared, *(backend.token_to_id(token) for token in known)]
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
-
-
-def _byte_level(pattern: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern)
-
-
-def _chat_environment() -> jinja2.Environment:
-    """Templates come from downloaded files: the sandbox lets them format text and nothing else."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str):
-        raise jinja2.TemplateError(message)
-
-    # Templates write JSON for the model, not for a web page: no HTML escapes.
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

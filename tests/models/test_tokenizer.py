@@ -143,7 +143,7 @@ def test_missing_metadata_is_named(tiny, key):
 
 def test_unknown_pre_tokenizer_lists_the_supported(tiny):
     tiny.gguf_fields["tokenizer.ggml.pre"] = "falcon"
-    with pytest.raises(ValueError, match="'falcon', supported: 'smollm', 'gpt-2', 'llama-bpe', 'qwen2', 'tekken'"):
+    with pytest.raises(ValueError, match="'falcon', supported: 'a.x-4.0', 'dbrx', .*'smollm', .*'tekken'"):
         tokenizer.from_gguf(tiny.gguf_fields)
 
 

@@ -70,11 +70,11 @@ def field(number: int, value: int | float | bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def model_proto(model_type: int = 2, space_first: int = 1) -> bytes:
+def model_proto(model_type: int = 2, space_first: int = 1, squeezed: int = 0) -> bytes:
     pieces = (
         field(1, piece.encode()) + field(2, score) + field(3, kind) for piece, score, kind in zip(PIECES, SCORES, KINDS)
     )
-    trainer, normalizer = field(3, model_type), field(3, space_first)
+    trainer, normalizer = field(3, model_type), field(3, space_first) + field(4, squeezed)
     return b"".join(field(1, piece) for piece in pieces) + field(2, trainer) + field(3, normalizer)
 
 
@@ -85,6 +85,12 @@ def test_tokenizer_model_is_read_as_gguf_metadata_is():
     for text in ("abcd ab", "a  b\n\ncé", "<s>ab"):
         assert built.encode(text).ids == other.encode(text).ids
     assert sentencepiece.read_model(model_proto(space_first=0)).space_first is False
+
+
+def test_spaces_are_squeezed_where_the_model_says_so():
+    read = sentencepiece.read_model(model_proto(squeezed=1))
+    built = sentencepiece.backend(read._replace(space_after_specials=True))
+    assert [PIECES[i] for i in built.encode("  ab   cd ").ids] == ["▁ab", "▁", "cd"]
 
 
 def test_unigram_vocabulary_takes_the_likeliest_split():
