@@ -28,7 +28,8 @@ class DecoderConfig:
       ffn_width: [F], the feed-forward layer, or one expert of it.
       rope_base: theta of the rotary embedding.
       norm_eps: epsilon of every norm.
-      max_positions: the context length the model was trained for, in tokens.
+      max_positions: tokens of the longest context that the model takes with these frequencies: what it was trained on,
+        lengthened where its file scales rotary positions; with Phi's frequencies for short contexts, those alone.
       tied_embeddings: whether the output head is the embedding.
       names: key of `models.names.NAMES`, what the tensors of this family's files are called.
       rotary_channels: of a head, the first ones, that rotate; None: all.

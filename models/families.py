@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.config import DecoderConfig
+from models.config_defaults import DEFAULTS
 from models.rope_scaling import logit_gain, read_scaling
 
 _ACTIVATIONS = {
@@ -58,6 +59,13 @@ class Fields:
         if not isinstance(value, int):
             raise ValueError(f"{key} is {value!r}, expected an integer.")
         return value
+
+    def window(self) -> int | None:
+        """Returns the tokens of a sliding window; none is written as null or as 0."""
+        window = self.size("sliding_window", 0)
+        if window < 0:
+            raise ValueError(f"sliding_window is {window}, expected at least 1 token, or null or 0 for none.")
+        return window or None
 
     def activation(self, key: str, default: str) -> str:
         """The name that `DecoderConfig.activation` has for a function."""
@@ -110,11 +118,12 @@ def read_config(name: str, fields: Mapping[str, Any], context: int | None = None
       ValueError: an unknown architecture, or a field this decoder does not follow.
     """
     architecture = (fields.get("architectures") or ["none"])[0]
+    if architecture in TEXT_TOWERS:
+        architecture, fields = TEXT_TOWERS[architecture], {**fields, **(fields.get("text_config") or {})}
     if architecture not in FAMILIES:
-        raise ValueError(
-            f"architectures is {fields.get('architectures')}, supported: {', '.join(FAMILIES)}."
-        )
-    given = Fields(fields)
+        supported = ", ".join([*FAMILIES, *TEXT_TOWERS])
+        raise ValueError(f"architectures is {fields.get('architectures')}, supported: {supported}.")
+    given = Fields({**DEFAULTS.get(architecture, {}), **fields})
     given.expect(quantization_config=None)
     return DecoderConfig(name=name, **FAMILIES[architecture](given, context))
 
@@ -134,14 +143,15 @@ def _common(f: Fields, context: int | None, *, rope_base: float = 10000.0, tied:
         "norm_eps": float(f.get("rms_norm_eps", 1e-6)),
         "activation": f.activation("hidden_act", "silu"),
         "tied_embeddings": bool(f.get("tie_word_embeddings", tied)),
-        **_rotary(f, context, head_dim, rope_base, f.size("max_position_embeddings", 2048)),
+        **_rotary(f, context, head_dim, rope_base),
     }
 
 
-def _rotary(f: Fields, context: int | None, head_dim: int, base: float, longest: int, kind: str | None = None):
-    rope = f.rope(kind or _GLOBAL)
+def _rotary(f: Fields, context: int | None, head_dim: int, base: float, share: float = 1.0) -> dict[str, Any]:
+    """Rotary positions of the global layers, of this share of a head's channels where the file does not say it."""
+    rope, longest = f.rope(_GLOBAL), f.size("max_position_embeddings")
     base = float(rope["rope_theta"] or base)
-    channels = int(head_dim * rope.get("partial_rotary_factor", f.get("partial_rotary_factor", 1.0)))
+    channels = int(head_dim * rope.get("partial_rotary_factor", f.get("partial_rotary_factor", share)))
     scaling = read_scaling(
         rope,
         base=base,
@@ -159,17 +169,18 @@ def _rotary(f: Fields, context: int | None, head_dim: int, base: float, longest:
     }
 
 
-def _window(f: Fields, layers: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """A sliding window, in all layers unless told otherwise; one that no context exceeds is none."""
-    window = f.get("sliding_window")
-    if window is None or layers == () or f.size("sliding_window") >= f.size("max_position_embeddings", 2048):
-        return {}
-    every = tuple(range(f.size("num_hidden_layers")))
-    return {"window": window, "local_layers": every if layers is None else layers}
+def _with_window(f: Fields, config: dict[str, Any], layers: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """Adds a sliding window, in all layers unless told otherwise; one that no context exceeds is none."""
+    window = f.window()
+    if window is None or layers == () or window >= max(config["max_positions"], f.size("max_position_embeddings")):
+        return config
+    return config | {"window": window, "local_layers": tuple(range(config["num_layers"])) if layers is None else layers}
 
 
 def _llama(f: Fields, context: int | None) -> dict[str, Any]:
-    f.expect(sliding_window=None, partial_rotary_factor=1.0)
+    f.expect(partial_rotary_factor=1.0)
+    if f.window():
+        raise ValueError(f"sliding_window is {f.window()}, expected none.")
     if f.layer_types(lambda i: _GLOBAL):
         raise ValueError(f"layer_types has {_LOCAL!r}, expected only {_GLOBAL!r}.")
     biases = (("wqkv", "wo") if f.get("attention_bias") else ()) + (
@@ -180,23 +191,23 @@ def _llama(f: Fields, context: int | None) -> dict[str, Any]:
 
 def _mistral(f: Fields, context: int | None) -> dict[str, Any]:
     f.expect(attention_bias=False, mlp_bias=False)
-    return _common(f, context) | _window(f)
+    return _with_window(f, _common(f, context))
 
 
 def _qwen2(f: Fields, context: int | None) -> dict[str, Any]:
-    return _common(f, context) | _qwen_window(f) | {"biases": ("wqkv",)}
+    return _with_qwen_window(f, _common(f, context)) | {"biases": ("wqkv",)}
 
 
 def _qwen3(f: Fields, context: int | None) -> dict[str, Any]:
     biases = ("wqkv", "wo") if f.get("attention_bias") else ()
-    return _common(f, context) | _qwen_window(f) | {"qk_norm": True, "biases": biases}
+    return _with_qwen_window(f, _common(f, context)) | {"qk_norm": True, "biases": biases}
 
 
-def _qwen_window(f: Fields) -> dict[str, Any]:
+def _with_qwen_window(f: Fields, config: dict[str, Any]) -> dict[str, Any]:
     if not f.get("use_sliding_window", False):
-        return {}
+        return config
     first = f.size("max_window_layers", 28)
-    return _window(f, f.layer_types(lambda i: _LOCAL if i >= first else _GLOBAL))
+    return _with_window(f, config, f.layer_types(lambda i: _LOCAL if i >= first else _GLOBAL))
 
 
 def _qwen3_moe(f: Fields, context: int | None) -> dict[str, Any]:
@@ -204,14 +215,14 @@ def _qwen3_moe(f: Fields, context: int | None) -> dict[str, Any]:
     return _qwen3(f, context) | {
         "names": "qwen3_moe",
         "ffn_width": f.size("moe_intermediate_size"),
-        "num_experts": f.size("num_experts"),
+        "num_experts": f.size("num_experts", f.get("num_local_experts")),  # transformers 5 saves the other name
         "experts_per_token": f.size("num_experts_per_tok"),
         "expert_weights_sum_to_one": bool(f.get("norm_topk_prob", False)),
     }
 
 
 def _mixtral(f: Fields, context: int | None) -> dict[str, Any]:
-    return _common(f, context, rope_base=1e6) | _window(f) | {
+    return _with_window(f, _common(f, context, rope_base=1e6)) | {
         "names": "mixtral",
         "num_experts": f.size("num_local_experts"),
         "experts_per_token": f.size("num_experts_per_tok"),
@@ -231,7 +242,7 @@ def _gemma(f: Fields, context: int | None, *, rope_base: float) -> dict[str, Any
 
 def _gemma2(f: Fields, context: int | None) -> dict[str, Any]:
     local = f.layer_types(lambda i: _GLOBAL if i % 2 else _LOCAL)
-    return _gemma(f, context, rope_base=10000.0) | _window(f, local) | {
+    return _with_window(f, _gemma(f, context, rope_base=10000.0), local) | {
         "attention_cap": float(f.get("attn_logit_softcapping", 50.0)),
         "output_cap": float(f.get("final_logit_softcapping", 30.0)),
     }
@@ -242,25 +253,27 @@ def _gemma3(f: Fields, context: int | None) -> dict[str, Any]:
     every = f.size("sliding_window_pattern", 6)
     local = f.layer_types(lambda i: _LOCAL if (i + 1) % every else _GLOBAL)
     cap = f.get("final_logit_softcapping")
-    of_local = Fields({key: f.get(key) for key in ("rope_parameters",)}).rope(_LOCAL)
-    return _gemma(f, context, rope_base=1e6) | _window(f, local) | {
+    of_local = (f.get("rope_parameters") or {}).get(_LOCAL) or {}
+    if (kind := of_local.get("rope_type") or "default") != "default":
+        raise ValueError(f"rope_type of {_LOCAL} is {kind!r}, expected 'default'.")
+    # What its files call max_position_embeddings is the context after its linear scaling.
+    longest = {"max_positions": f.size("max_position_embeddings")}
+    return _with_window(f, _gemma(f, context, rope_base=1e6) | longest, local) | {
         "qk_norm": True,
-        "local_rope_base": float(of_local["rope_theta"] or f.get("rope_local_base_freq", 10000.0)),
+        "local_rope_base": float(of_local.get("rope_theta") or f.get("rope_local_base_freq", 10000.0)),
         "output_cap": None if cap is None else float(cap),
     }
 
 
 def _phi3(f: Fields, context: int | None) -> dict[str, Any]:
     f.expect(attention_bias=False)
-    return _common(f, context) | _window(f) | {"names": "phi3"}
+    return _with_window(f, _common(f, context)) | {"names": "phi3"}
 
 
 def _gpt_neox(f: Fields, context: int | None) -> dict[str, Any]:
     f.expect(attention_bias=True)
     heads, width = f.size("num_attention_heads"), f.size("hidden_size")
-    rope = f.rope(_GLOBAL)
     head_dim = width // heads
-    share = rope.get("partial_rotary_factor", f.get("rotary_pct", 0.25))
     return {
         "vocab_size": f.size("vocab_size"),
         "num_layers": f.size("num_hidden_layers"),
@@ -277,9 +290,7 @@ def _gpt_neox(f: Fields, context: int | None) -> dict[str, Any]:
         "biases": ("wqkv", "wo", "w_up", "w_down"),
         "tied_embeddings": bool(f.get("tie_word_embeddings", False)),
         "names": "gpt_neox",
-        "rope_base": float(rope["rope_theta"] or f.get("rotary_emb_base", 10000.0)),
-        "rotary_channels": int(head_dim * share),
-        "max_positions": f.size("max_position_embeddings", 2048),
+        **_rotary(f, context, head_dim, f.get("rotary_emb_base", 10000.0), f.get("rotary_pct", 0.25)),
     }
 
 
@@ -292,7 +303,7 @@ def _opt(f: Fields, context: int | None) -> dict[str, Any]:
         enable_bias=True,
         layer_norm_elementwise_affine=True,
     )
-    positions = f.size("max_position_embeddings", 2048)
+    positions = f.size("max_position_embeddings")
     return {
         "vocab_size": f.size("vocab_size"),
         "num_layers": f.size("num_hidden_layers"),
@@ -323,9 +334,9 @@ def _deepseek_v2(f: Fields, context: int | None) -> dict[str, Any]:
         moe_layer_freq=1,
     )
     rank, rotary, still = f.size("kv_lora_rank", 512), f.size("qk_rope_head_dim", 64), f.size("qk_nope_head_dim", 128)
-    longest, rope = f.size("max_position_embeddings", 2048), f.rope(_GLOBAL)
+    rope = f.rope(_GLOBAL)
     normed = bool(f.get("norm_topk_prob", False))
-    return _common(f, context) | _rotary(f, context, rotary, 10000.0, longest) | {
+    return _common(f, context) | _rotary(f, context, rotary, 10000.0) | {
         "names": "deepseek_v2",
         "num_kv_heads": 1,
         "head_dim": rank + rotary,
@@ -360,3 +371,6 @@ FAMILIES: dict[str, Callable[[Fields, int | None], dict[str, Any]]] = {
     "DeepseekV2ForCausalLM": _deepseek_v2,
 }
 """By the name in `architectures` of config.json."""
+
+TEXT_TOWERS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+"""Models of images and text, by the name in `architectures`, of which the language model is read."""

@@ -52,7 +52,7 @@ def fields(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{ARCHITECTURE}.{key} is {given.get(key)!r}, expected an integer.")
         return given[key]
 
-    found = {field: size(key) for key, field in _FIELDS.items()}
+    found = {field: size(key) for key, field in _FIELDS.items()} | {"q_lora_rank": None}
     found |= {field: given[key] for key, field in _OPTIONAL.items() if key in given}
     # Files before 2025 have the sizes of a head under the names that other architectures use.
     of = lambda name: size(f"attention.{name}_mla" if f"attention.{name}_mla" in given else f"attention.{name}")
@@ -66,6 +66,8 @@ def yarn(given: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the multiplier is missing, or there is a factor of attention beside it.
     """
     multiplier, factor = given.get("rope.scaling.yarn_log_multiplier"), given.get("rope.scaling.attn_factor", 1.0)
+    if "rope.scaling.yarn_attn_factor" in given:
+        raise ValueError(f"{ARCHITECTURE}.rope.scaling.yarn_attn_factor is not supported beside yarn_log_multiplier.")
     if not multiplier or factor != 1.0:
         raise ValueError(
             f"{ARCHITECTURE}.rope.scaling.yarn_log_multiplier is {multiplier} and attn_factor {factor}, expected a "

@@ -109,9 +109,20 @@ _SCALING = {
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
     "rope.scaling.finetuned",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+}
+# Keys about local layers.
+_PATTERN = "attention.sliding_window_pattern"
+_LOCAL_LAYERS = {"gemma2": {_PATTERN}, "gemma3": {_PATTERN, "rope.freq_base_swa"}}
+# What llama.cpp takes where a file does not say it; config.json has other defaults in some families.
+_DEFAULTS = {
+    "num_key_value_heads": None,
+    "sliding_window": None,
+    "original_max_position_embeddings": None,
+    "rope_theta": 10000.0,
 }
 # Keys that change nothing at this value; at any other they ask for something this decoder does not do.
 _NEUTRAL = {"attention.causal": True, "rope.scaling.yarn_log_multiplier": 0.0, "rope.scaling.yarn_ext_factor": 1.0}
@@ -206,6 +217,8 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         raise ValueError(f"{prefix}{key} is {given[key]!r}, {expected}.")
 
     used, neutral, latent = _USED | _SCALING, _NEUTRAL, architecture == deepseek2.ARCHITECTURE
+    if architecture in _LOCAL_LAYERS:
+        used = used | _LOCAL_LAYERS[architecture]
     if latent:
         used, neutral = used | deepseek2.KEYS, neutral | deepseek2.NEUTRAL
     for key, value in given.items():
@@ -214,10 +227,11 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         if key not in used and (key not in neutral or value != neutral[key]):
             refuse(key)
     epsilon = f"attention.layer_norm{'' if architecture == 'gptneox' else '_rms'}_epsilon"
-    if epsilon not in given:
-        raise ValueError(f"{prefix}{epsilon} is missing, expected a float.")
+    for key, kind in ((epsilon, "a float"), ("context_length", "an integer")):
+        if key not in given:
+            raise ValueError(f"{prefix}{key} is missing, expected {kind}.")
 
-    fields = {field: given[key] for key, field in _FIELDS.items() if key in given}
+    fields = _DEFAULTS | {field: given[key] for key, field in _FIELDS.items() if key in given}
     fields["tie_word_embeddings"] = "output.weight" not in stored
     fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
@@ -242,6 +256,9 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         # What llama.cpp derives: 1 / sqrt(H), but for the largest of each generation.
         largest = fields.get("num_hidden_layers") == {"gemma2": 46, "gemma3": 62}[architecture]
         fields["query_pre_attn_scalar"] = width // heads if largest else fields["head_dim"]
+        fields["rope_local_base_freq"] = given.get("rope.freq_base_swa", 10000.0)
+        if (local := given.get(_PATTERN)) is not None:
+            fields["layer_types"] = _layer_types(local, fields.get("num_hidden_layers"), refuse)
     if architecture == "qwen2":
         fields.pop("sliding_window", None)
     if latent:
@@ -253,6 +270,17 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
     if scaling:
         fields["rope_scaling"] = scaling
     return fields
+
+
+def _layer_types(pattern: int | list[bool], layers: int, refuse) -> list[str]:
+    """layer_types of config.json: all layers but every n-th are local, or those that a list names."""
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
+        local = [pattern == 0 or (i + 1) % pattern > 0 for i in range(layers)]
+    elif isinstance(pattern, list) and len(pattern) == layers:
+        local = list(map(bool, pattern))
+    else:
+        refuse(_PATTERN, f"expected an integer or {layers} booleans")
+    return ["sliding_attention" if one else "full_attention" for one in local]
 
 
 def _llama_or_mistral(fields: dict[str, Any]) -> str:
@@ -272,19 +300,24 @@ def _scaling(given: dict[str, Any], stored: dict[str, Any], head_dim: int, refus
         long, short = read("rope_factors_long.weight"), read("rope_factors_short.weight")
         gain = given.get("rope.scaling.attn_factor")
         return {"type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": gain}
-    if kind not in ("none", "linear", "yarn"):
+    if kind not in ("none", "linear", "yarn") or (kind != "none" and "rope_freqs.weight" in stored):
         refuse("rope.scaling.type")
+    for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        if kind != "yarn" and given.get(key, 1.0) != 1.0:
+            refuse(key, "expected 1.0 without yarn")
     if "rope_freqs.weight" in stored:  # Llama 3.1: a divisor of every frequency, whatever the context
         divisors, pairs = read("rope_freqs.weight"), head_dim // 2
         if len(divisors) != pairs:
             raise ValueError(f"Tensor rope_freqs.weight has {len(divisors)} numbers, expected {pairs}.")
-        return {"type": "longrope", "long_factor": divisors, "short_factor": divisors, "attention_factor": 1.0}
+        every = {"long_factor": divisors, "short_factor": divisors, "attention_factor": 1.0}
+        return every | {"type": "longrope", "original_max_position_embeddings": given["context_length"]}
     if kind == "linear":
         return {"type": "linear", "factor": given.get("rope.scaling.factor")}
     if kind == "yarn":
         yarn = {name: given.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
-        # llama.cpp multiplies its factor with the gain that config.json leaves out.
-        gain = given.get("rope.scaling.attn_factor", 1.0) * yarn_gain(given.get("rope.scaling.factor", 1.0))
+        # One key is config.json's attention_factor; llama.cpp multiplies the other with the gain of the scaling.
+        gain = given.get("rope.scaling.yarn_attn_factor", yarn_gain(given.get("rope.scaling.factor", 1.0)))
+        gain *= given.get("rope.scaling.attn_factor", 1.0)
         return yarn | {"type": "yarn", "factor": given.get("rope.scaling.factor"), "attention_factor": gain}
     if "rope.scaling.factor" in given:
         refuse("rope.scaling.factor")

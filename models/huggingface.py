@@ -15,7 +15,7 @@ import tokenizers
 
 from models import sentencepiece, tekken, weights
 from models.config import DecoderConfig
-from models.families import read_config
+from models.families import TEXT_TOWERS, read_config
 from models.leaf import Index, Tensor
 from models.tokenizer import Tokenizer, stop_ids
 
@@ -69,6 +69,8 @@ def load_directory(
         tokenizer = _read_tokenizer(path, fields)
         with contextlib.ExitStack() as stack:
             names, get = _open_tensors(path, stack)
+            if (fields.get("architectures") or [None])[0] in TEXT_TOWERS:
+                names, get = _of_text_tower(names, get)
             weights.check_names(config, names)
             params = weights.build_params(config, get, dtype, int8=int8, shardings=shardings)
     except ValueError as error:
@@ -92,7 +94,9 @@ def _open_tensors(
 ) -> tuple[list[str], Callable[[str], Tensor]]:
     """Opens every shard and returns the names of all tensors, and a function from name to tensor."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if (path / "model.safetensors").is_file():
+        shards = ["model.safetensors"]  # whatever lies beside it: adapters, the same weights in another format
+    elif index.is_file():
         shard_of = _read_json(index).get("weight_map")
         if not isinstance(shard_of, dict):
             raise ValueError(f"weight_map of {index.name} is missing.")
@@ -104,8 +108,9 @@ def _open_tensors(
                 "The weights are pickled, and unpickling runs whatever code the file holds: "
                 "save them as safetensors, the only format read here."
             )
-        if len(shards) != 1:
-            raise ValueError(f"Found {len(shards)} *.safetensors without {index.name}, expected one.")
+        if len(shards) != 1 or shards[0].startswith(("adapter_", "consolidated")):
+            found = ", ".join(shards) or "none"
+            raise ValueError(f"Expected model.safetensors or {index.name}, found of *.safetensors: {found}.")
 
     source = {}
     for shard in shards:
@@ -120,6 +125,18 @@ def _open_tensors(
 
     # A KeyError here is a tensor that no shard holds; build_params names it.
     return list(source), lambda name: _Stored(source[name].get_slice(name))
+
+
+def _of_text_tower(names: list[str], get: Callable[[str], Tensor]) -> tuple[list[str], Callable[[str], Tensor]]:
+    """Keeps the language model of a model of images and text, under the names that it has alone."""
+    stored = {}
+    for name in names:
+        # `language_model.model.layers.0` and `language_model.lm_head`, since 2025 `model.language_model.layers.0`
+        # and `lm_head`.
+        short = name.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
+        if not short.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
+            stored[short] = name
+    return list(stored), lambda name: get(stored[name])
 
 
 class _Stored:

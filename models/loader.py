@@ -26,6 +26,7 @@ _HUB_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "added_tokens.json",
     "tekken.json",
     "chat_template.jinja",
     "model*.safetensors",
@@ -65,7 +66,7 @@ def load_model(
       dtype: "float32" or "bfloat16", of the params and of what is computed.
       int8: store the matrices of the layers in 8 bits, with a scale for each output.
       context: tokens that will be read and written, for models whose rotary frequencies depend on it (Phi); None: as
-        many as they were first trained on.
+        many as they were first trained on. `config.max_positions` says which it became.
       shardings: where the params go, see `models.weights.build_params`: with a mesh of devices
         `functools.partial(kvjax.sharding.shardings, mesh=mesh)`; None: all on the default device. Every host reads only
         what its devices hold.

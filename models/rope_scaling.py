@@ -16,7 +16,7 @@ class Scaling(NamedTuple):
 
     rope_divisors: tuple[float, ...] = ()
     rope_gain: float = 1.0
-    max_positions: int | None = None  # where it limits the context
+    max_positions: int | None = None  # where it decides the context
 
 
 def read_scaling(
@@ -29,6 +29,7 @@ def read_scaling(
       `trained / high_freq_factor`, and in between interpolated by how many wavelengths `trained` tokens are.
     yarn: `f` for pairs that turn more than `beta_fast` times in `trained` tokens, `f / factor` for those that turn
       less than `beta_slow` times, a ramp over the pairs between; the gain is `0.1 log(factor) + 1`.
+    linear and yarn lengthen a context of `trained` tokens to `factor` times as many, llama3 to what the file says.
     longrope: `f / short_factor[i]`, or `f / long_factor[i]` where the context is to be longer than `trained`; the gain
       is `sqrt(1 + log(longest / trained) / log(trained))`.
 
@@ -64,7 +65,8 @@ def read_scaling(
     pairs = np.arange(channels // 2)
     frequency = base ** (-2.0 * pairs / channels)
     if kind == "linear":
-        return Scaling((number("factor"),) * len(pairs))
+        factor = number("factor")
+        return Scaling((factor,) * len(pairs), max_positions=int(trained * factor))
     if kind == "llama3":
         factor, low, high = number("factor"), number("low_freq_factor"), number("high_freq_factor")
         turns = trained * frequency / (2 * math.pi)  # wavelengths in the context
@@ -78,7 +80,8 @@ def read_scaling(
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, channels - 1)
         ramp = np.clip((pairs - first) / max(last - first, 0.001), 0.0, 1.0)
-        return Scaling(tuple(1.0 / (ramp / factor + 1.0 - ramp)), _yarn_gain(rope, factor))
+        divisors = tuple(1.0 / (ramp / factor + 1.0 - ramp))
+        return Scaling(divisors, _yarn_gain(rope, factor), int(trained * factor))
     stretch = longest / trained
     gain = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     beyond = context is not None and context > trained

@@ -50,6 +50,23 @@ NEOX = {
 }
 NEOX_TOP = {"gpt_neox.embed_in": "token_embd", "gpt_neox.final_layer_norm": "output_norm", "embed_out": "output"}
 TOP = NEOX_TOP | {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+# What the converter writes as tokenizer.ggml.pre for each family, all of them byte-level vocabularies; the other
+# vocabularies are SentencePiece's, with the name "default".
+PRE_TOKENIZERS = {
+    "llama2": ["llama-bpe", "smollm", "falcon3", "deepseek-llm", "deepseek-coder", "mellum", "seed-coder"],
+    "mistral": ["tekken", "minerva-7b"],
+    "mixtral": ["tekken"],
+    "qwen2": ["qwen2", "deepseek-r1-qwen"],
+    "qwen2_yarn": ["qwen2"],
+    "qwen3": ["qwen2"],
+    "qwen3_moe": ["qwen2"],
+    "gemma2": [],
+    "gemma3": [],
+    "phi4_mini": ["gpt-4o", "dbrx"],
+    "deepseek_v2": ["deepseek-llm"],
+    "gpt_neox": ["olmo"],
+}
+SENTENCEPIECE = ("llama2", "mistral", "mixtral", "gemma2", "gemma3", "phi4_mini")
 FILES = {
     "llama2": ("llama", {}),
     "mistral": ("llama", {"attention.sliding_window": 6}),
@@ -138,8 +155,10 @@ FILES = {
 }
 
 
-def write_gguf(name: str, path, whole_up_projection: bool = False) -> None:
+def write_gguf(name: str, path, whole_up_projection: bool = False, pre: str | None = None, **changed) -> None:
+    """Writes the file of a family; `changed` are fields, with __ for dots, of which None is left out."""
     architecture, more = FILES[name]
+    pre = pre or (PRE_TOKENIZERS[name] or ["default"])[0]
     if whole_up_projection:  # as in files before 2025
         of_heads = {"attention.head_count_kv": 4, "attention.key_length": 16, "attention.value_length": 12}
         more = {key: value for key, value in more.items() if not key.endswith("_mla")} | of_heads
@@ -155,17 +174,28 @@ def write_gguf(name: str, path, whole_up_projection: bool = False) -> None:
         "rope.freq_base": float(config.get("rope_theta", 10000.0)),
         "vocab_size": 64,
     } | more
+    fields |= {key.replace("__", "."): value for key, value in changed.items()}
+    fields = {key: value for key, value in fields.items() if value is not None}
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
         add = {
-            bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
         }[type(value)]
         add(f"{architecture}.{key}", value)
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", "deepseek-llm" if architecture == "deepseek2" else "qwen2")
-    writer.add_array("tokenizer.ggml.tokens", [*map(chr, range(97, 160)), "ab"])
-    writer.add_array("tokenizer.ggml.merges", ["a b"])
-    writer.add_array("tokenizer.ggml.token_type", [1] * 64)
+    writer.add_string("tokenizer.ggml.model", "llama" if pre == "default" else "gpt2")
+    writer.add_string("tokenizer.ggml.pre", pre)
+    if pre == "default":
+        writer.add_array("tokenizer.ggml.tokens", ["<unk>", "▁", *map(chr, range(97, 158)), "ab"])
+        writer.add_array("tokenizer.ggml.scores", [float(-i) for i in range(64)])
+        writer.add_array("tokenizer.ggml.token_type", [2] + [1] * 63)
+    else:
+        writer.add_array("tokenizer.ggml.tokens", [*map(chr, range(97, 160)), "ab"])
+        writer.add_array("tokenizer.ggml.merges", ["a b"])
+        writer.add_array("tokenizer.ggml.token_type", [1] * 64)
     tensors, experts = weights(shapes), {}
     for key, tensor in tensors.items():
         stem, _, suffix = key.rpartition(".")
@@ -226,6 +256,16 @@ def test_config_and_params_are_those_of_the_directory(name, old, tmp_path, monke
         metadata = isinstance(value, float) or key == "rope_divisors"  # float32
         assert value == (pytest.approx(expected[key], rel=1e-6) if metadata else expected[key]), key
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7), read, params)
+
+
+@pytest.mark.parametrize(
+    "name, pre",
+    [*((name, pre) for name in FILES for pre in PRE_TOKENIZERS[name]), *((name, "default") for name in SENTENCEPIECE)],
+)
+def test_vocabularies_of_every_family_are_read(name, pre, tmp_path):
+    write_gguf(name, tmp_path / "model.gguf", pre=pre)
+    read = load_gguf(tmp_path / "model.gguf", jnp.float32)[2]
+    assert read.encode("ab")[-1] == 63 and read.decode(read.encode("ab")) == "ab"
 
 
 def test_every_architecture_is_tested():
