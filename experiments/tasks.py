@@ -48,7 +48,7 @@ def read_tasks(
 
     Fields: `task`; `context` or `context_ids`; optionally `question` or `question_ids` (may be empty); optionally
     `answer` or `answer_ids`. Texts are encoded as they stand, without a chat template; a context opens as the
-    tokenizer says. Other fields are ignored, and so are blank lines. Every line is checked, also those beyond
+    tokenizer says, once. Other fields are ignored, and so are blank lines. Every line is checked, also those beyond
     `max_examples`.
 
     Args:
@@ -120,7 +120,8 @@ def _ids(
     if text is not None:
         if not isinstance(text, str):
             raise ValueError(f"{where}: {field}: got {reprlib.repr(text)}, expected a string")
-        return (*(tokenizer.opening if field == "context" else ()), *tokenizer.encode(text))
+        opening, ids = tokenizer.opening if field == "context" else (), tuple(tokenizer.encode(text))
+        return ids if ids[: len(opening)] == opening else (*opening, *ids)
     if ids is None:
         return None
     if not isinstance(ids, list):
