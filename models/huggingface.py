@@ -66,7 +66,7 @@ def load_directory(
     try:
         fields = _read_json(path / "config.json")
         config = read_config(name or path.resolve().name, fields, context)
-        tokenizer = _read_tokenizer(path, fields)
+        tokenizer = _read_tokenizer(path, {**(fields.get("text_config") or {}), **fields})
         with contextlib.ExitStack() as stack:
             names, get = _open_tensors(path, stack)
             if (fields.get("architectures") or [None])[0] in TEXT_TOWERS:

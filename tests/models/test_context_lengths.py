@@ -43,6 +43,14 @@ def test_gemma3_may_leave_out_every_size():
     assert (config.max_positions, config.window, config.rope_base, config.local_rope_base) == (131072, 1024, 1e6, 1e4)
     assert config.rope_divisors == (8.0,) * 128 and [i for i in range(12) if i not in config.local_layers] == [5, 11]
     assert config.tied_embeddings and config.query_scale == 1 / 16
+    # As transformers 5 saves the same.
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    rope |= {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    saved = {key: value for key, value in tower.items() if key != "rope_scaling"} | {"rope_parameters": rope}
+    saved |= {"architectures": None, "layer_types": (kinds * 6)[:34], "_sliding_window_pattern": 6}
+    saved = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": saved, "tie_word_embeddings": True}
+    assert read_config("4b", saved) == config
 
 
 @pytest.mark.parametrize("architecture, longest", [

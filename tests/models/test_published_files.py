@@ -151,13 +151,14 @@ def test_the_text_tower_of_gemma3_is_read(tmp_path, rename):
     del fields["architectures"]
     path = write("gemma3", tmp_path / "with_vision")
     nested = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 2]}
+    fields |= {"bos_token_id": 3, "eos_token_id": 4}
     nested |= {"text_config": fields, "vision_config": {"hidden_size": 7, "model_type": "siglip_vision_model"}}
     (path / "config.json").write_text(json.dumps(nested))
     tensors = weights(CHECKPOINTS["gemma3"]["shapes"]) | VISION
     safetensors.numpy.save_file({rename(name): x for name, x in tensors.items()}, path / "model.safetensors")
     found = load_directory(path, jnp.float32)
     same(found, expected)
-    assert found[2].eos_ids[:2] == (1, 2)
+    assert found[2].eos_ids[:2] == (1, 2) and found[2].bos_id == 3
 
 
 def test_a_tensor_of_the_text_tower_that_is_not_used_is_still_named(tmp_path):
