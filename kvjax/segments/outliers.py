@@ -71,6 +71,8 @@ def take_outliers(x: jax.Array, index: jax.Array, *, axis: Axis, block: int, dty
 def add_outliers(x: jax.Array, outliers: Outliers, *, axis: Axis, block: int) -> jax.Array:
     """`x` with every outlier's value added at its place."""
     B, K, S, H = x.shape
+    if not S:  # a body that has no whole block yet
+        return x
     if axis == "token":
         index, value = (y[..., None] for y in outliers)  # [B, K, n, S, 1]
         places, over = jnp.arange(H), 2
