@@ -17,6 +17,7 @@ import itertools
 import random
 import re
 
+from experiments.suggestions import there_are
 from experiments.tasks import Example, Tokenizer
 
 SYNTHETIC_TASKS = ("needle_noise", "needle_essay", "needles", "key_value", "text")
@@ -75,7 +76,7 @@ def synthetic_tasks(
         raise ValueError(f"essays: got {len(essays)} texts, expected at least 2, one of them to hold back")
     unknown = [task for task in tasks if task not in SYNTHETIC_TASKS]
     if unknown:
-        raise ValueError(f"tasks: got {unknown[0]!r}, expected some of {', '.join(SYNTHETIC_TASKS)}")
+        raise ValueError(f"tasks: unknown task {unknown[0]!r}; {there_are(unknown[0], SYNTHETIC_TASKS)}")
     held_back, haystack = split_essays(essays)
     held_back_ids = tuple(tokenizer.encode("\n\n".join(held_back))) if "text" in tasks else ()
     examples = []

@@ -3,11 +3,16 @@
 An example is a context, which is prefilled and compressed, a question, which follows, and an answer.
 """
 
+import codecs
 import dataclasses
 import json
 import os
 import reprlib
 from typing import Any, Protocol
+
+from experiments.suggestions import nearest
+
+_FIELDS = ("task", "context", "context_ids", "question", "question_ids", "answer", "answer_ids")
 
 
 class Tokenizer(Protocol):
@@ -48,11 +53,11 @@ def read_tasks(
 
     Fields: `task`; `context` or `context_ids`; optionally `question` or `question_ids` (may be empty); optionally
     `answer` or `answer_ids`. Texts are encoded as they stand, without a chat template; a context opens as the
-    tokenizer says, once. Other fields are ignored, and so are blank lines. Every line is checked, also those beyond
-    `max_examples`.
+    tokenizer says, once. Other fields are ignored, and so are blank lines; but one whose name is nearly that of a field
+    which the line lacks is refused as misspelled. Every line is checked, also those beyond `max_examples`.
 
     Args:
-      path: the file, UTF-8.
+      path: the file, UTF-8, with or without a byte order mark.
       tokenizer: encodes the text forms.
       vocab_size: of the model; ids are below it.
       max_examples: keep this many examples of each task, the first in the file; None keeps all.
@@ -70,6 +75,7 @@ def read_tasks(
     taken: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if not raw.strip():
                 continue
             where = f"{os.fspath(path)}, line {number}"
@@ -95,9 +101,11 @@ def _load(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _parse(line: dict[str, Any], tokenizer: Tokenizer, vocab_size: int, where: str) -> Example:
+    _check_names(line, where)
     task = line.get("task")
     if not isinstance(task, str) or not task:
         raise ValueError(f"{where}: task: got {reprlib.repr(task)}, expected a non-empty string")
+    _check_text(task, "task", where)
     context = _ids(line, "context", tokenizer, vocab_size, where)
     if context is None:
         raise ValueError(f"{where}: context: got neither context nor context_ids, expected one of them")
@@ -110,6 +118,27 @@ def _parse(line: dict[str, Any], tokenizer: Tokenizer, vocab_size: int, where: s
     return Example(task, context, question or (), answer or (), scored=answer is not None)
 
 
+def _check_names(line: dict[str, Any], where: str) -> None:
+    """Refuses a field that is nearly one of `_FIELDS`, where the line has neither form of that one."""
+    given = {name.removesuffix("_ids") for name in _FIELDS if line.get(name) is not None}
+    for name, value in line.items():
+        meant = None if name in _FIELDS else nearest(name, _FIELDS)
+        if meant is None or meant.removesuffix("_ids") in given:
+            continue
+        if isinstance(value, list) or not meant.endswith("_ids"):  # a `question_id` is a name, no list of tokens
+            raise ValueError(f"{where}: unknown field {reprlib.repr(name)}; did you mean {meant!r}?")
+
+
+def _check_text(text: str, field: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"{where}: {field}: got half of a surrogate pair ({code} at character {error.start}), expected text"
+        ) from None
+
+
 def _ids(
     line: dict[str, Any], field: str, tokenizer: Tokenizer, vocab_size: int, where: str
 ) -> tuple[int, ...] | None:
@@ -120,6 +149,7 @@ def _ids(
     if text is not None:
         if not isinstance(text, str):
             raise ValueError(f"{where}: {field}: got {reprlib.repr(text)}, expected a string")
+        _check_text(text, field, where)
         opening, ids = tokenizer.opening if field == "context" else (), tuple(tokenizer.encode(text))
         return ids if ids[: len(opening)] == opening else (*opening, *ids)
     if ids is None:

@@ -149,7 +149,7 @@ def _documents(text: TrainingText) -> list[str]:
         essays = [path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt"))]
         return synthetic.split_essays(essays)[1]
     try:
-        whole = pathlib.Path(text.file).read_text(encoding="utf-8")
+        whole = pathlib.Path(text.file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"TrainingText.file: {text.file} is not UTF-8 ({error.reason}).") from None
     size = max(1, -(-len(whole) // _PIECES))

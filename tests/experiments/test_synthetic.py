@@ -131,7 +131,7 @@ def test_model_without_chat_template_gets_plain_text(essays):
         ({"count": 0}, "count: got 0"),
         ({"length": 60}, r"length: got 60, expected at least \d+ for the task needle_noise"),
         ({"length": 10**6, "tasks": ["text"]}, r"length: got 1000000, expected 1 to \d+: the held-back essays"),
-        ({"tasks": ["needle"]}, "tasks: got 'needle', expected some of needle_noise"),
+        ({"tasks": ["needle"]}, "tasks: unknown task 'needle'; did you mean 'needles'. There are needle_noise"),
         ({"essays": ["one"]}, "essays: got 1 texts, expected at least 2"),
     ],
 )

@@ -86,6 +86,44 @@ def test_bad_line_is_named_on_one_line(tmp_path, line, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"task": "t", "context": "a", "anwser": "b"}, "unknown field 'anwser'; did you mean 'answer'?"),
+        ({"task": "t", "context": "a", "Answer": "b"}, "unknown field 'Answer'; did you mean 'answer'?"),
+        ({"task": "t", "context": "a", "answers": ["b"]}, "unknown field 'answers'; did you mean 'answer'?"),
+        ({"task": "t", "contxt": "a"}, "unknown field 'contxt'; did you mean 'context'?"),
+        ({"task": "t", "context": "a", "answer": None, "anwser_ids": [97]}, "did you mean 'answer_ids'?"),
+        ({"task": "t", "context": "a", "question_id": [97]}, "did you mean 'question_ids'?"),
+    ],
+)
+def test_a_misspelled_field_is_refused(tmp_path, line, message):
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, GOOD, line)
+    assert str(error.value).startswith(f"{tmp_path / 'tasks.jsonl'}, line 2: ") and message in str(error.value)
+
+
+def test_a_field_that_is_nearly_one_that_is_there_is_ignored_and_so_is_the_id_of_a_question(tmp_path):
+    line = {"task": "t", "context": "a", "answer": "b", "answers": ["b", "c"], "question_id": 7, "context_length": 1}
+    assert read(tmp_path, line) == [Example("t", (97,), (), (98,), scored=True)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert read_tasks(path, LETTERS, vocab_size=VOCAB_SIZE) == [Example("t", (97,), (), (98,), scored=True)]
+
+
+@pytest.mark.parametrize("field", ["task", "context", "question", "answer"])
+def test_half_of_a_surrogate_pair_is_named(tmp_path, field):
+    line = '{"task": "t", "context": "a", "%s": "ab\\ud800c"}' % field
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, line)
+    wanted = f"line 1: {field}: got half of a surrogate pair (\\ud800 at character 2), expected text"
+    assert str(error.value).endswith(wanted)
+    assert read(tmp_path, line.replace("\\ud800", "\\ud83d\\ude00"))  # a whole pair is one character
+
+
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b'{"task": "t", "context": "\xff"}\n')
