@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,9 @@ from experiments.measurements import Calibration, Settings, measure
 from kvjax import orbax_folder
 from models import Model
 from models.assets import cache_dir
-from models.int8 import dense
 
 _LAYER_AXIS = {"rates": None, "key_ranks": 1, "value_ranks": 1}  # of all others it is the first
+_ROWS = 64  # of each matrix, in a fingerprint
 _VERSION = "v2"  # of what recipes measure: older ones are measured again
 
 TRAINED = {
@@ -36,24 +36,48 @@ TRAINED = {
 
 
 def fingerprint(model: Model) -> str:
-    """A hash of the decoder's shape and of some of its weights: a calibration is of no use to another model.
+    """Hashes the decoder's shape and a sample of all its weights: a calibration is of no use to another model.
 
-    It is of weights that lie here as they do in files, and of what the config says beside its defaults, so that a
+    The first rows of every matrix count, so that no layer can change unseen, as bfloat16 and summed over a layer, so
+    that neither the dtype nor the order of columns matters. Of the config counts what differs from its defaults: a
     calibration stays valid when the decoder learns something new.
     """
     fields = {field.name: field for field in dataclasses.fields(model.config) if field.name != "name"}
     shape = {name: getattr(model.config, name) for name, field in fields.items()}
     shape = {name: value for name, value in shape.items() if value != fields[name].default}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for weights in (model.params["embed"], model.params["layers"][-1]["wo"]):
-        digest.update(np.asarray(dense(weights)[:64, :64].astype(jnp.bfloat16).astype(jnp.float32)).tobytes())
+    layers = [jax.tree.leaves(layer) for layer in model.params["layers"]]
+    rest = [x for name, x in sorted(model.params.items()) if name != "layers"]
+    for weights in (*layers, *([x] for x in jax.tree.leaves(rest))):
+        digest.update(_sum_of_bits(weights).to_bytes(8, "little"))
     return digest.hexdigest()[:16]
+
+
+def _sum_of_bits(arrays: Sequence[jax.Array]) -> int:
+    """The sum of the first rows of some arrays, each entry as the integer that has its bits: exact in any order."""
+    total = 0
+    for x in arrays:
+        rows = np.asarray(x if x.ndim < 2 else x[..., :_ROWS, :])
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            rows = rows.astype(jnp.bfloat16).view(np.uint16)
+        total += int(rows.sum(dtype=np.int64))
+    return total % 2**64
 
 
 def save(
     folder: str | pathlib.Path, recipe: str, model: Model, data: Calibration, settings: Settings | Mapping[str, Any]
 ) -> None:
-    """Writes a calibration with orbax, and what it is of beside it; all of it or nothing."""
+    """Writes a calibration with orbax, and what it is of beside it; all of it or nothing.
+
+    Raises:
+      ValueError: numbers that are not finite.
+    """
+    for name, x in data.items():
+        if not np.all(np.isfinite(np.asarray(x, np.float32))):
+            raise ValueError(
+                f"{recipe}: {name} holds numbers that are not finite, so the weights or activations of "
+                f"{model.config.name} are not."
+            )
     if isinstance(settings, Settings):
         settings = dataclasses.asdict(settings)
     about = {

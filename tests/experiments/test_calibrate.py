@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -190,12 +191,27 @@ def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_numbers_that_are_not_finite_are_not_saved(bad, model, tmp_path):
+    data = {"induction": jnp.zeros((2, 2)).at[1, 0].set(bad)}
+    with pytest.raises(ValueError, match="duoattention: induction holds numbers that are not finite"):
+        calibrations.save(tmp_path / "made", "duoattention", model, data, SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_fingerprint_is_of_the_model_and_not_of_its_name_or_layout(model):
     of = calibrations.fingerprint
     config, params = model.config, model.params
     changed = lambda **how: dataclasses.replace(model, config=dataclasses.replace(config, **how))
     assert of(changed(name="another")) == of(model)
     assert len({of(model), of(changed(rope_base=77.0)), of(changed(num_layers=1))}) == 3
+    for layer in range(config.num_layers):
+        for name in ("wqkv", "w_down", "attn_norm"):
+            layers = [dict(other) for other in params["layers"]]
+            layers[layer][name] = layers[layer][name] * 1.01
+            assert of(dataclasses.replace(model, params=params | {"layers": tuple(layers)})) != of(model), (layer, name)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert of(dataclasses.replace(model, params=rounded)) == of(model)
     with_params = lambda **how: dataclasses.replace(model, params=params | how)
     assert of(with_params(embed=params["embed"] + 1.0)) != of(model)
     turned = tuple(layer | {"wqkv": layer["wqkv"][:, ::-1]} for layer in params["layers"])
