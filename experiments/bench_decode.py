@@ -11,6 +11,11 @@ length, where the prompt is read once for all of them: their prefill is that rea
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 import datetime
 import functools
@@ -37,7 +42,8 @@ from models.assets import ESSAYS, fetch
 from models.config import DecoderConfig
 from models.decoder import bind, prompt_cache
 
-flags.adopt_module_key_flags(cli)
+for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "output_dir"):
+    flags.declare_key_flag(_name)
 _LENGTHS = flags.DEFINE_list("lengths", ["512", "2048", "8192"], "Prompt lengths in tokens.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per repeat.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed repeats; the median is printed.")
@@ -241,7 +247,6 @@ def table(speeds: Sequence[Speed], base: str | None) -> str:
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.CONTEXT, cli.TASKS, cli.JSON)
     lengths = _read_lengths()
     for flag in (_NEW_TOKENS, _REPEATS):
         if flag.value < 1:
@@ -253,12 +258,12 @@ def run() -> None:
         pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
     model = load_model(cli.MODEL.value or "smollm2")
     configs = dict(
-        gin_files=cli.GIN_FILE.value,
-        bindings=cli.GIN_BINDINGS.value,
+        **cli.configs(),
         calibrate=Calibrations(model),
         tokenizer=model.tokenizer,
     )
     methods = [load_method(name, budget=keep, **configs) for name in dict.fromkeys(["full", *names])]
+    cli.check_reached(method.config for method in methods)
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
     threads = _threads()
     try:

@@ -11,6 +11,11 @@ both in one run with a plain copy on the device, and writes the raw figures to e
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 import datetime
 import pathlib
@@ -28,7 +33,8 @@ from experiments.tpu_compiler import Generation, compile_for, compile_only_devic
 from pallas_kernels import block_sizes
 from pallas_kernels.shapes import LLAMA_8B, DecodeShape
 
-flags.adopt_module_key_flags(cli)
+for _name in ("output_dir", "json"):
+    flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(kernel_flags)
 _CONTEXTS = flags.DEFINE_list("contexts", ["4096", "32768", "131072"], "Slots of the cache.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Sequences.")
@@ -140,7 +146,6 @@ def timing_line(row: Timing, case: KernelCase, dense: float | None, copy: float)
 
 def run() -> None:
     """The program."""
-    kernel_flags.refuse_others()
     cases, generations = kernel_flags.cases(), kernel_flags.generations()
     shapes = [
         dataclasses.replace(LLAMA_8B, B=batch, S=slots)

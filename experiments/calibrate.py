@@ -8,6 +8,11 @@ does not hold back. Seconds to minutes on 2 cores for SmolLM2.
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import time
 
 from absl import flags
@@ -15,25 +20,24 @@ from absl import flags
 from experiments import calibrations, cli, measurements
 from experiments.output_folder import output_folder
 from experiments.report import human_bytes
+from experiments.suggestions import there_are
 from kvjax import nbytes
 from models import load_model
 
 _METHOD = flags.DEFINE_string("method", None, f"One of {', '.join(measurements.RECIPES)}.")
 _TEXTS = flags.DEFINE_integer("texts", measurements.Settings.texts, "Sequences to read.")
 _TOKENS = flags.DEFINE_integer("tokens", measurements.Settings.tokens, "Tokens of a sequence.")
-flags.declare_key_flag("model")
-flags.declare_key_flag("output_dir")
-flags.declare_key_flag("replace")
+for _name in ("model", "output_dir", "replace"):
+    flags.declare_key_flag(_name)
 
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     if _METHOD.value is None:
         raise ValueError(f"--method is required: one of {', '.join(measurements.RECIPES)}.")
     if _METHOD.value not in measurements.RECIPES:
-        known = ", ".join(measurements.RECIPES)
-        raise ValueError(f"--method: nothing to calibrate for {_METHOD.value!r}; there are {known}.")
+        known = there_are(_METHOD.value, measurements.RECIPES)
+        raise ValueError(f"--method: nothing to calibrate for {_METHOD.value!r}; {known}")
     folder = output_folder("calibration")
     settings = measurements.Settings(texts=_TEXTS.value, tokens=_TOKENS.value)
     model = load_model(cli.MODEL.value or "smollm2")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import gin
 from absl import app, flags, logging
 
+from experiments import bindings, interrupts
 from models import FetchError
 
-# One flag has one meaning in all programs; a program adopts them with `flags.adopt_module_key_flags(cli)`.
+# One flag has one meaning in all programs. A program declares those that it accepts with `flags.declare_key_flag`;
+# they are what its --help lists, and the others are refused.
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
 GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win over all files.")
 MODEL = flags.DEFINE_string("model", None, "smollm2, gemma3-270m, a path, or a name on the hub.")
@@ -19,18 +23,64 @@ KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budg
 CONTEXT = flags.DEFINE_integer("context", None, "Tokens of the context.")
 TASKS = flags.DEFINE_string("tasks", None, "A JSONL file of tasks; without it, synthetic ones.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Discard the results that output_dir holds.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
+_INSTALLED = pathlib.Path(__file__).parents[1]  # the folder of configs/, in a clone and where pip installs
 
-def check_flags() -> None:
-    """Refuses what no program accepts, by the flag's name.
+
+def gin_files() -> list[str]:
+    """The files of --gin_file; one of configs/ is found from any folder.
 
     Raises:
-      ValueError: a config file that does not exist, or a fraction outside (0, 1].
+      ValueError: a file that does not exist.
     """
+    found = []
     for path in GIN_FILE.value:
-        if not os.path.isfile(path):
+        installed = _INSTALLED / path
+        if not os.path.isfile(path) and not (path.startswith("configs/") and installed.is_file()):
             raise ValueError(f"--gin_file: no such file: {path}.")
+        found.append(path if os.path.isfile(path) else str(installed))
+    return found
+
+
+def configs() -> dict[str, list[str]]:
+    """What `load_method` takes of the flags; refuses bindings that would replace what every method is.
+
+    Raises:
+      ValueError: names them.
+    """
+    files = gin_files()
+    bindings.check_own(files, GIN_BINDINGS.value)
+    return {"gin_files": files, "bindings": GIN_BINDINGS.value}
+
+
+def check_reached(configs: Iterable[str]) -> None:
+    """Refuses --gin_bindings that nothing of these operative configurations used; see `bindings.check_reached`."""
+    bindings.check_reached(gin_files(), GIN_BINDINGS.value, configs)
+
+
+def read_gin() -> None:
+    """Reads the gin files, then the bindings."""
+    gin.clear_config()
+    with gin.unlock_config():
+        bindings.read_files(gin_files())
+        gin.parse_config(GIN_BINDINGS.value)
+    bindings.check_values()
+
+
+def check_flags(program: Callable[[], None]) -> None:
+    """Refuses flags that the program does not declare, rather than ignore them, and values that no program accepts.
+
+    Raises:
+      ValueError: names the flag.
+    """
+    accepted = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[program.__module__])}
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined:
+            if module.startswith("experiments.") and flag.present and flag.name not in accepted:
+                raise ValueError(f"--{flag.name} means nothing to this program.")
+    gin_files()
     if KEEP.value is not None and not 0 < KEEP.value <= 1:
         raise ValueError(f"--keep must be in (0, 1], got {KEEP.value}.")
 
@@ -40,18 +90,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(error)
-
-
-def refuse(*unused: flags.FlagHolder) -> None:
-    """Refuses shared flags that a program has no use for, rather than ignore them.
-
-    Raises:
-      ValueError: names the first that was given.
-    """
-    for flag in unused:
-        if flag.present:
-            raise ValueError(f"--{flag.name} means nothing to this program.")
+        _fail(str(error))
 
 
 def show_progress(what: str) -> None:
@@ -67,28 +106,48 @@ def call(program: Callable[[], None], argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
-        check_flags()
+        check_flags(program)
         program()
+    except KeyboardInterrupt:
+        interrupted()
     except SyntaxError as error:
-        _fail(ValueError(_what_gin_could_not_read(error)))
-    except (ValueError, OSError, FetchError) as error:
-        _fail(error)
+        _fail(f"--gin_bindings: {error.msg} In {', '.join(map(repr, GIN_BINDINGS.value))}.")
+    except OSError as error:
+        _fail(_with_origin(error))
+    except (ValueError, FetchError) as error:
+        _fail(str(error).strip() or repr(error))
+
+
+def interrupted(what: str = "") -> None:
+    """Says what Ctrl-C left, and exits as a shell expects of it."""
+    print(f"\ninterrupted{f': {what}' if what else ''}.", file=sys.stderr)
+    sys.exit(130)
 
 
 def start(program: Callable[[], None]) -> None:
     """The main of a program."""
+    interrupts.raise_again()
     logging.set_verbosity(logging.WARNING)  # checkpoints are saved and read with many lines of INFO
     app.run(lambda argv: call(program, argv), flags_parser=parse_flags)
 
 
-def _what_gin_could_not_read(error: SyntaxError) -> str:
-    """gin names the file and line of a config, but nothing of a binding: then all of them are shown."""
-    if error.filename and os.path.isfile(error.filename):
-        return f"{error.filename}, line {error.lineno}: {error.msg}"
-    return f"--gin_bindings: {error.msg} In {', '.join(map(repr, GIN_BINDINGS.value))}."
+def _with_origin(error: OSError) -> str:
+    """The message of the system, behind the flag or binding that named the file or a folder above it."""
+    if error.filename is None or error.strerror is None:
+        return str(error).strip() or repr(error)
+    path = os.fsdecode(error.filename)
+    named = {
+        value: f"--{flag.name}"
+        for defined in flags.FLAGS.flags_by_module_dict().values()
+        for flag in defined
+        if flag.present
+        for value in (flag.value if isinstance(flag.value, list) else [flag.value])
+        if isinstance(value, str) and value and pathlib.Path(path).is_relative_to(value)
+    }
+    name = named[max(named, key=len)] if named else bindings.origin(path, gin_files(), GIN_BINDINGS.value)
+    return f"{f'{name}: ' if name else ''}{path}: {error.strerror}."
 
 
-def _fail(error: Exception) -> None:
-    message = str(error).strip() or repr(error)
+def _fail(message: str) -> None:
     print(f"error: {message.splitlines()[0]}", file=sys.stderr)
     sys.exit(2)

@@ -7,6 +7,11 @@ GGUF tensors are dequantized and tensors of a family brought to this decoder's l
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 from absl import flags
 
 from experiments import cli
@@ -18,14 +23,12 @@ from models.checkpoint import save_checkpoint
 
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the params.")
 _INT8 = flags.DEFINE_bool("int8", False, "Store the matrices of the layers in 8 bits.")
-flags.declare_key_flag("model")
-flags.declare_key_flag("output_dir")
-flags.declare_key_flag("replace")
+for _name in ("model", "output_dir", "replace"):
+    flags.declare_key_flag(_name)
 
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.GIN_FILE, cli.GIN_BINDINGS, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     folder = output_folder("checkpoint")
     model = load_model(cli.MODEL.value or "smollm2", _DTYPE.value, int8=_INT8.value)
     save_checkpoint(folder, model.config, model.params, model.tokenizer)

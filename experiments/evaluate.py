@@ -10,6 +10,11 @@ most likely one.
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 import os
 import sys
@@ -22,17 +27,17 @@ import tqdm
 from absl import flags
 
 from experiments import cli, pictures, report, results, tasks
-from experiments.calibrations import Calibrations
-from experiments.evaluation import Settings, check_fit, evaluate, load_examples
+from experiments.calibrations import Calibrations, fingerprint
+from experiments.evaluation import Settings, check_fit, evaluate, load_examples, sources
 from experiments.evaluator import Evaluator
 from experiments.methods import Method, load_method
 from models import Model, load_model
 
-flags.adopt_module_key_flags(cli)
+for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "tasks", "output_dir", "overwrite"):
+    flags.declare_key_flag(_name)
 _BUDGET = flags.DEFINE_integer("budget", None, "The same in tokens per KV head.")
 _MAX_EXAMPLES = flags.DEFINE_integer("max_examples", None, "At most this many examples of each task.")
 _QUESTION_AWARE = flags.DEFINE_bool("question_aware", None, "Compress after the question.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Discard what output_dir holds.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would run and how many bytes it would take.")
 
 
@@ -42,7 +47,7 @@ def read_settings() -> Settings:
         raise ValueError("--keep and --budget say the same thing in two ways; pass one of them.")
     if cli.CONTEXT.value is not None and cli.TASKS.value is not None:
         raise ValueError("--context is for synthetic tasks; those of --tasks have contexts of their own.")
-    gin.parse_config_files_and_bindings(cli.GIN_FILE.value, cli.GIN_BINDINGS.value, skip_unknown=False)
+    cli.read_gin()
     given = {
         name: flag.value
         for name, flag in (
@@ -66,8 +71,7 @@ def load_methods(settings: Settings, model: Model) -> list[Method]:
     """`full`, then the other methods in the order given."""
     budget = settings.keep if settings.budget is None else settings.budget
     configs = dict(
-        gin_files=cli.GIN_FILE.value,
-        bindings=cli.GIN_BINDINGS.value,
+        **cli.configs(),
         calibrate=Calibrations(model),
         tokenizer=model.tokenizer,
     )
@@ -79,16 +83,18 @@ def check_start(
 ) -> None:
     """Traces every method on the shortest context, where a fractional budget is smallest, before anything runs."""
     evaluator = Evaluator(model, methods, room=1, call_tokens=settings.call_tokens)
+    shortest = min(len(example.context_ids) for example in examples)
     for method in methods:
-        evaluator.abstract_bytes(method, min(len(example.context_ids) for example in examples))
+        evaluator.abstract_bytes(method, shortest)
 
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.JSON)
     settings = read_settings()
+    configured = gin.operative_config_str()
     model = load_model(settings.model, settings.dtype, int8=settings.int8_weights)
     methods = load_methods(settings, model)
+    cli.check_reached([configured, *(method.config for method in methods)])
     examples = load_examples(settings, model)
     check_fit(examples, methods, model)
     configs = {method.name: method.config for method in methods}
@@ -102,24 +108,20 @@ def run() -> None:
     for name in ("methods", "max_examples", "examples"):
         del decides[name]  # these only add lines
     command = [os.path.basename(sys.executable), "-m", "experiments.evaluate", *sys.argv[1:]]
-    with results.ResultsFile(
-        cli.OUTPUT_DIR.value, decides | {"bindings": list(cli.GIN_BINDINGS.value)}, overwrite=_OVERWRITE.value
-    ) as file:
-        total = len(examples) * len(methods)
-        lines = evaluate(settings, model, methods, examples, file)
+    decides["weights"] = fingerprint(model)
+    lines_of = sources(settings, methods, examples)
+    with results.ResultsFile(cli.OUTPUT_DIR.value, decides, lines_of, overwrite=cli.OVERWRITE.value) as file:
+        wanted = {(method, *example) for method in lines_of.methods for example in lines_of.examples}
+        lines, total = evaluate(settings, model, methods, examples, file), len(wanted)
         try:
-            with tqdm.tqdm(total=total, initial=len(file.rows), unit="line", smoothing=0.1) as bar:
+            with tqdm.tqdm(total=total, initial=sum(key in file for key in wanted), unit="line", smoothing=0.1) as bar:
                 for row in lines:
                     bar.set_postfix_str(f"{row['task']} {row['method']}", refresh=False)
                     bar.update()
         except KeyboardInterrupt:
-            print(
-                f"\ninterrupted: {len(file.rows)} of {total} lines are kept in {file.path}; the same command goes on.",
-                file=sys.stderr,
-            )
-            sys.exit(130)
-        rows = file.rows
-    _write_report(rows, command, configs, window_note(model))
+            done = sum(key in file for key in wanted)
+            cli.interrupted(f"{done} of {total} lines are kept in {file.path}; the same command goes on")
+        _write_report(file.rows, command, configs, window_note(model))
 
 
 def window_note(model: Model) -> str:

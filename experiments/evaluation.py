@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 
 import gin
@@ -14,6 +16,7 @@ from kvjax.budget import budget_slots
 from models import Model
 from models.assets import ESSAYS, fetch
 
+_ROUNDING = 0.5  # of a token: what rounding the shares of heads adds to the mean at most
 _SLOTS = 64  # prompts of different lengths are padded to a multiple of these
 
 
@@ -114,26 +117,84 @@ def prompt_and_question(example: tasks.Example, settings: Settings) -> tuple[tup
     return example.context_ids, example.question_ids
 
 
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """The shapes that examples share, so that prompts of different lengths share what was compiled.
+
+    Attributes:
+      room: tokens that may follow a prompt.
+      longest: tokens of the longest prompt.
+    """
+
+    room: int
+    longest: int
+
+    @classmethod
+    def of(cls, examples: Sequence[tasks.Example], settings: Settings) -> Padding:
+        """What all of them need."""
+        return cls(
+            room=max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1,
+            longest=max(len(prompt_and_question(e, settings)[0]) for e in examples),
+        )
+
+    def slots(self, prompt: Sequence[int]) -> int:
+        """The prompt's length, padded to a multiple of 64 tokens, or to the longest."""
+        return min(self.longest, -(-len(prompt) // _SLOTS) * _SLOTS)
+
+
+def numbered(examples: Sequence[tasks.Example]) -> Iterator[tuple[int, tasks.Example]]:
+    """Each example with its number among those of its task."""
+    counts: dict[str, int] = {}
+    for example in examples:
+        yield counts.setdefault(example.task, 0), example
+        counts[example.task] += 1
+
+
+def sources(
+    settings: Settings, methods: Sequence[Method], examples: Sequence[tasks.Example]
+) -> results.Sources:
+    """What the lines of an evaluation come from: the methods' configurations, the tokens and shapes of examples."""
+    padding = Padding.of(examples, settings)
+
+    def of(example: tasks.Example) -> dict[str, str | int]:
+        digest = hashlib.sha256(json.dumps(dataclasses.astuple(example)).encode()).hexdigest()
+        slots = padding.slots(prompt_and_question(example, settings)[0])
+        return {"content": digest[:16], "padded prompt": slots, "room behind it": padding.room}
+
+    return results.Sources(
+        methods={method.name: method.config for method in methods},
+        examples={(example.task, index): of(example) for index, example in numbered(examples)},
+        complete=settings.tasks is not None and settings.max_examples is None,
+    )
+
+
 def evaluate(
-    settings: Settings, model: Model, methods: Sequence[Method], examples: Sequence[tasks.Example], file
+    settings: Settings,
+    model: Model,
+    methods: Sequence[Method],
+    examples: Sequence[tasks.Example],
+    file: results.ResultsFile,
+    padding: Padding | None = None,
 ) -> Iterator[results.Row]:
     """Scores what `file` lacks, example by example, and yields each line as it is written.
 
-    Prompts of different lengths are padded to a multiple of 64 tokens, or to the longest, and share what was compiled.
+    Args:
+      settings: of the evaluation.
+      model: that answers.
+      methods: the full cache first.
+      examples: in the order in which they are numbered.
+      file: takes the lines.
+      padding: None: what these examples need.
     """
-    room = max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1
-    evaluator = Evaluator(model, methods, room, settings.call_tokens)
-    longest = max(len(prompt_and_question(e, settings)[0]) for e in examples)
+    padding = padding or Padding.of(examples, settings)
+    evaluator = Evaluator(model, methods, padding.room, settings.call_tokens)
     warm: set[tuple[str, int]] = set()
-    counts: dict[str, int] = {}
-    for example in examples:
-        index = counts.setdefault(example.task, 0)
-        counts[example.task] += 1
+    for index, example in numbered(examples):
         missing = [m for m in methods if (m.name, example.task, index) not in file]
         if not missing:
             continue
         prompt, question = prompt_and_question(example, settings)
-        slots = min(longest, -(-len(prompt) // _SLOTS) * _SLOTS)
+        slots = padding.slots(prompt)
         if ("prefill", slots) not in warm:
             evaluator.prefill(prompt, slots)  # compiles
             warm.add(("prefill", slots))
@@ -149,6 +210,7 @@ def evaluate(
             if method not in missing:
                 continue
             budget = method.transform.budget
+            asked = None if budget is None else budget_slots(budget, len(prompt))
             row = {
                 "method": method.name,
                 "task": example.task,
@@ -163,7 +225,8 @@ def evaluate(
                 "kl": score.kl,
                 "depth": example.depth,
                 "context_tokens": len(example.context_ids),
-                "budget_tokens": None if budget is None else budget_slots(budget, len(prompt)),
+                "budget_tokens": asked,
+                "over_budget": None if asked is None else score.budgeted_tokens > asked + _ROUNDING,
             }
             file.append(row)
             yield row

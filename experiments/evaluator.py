@@ -25,6 +25,7 @@ class Score:
     kl: float | None
     cache_bytes: int
     kept_tokens: float
+    budgeted_tokens: float  # of the layers that a budget is for: those without a sliding window, if there are any
     prefill_seconds: float
     decode_tokens_per_second: float | None
     log_probs: jax.Array  # f32[answer, V]
@@ -96,8 +97,10 @@ class Evaluator:
         if not method.reads_alone:
             seconds += dense[1]
         cache_bytes = kvjax.nbytes((run.cache, run.state))
-        kept = float(kvjax.kept_tokens(run.cache)[0])
+        kept, budgeted = (float(kvjax.kept_tokens(cache)[0]) for cache in (run.cache, self._budgeted(run.cache)))
+        self._check_finite(method, example, run.logits)
         log_probs, speed = self.answer(method, run, question, example, slots or len(prompt))
+        self._check_finite(method, example, log_probs)
         answer = jnp.asarray(example.answer_ids, jnp.int32)
         nll = match = kl = None
         if len(example.answer_ids):
@@ -106,15 +109,35 @@ class Evaluator:
                 match = bool(jnp.all(jnp.argmax(log_probs, axis=-1) == answer))
             if reference is not None:
                 kl = float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), axis=-1)))
-        return Score(nll, match, kl, cache_bytes, kept, seconds, speed, log_probs)
+        return Score(nll, match, kl, cache_bytes, kept, budgeted, seconds, speed, log_probs)
 
     def abstract_bytes(self, method: Method, slots: int) -> int:
-        """Bytes of the compressed cache of a context of `slots` tokens, without running anything."""
+        """Bytes of the compressed cache of a context of `slots` tokens, without running anything.
+
+        Raises:
+          ValueError: the method refuses such a context, by its name.
+        """
         shape = jax.ShapeDtypeStruct((1, slots), jnp.int32)
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._model.params)
-        run = jax.eval_shape(lambda *args: self._prefill(method, *args), params, shape, lengths)
+        try:
+            run = jax.eval_shape(lambda *args: self._prefill(method, *args), params, shape, lengths)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"method {method.name}, a context of {slots} tokens: {error}") from error
         return kvjax.nbytes((run.cache, run.state))
+
+    def _budgeted(self, cache: kvjax.Cache) -> kvjax.Cache:
+        """The cache of the layers that a method's budget is for."""
+        local = set(self._model.config.local_layers)
+        others = tuple(layer for i, layer in enumerate(cache.layers) if i not in local)
+        return cache.replace(layers=others) if others else cache
+
+    def _check_finite(self, method: Method, example: tasks.Example, logits: jax.Array) -> None:
+        if bool(jnp.any(jnp.isnan(logits))):
+            whose = f"the weights or activations of {self._model.config.name} are not finite"
+            if method.name != "full":
+                whose = "the full cache gave numbers, so the method is wrong here"
+            raise ValueError(f"method {method.name}: its predictions for {example.task} are NaN; {whose}.")
 
     def _prefill(self, method: Method, params, tokens, lengths) -> kvjax.Run:
         config = self._model.config

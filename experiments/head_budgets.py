@@ -9,6 +9,11 @@ that it makes on its first run.
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 
 import jax.numpy as jnp
@@ -25,7 +30,8 @@ from kvjax.inspection import held_positions, masked, padded
 from models import Model, load_model
 from models.decoder import bind, prompt_cache
 
-flags.adopt_module_key_flags(cli)
+for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context"):
+    flags.declare_key_flag(_name)
 _TOKENS = 2048  # of the text, without --context
 
 _METHODS = ("adakv_snapkv", "adakv_expected", "kvzip", "duoattention")
@@ -76,7 +82,6 @@ def compare(model: Model, method: Method, ids: list[int]) -> tuple[list[Stored],
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.OUTPUT_DIR, cli.TASKS, cli.JSON)
     names = list(cli.METHODS.value or _METHODS)
     check_method_names(names)
     tokens = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
@@ -84,12 +89,12 @@ def run() -> None:
         raise ValueError(f"--context must be at least 2 tokens, got {tokens}.")
     model = load_model(cli.MODEL.value or "smollm2")
     configs = dict(
-        gin_files=cli.GIN_FILE.value,
-        bindings=cli.GIN_BINDINGS.value,
+        **cli.configs(),
         calibrate=Calibrations(model),
         tokenizer=model.tokenizer,
     )
     methods = [load_method(name, budget=cli.KEEP.value or _KEEP, **configs) for name in names]
+    cli.check_reached(method.config for method in methods)
     ids, _ = read_prompt(model, [tokens], 1)
     full = model.config.num_layers * model.config.num_kv_heads * (len(ids) - 1)
     print(f"{model.config.name}, {len(ids) - 1} tokens, a full cache of {full} slots\n")

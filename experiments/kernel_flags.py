@@ -14,6 +14,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.kernel_cases import CASES, KernelCase
+from experiments.suggestions import there_are
 from experiments.tpu_compiler import GENERATIONS, Generation
 
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile for TPUs instead of running; needs no accelerator.")
@@ -22,11 +23,6 @@ SEED = flags.DEFINE_integer("seed", None, "Of the inputs; without it, another on
 _GENERATIONS = flags.DEFINE_list("generations", [g.name for g in GENERATIONS], "Of TPUs, for --compile_only.")
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "torch")
-
-
-def refuse_others() -> None:
-    """Refuses the shared flags that mean nothing where a kernel runs by itself."""
-    cli.refuse(cli.MODEL, cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.GIN_FILE, cli.GIN_BINDINGS)
 
 
 def cases() -> list[KernelCase]:
@@ -49,7 +45,7 @@ def _chosen(flag: flags.FlagHolder, known: Sequence) -> list:
     names = [entry.name for entry in known] if flag.value is None else flag.value
     for name in names:
         if name not in [entry.name for entry in known]:
-            raise ValueError(f"--{flag.name} must be of {', '.join(entry.name for entry in known)}, got {name!r}.")
+            raise ValueError(f"--{flag.name}: unknown name {name!r}; {there_are(name, [e.name for e in known])}")
     if not names:
         raise ValueError(f"--{flag.name} must name at least one of {', '.join(entry.name for entry in known)}.")
     return [entry for entry in known if entry.name in names]

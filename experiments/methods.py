@@ -7,13 +7,17 @@ Everything of `kvjax.methods`, `kvjax.scores` and `kvjax.transforms` is a gin co
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import gin
 import jax
+import numpy as np
 
 import kvjax
+from experiments import bindings as gin_bindings
+from experiments.suggestions import there_are
 from models.tokenizer import Tokenizer
 
 Calibrate = Callable[[str, str | None], Mapping[str, jax.Array]]
@@ -83,7 +87,7 @@ class Method:
       name: of its config file.
       transform: what compresses.
       prefill_chunk: tokens of a chunk of the prompt; None reads it in one shot.
-      config: the gin bindings that made it.
+      config: the gin bindings that made it, and hashes of what it got of a model.
     """
 
     name: str
@@ -116,7 +120,12 @@ def calibration(recipe: str = gin.REQUIRED, path: str | None = None) -> Mapping[
     """What a method measured on the model: from a folder of `experiments.calibrate`, or by itself for None."""
     if _calibrations is None:
         raise ValueError(f"{recipe} needs a model to be calibrated on, and there is none here.")
-    return _calibrations(recipe, path)
+    found = _calibrations(recipe, path)
+    digest = hashlib.sha256()
+    for part in sorted(found):
+        digest.update(part.encode() + np.asarray(found[part]).tobytes())
+    _got.append(f"calibration {recipe}: {digest.hexdigest()[:16]}")
+    return found
 
 
 @gin.configurable(module="experiments")
@@ -136,11 +145,14 @@ def instruction_tokens(
     answer = "\n"
     if _tokenizer.chat_template is not None:
         answer = _tokenizer.chat([{"role": "user", "content": mark}]).partition(mark)[2]
-    return kvjax.Instruction(*(tuple(_tokenizer.encode(text)) for text in (first, later, answer)))
+    tokens = [tuple(_tokenizer.encode(text)) for text in (first, later, answer)]
+    _got.append(f"instruction tokens: {hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]}")
+    return kvjax.Instruction(*tokens)
 
 
 _calibrations: Calibrate | None = None  # of the `load_method` in progress
 _tokenizer: Tokenizer | None = None  # the same
+_got: list[str] = []  # what that method got of the model beside its bindings, as hashes
 
 
 def method_names() -> list[str]:
@@ -148,11 +160,11 @@ def method_names() -> list[str]:
     return sorted(path.stem for path in METHODS_DIR.glob("*.gin"))
 
 
-def check_method_names(names: Sequence[str]) -> None:
+def check_method_names(names: Sequence[str], flag: str = "--methods") -> None:
     """Refuses names without a config file."""
     for name in names:
         if name not in method_names():
-            raise ValueError(f"--methods: unknown method {name!r}; there are {', '.join(method_names())}.")
+            raise ValueError(f"{flag}: unknown method {name!r}; {there_are(name, method_names())}")
 
 
 def load_method(
@@ -170,8 +182,8 @@ def load_method(
     Args:
       name: of the file.
       budget: what `%budget` means in it: tokens per KV head (int) or a fraction of the context (float).
-      gin_files: read before the method's file.
-      bindings: read after it, so they win.
+      gin_files: read after the method's file, so they win over it.
+      bindings: read after all files, so they win.
       calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
       tokenizer: of the model, for `instruction_tokens()` in a config.
       text: what stands in the file, where there is none of that name.
@@ -184,20 +196,25 @@ def load_method(
         text = (METHODS_DIR / f"{name}.gin").read_text(encoding="utf-8")
     gin.clear_config()
     with gin.unlock_config():
-        for path in gin_files:
-            gin.parse_config_file(path)
+        try:
+            gin.parse_config(text)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"method {name}, its config: {str(error).splitlines()[0]}") from error
+        gin_bindings.read_files(gin_files)
         gin.parse_config(f"budget = {budget!r}")
-        gin.parse_config(text)
         gin.parse_config(bindings)
     global _calibrations, _tokenizer
     _calibrations, _tokenizer = calibrate, tokenizer
+    _got.clear()
     try:
+        gin_bindings.check_values()
         transform, chunk = method()
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {name}: {_first_lines(error)}") from error
     finally:
         _calibrations = _tokenizer = None
-    return Method(name, kvjax.respect_windows(transform), chunk, gin.operative_config_str())
+    config = gin.operative_config_str() + "".join(f"# {line}\n" for line in _got)
+    return Method(name, kvjax.respect_windows(transform), chunk, config)
 
 
 def _first_lines(error: Exception) -> str:

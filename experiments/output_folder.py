@@ -6,7 +6,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, folder_lock
 
 _REPLACE = flags.DEFINE_bool("replace", False, "Replace what output_dir holds.")
 
@@ -24,6 +24,7 @@ def output_folder(what: str, *, fill: bool = False) -> pathlib.Path:
     if cli.OUTPUT_DIR.value is None:
         raise ValueError(f"--output_dir says where the {what} goes; it is required.")
     folder = pathlib.Path(cli.OUTPUT_DIR.value)
-    if not fill and folder.exists() and any(folder.iterdir()) and not _REPLACE.value:
+    held = {path.name for path in folder.iterdir()} - {folder_lock.FILE} if folder.exists() else set()
+    if held and not fill and not _REPLACE.value:
         raise ValueError(f"--output_dir: {folder} is not empty; pass --replace to discard what it holds.")
     return folder

@@ -10,6 +10,11 @@ they are bounds: no program is faster. What the compiler itself thinks of the ti
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 import json
 import math
@@ -24,12 +29,14 @@ from experiments import cli, pictures
 from experiments.methods import load_method
 from experiments.planner import Plan, Planner, Setting
 from experiments.report import human_bytes
+from experiments.suggestions import there_are
 from experiments.tpu_compiler import GENERATIONS, V4, Generation, compile_only_devices
 from kvjax import sharding
 from models.config import DecoderConfig
 from models.families import read_config
 
-flags.adopt_module_key_flags(cli)
+for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "output_dir", "json"):
+    flags.declare_key_flag(_name)
 _TOKENS = 131072  # of each prompt, without --context
 _BATCH = flags.DEFINE_integer("batch", 1, "Prompts at once.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Slice, such as v5e:16x16 or v5p:4x4x4.")
@@ -62,10 +69,11 @@ def read_model(name: str, context: int) -> DecoderConfig:
     elif path.is_dir():
         path /= "config.json"
     if not path.is_file():
-        known = ", ".join(model_names())
-        raise ValueError(f"--model: no shape {name!r}; there are {known}, or a path of a config.json.")
+        known = there_are(name, model_names())
+        raise ValueError(f"--model: no shape {name!r}, and no path of a config.json; {known}")
     try:
-        return read_config(path.stem if name in model_names() else name, json.loads(path.read_text("utf-8")), context)
+        fields = json.loads(path.read_text("utf-8-sig"))
+        return read_config(path.stem if name in model_names() else name, fields, context)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model: {path} cannot be used: {error}") from error
 
@@ -146,7 +154,6 @@ the bytes of their results. largest: tokens that fit, with what is beside growin
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.TASKS)
     context = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
     for name, value in (("context", context), *((f.name, f.value) for f in (_BATCH, _CHUNK, _ROOM))):
         if value < 1:
@@ -156,8 +163,9 @@ def run() -> None:
     config = read_model(cli.MODEL.value, context)
     chip, chips = read_topology(_TOPOLOGY.value)
     budget = 0.25 if cli.KEEP.value is None else cli.KEEP.value
-    how = dict(budget=budget, gin_files=cli.GIN_FILE.value, bindings=cli.GIN_BINDINGS.value)
+    how = dict(budget=budget, **cli.configs())
     methods = [load_method(name, **how) for name in dict.fromkeys(cli.METHODS.value or ["full", "int4"])]
+    cli.check_reached(method.config for method in methods)
     devices = compile_only_devices(_TOPOLOGY.value)
     text = _MESH.value or default_mesh(config, len(devices))
     setting = Setting(

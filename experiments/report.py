@@ -128,7 +128,24 @@ def _notes(summary: Mapping[str, Any], full: str, front: bool, width: int) -> li
     unbounded = [method for method, entry in summary.items() if entry["mean"].get("budget_tokens") is None]
     if unbounded:
         notes.append(f"No token budget, so --keep and --budget do not apply: {', '.join(unbounded)}.")
+    over = {method: _over_budget(entry) for method, entry in summary.items()}
+    if any(over.values()):
+        counts = [f"{method} {count} of {summary[method]['examples']}" for method, count in over.items() if count]
+        notes.append(
+            f"More than the budget was kept on: {', '.join(counts)} examples. Protected tokens stay, and a ring is as"
+            " long as the padded prompt asks."
+        )
+    tasks = {task: cell for entry in summary.values() for task, cell in entry["tasks"].items()}
+    partly = [task for task, cell in tasks.items() if 0 < cell.get("scored", 0) < cell["examples"]]
+    if partly:
+        listed = ", ".join(f"{task} {tasks[task]['examples'] - tasks[task]['scored']}" for task in partly)
+        notes.append(f"Examples without an answer, which have no score: {listed}.")
     return [line for note in notes for line in textwrap.wrap(note, width)]
+
+
+def _over_budget(entry: Mapping[str, Any]) -> int:
+    """On how many examples a method kept more than its budget."""
+    return round(sum((cell.get("over_budget") or 0.0) * cell["examples"] for cell in entry["tasks"].values()))
 
 
 def _fixed(value: float | None, digits: int, unit: str = "") -> str:

@@ -1,13 +1,15 @@
 """What an evaluation leaves on disk: finished lines that survive an interruption, and a summary.
 
-A run's directory holds `run.json` (the settings that make results comparable, and their fingerprint),
-`results.jsonl` (one line per method and example, each on disk before the next begins) and `summary.json`.
+A run's directory holds `run.json` (the settings that make results comparable, and what the lines of each method and of
+each example are of), `results.jsonl` (one line per method and example, each on disk before the next begins) and
+`summary.json`. One process at a time writes there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
 import datetime
+import difflib
 import errno
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,6 +19,8 @@ import platform
 import reprlib
 import shlex
 from typing import Any
+
+from experiments.folder_lock import FolderLock
 
 Row = dict[str, Any]
 
@@ -38,6 +42,21 @@ _GROUPING = ("method", "task", "example")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What lines come from: of two runs that go on in one file, what they share must agree.
+
+    Attributes:
+      methods: by name, the resolved configuration.
+      examples: by (task, index), JSON values that decide its lines, by name.
+      complete: whether these are all examples, so that lines of others are of examples that are gone.
+    """
+
+    methods: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    examples: Mapping[tuple[str, int], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    complete: bool = False
+
+
 class ResultsFile:
     """The lines of `results.jsonl`, earlier and new; only ever appended to.
 
@@ -46,28 +65,41 @@ class ResultsFile:
 
     Args:
       directory: where the files lie; created where missing.
-      settings: JSON values of everything that decides a result (model, methods' bindings, seed ...), not of what
-          only adds lines.
+      settings: JSON values of everything that decides all results (the model and its weights, seed ...), not of
+          what only adds lines.
+      sources: of the lines to come.
       overwrite: remove what an earlier run left instead of going on with it.
 
     Raises:
-      ValueError: if the directory holds a run of other settings, or a file that is not such a run's.
+      ValueError: if the directory holds a run of other settings, or lines of a method or an example that has changed,
+          or a file that is not such a run's; or if another process writes there.
       OSError: if it cannot be written.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        sources: Sources = Sources(),
+        *,
+        overwrite: bool = False,
     ) -> None:
         folder = pathlib.Path(directory)
         self.path = folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for name in ("results.jsonl", "run.json", "summary.json"):
-                (folder / name).unlink(missing_ok=True)
-        _claim(folder, _plain(settings))
-        self.rows, self._end = _complete_lines(self.path)
-        self._file = open(self.path, "ab", buffering=0)
-        self._file.truncate(self._end)
+        self._lock = FolderLock(folder)
+        try:
+            if overwrite:
+                for name in ("results.jsonl", "run.json", "summary.json"):
+                    (folder / name).unlink(missing_ok=True)
+            if self.path.exists() and not (folder / "run.json").exists():
+                raise ValueError(f"{folder}: got a results.jsonl without its run.json; {_GO_ON}")
+            self.rows, self._end = _complete_lines(self.path)
+            _claim(folder, _plain(settings), sources, self.rows)
+            self._file = open(self.path, "ab", buffering=0)
+            self._file.truncate(self._end)
+        except BaseException:
+            self._lock.close()
+            raise
         self._done = {_key(row) for row in self.rows}
 
     def __enter__(self) -> "ResultsFile":
@@ -75,6 +107,7 @@ class ResultsFile:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        self._lock.close()
 
     def __contains__(self, key: tuple[str, str, int]) -> bool:
         return key in self._done
@@ -119,8 +152,8 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
       rows: lines of `results.jsonl`.
 
     Returns:
-      `{method: {"examples": count, "mean": {field: mean}, "tasks": {task: {"examples": count, field: mean}}}}`, in
-      the order in which methods and tasks first appear.
+      `{method: {"examples": count, "mean": {field: mean}, "tasks": {task: {"examples": count, "scored": those with an
+      answer, field: mean}}}}`, in the order in which methods and tasks first appear.
     """
     grouped: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
@@ -128,7 +161,10 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     summary = {}
     for method, by_task in grouped.items():
         tasks = {task: _means(task_rows) for task, task_rows in by_task.items()}
-        counts = {task: {"examples": len(task_rows)} for task, task_rows in by_task.items()}
+        counts = {
+            task: {"examples": len(task_rows), "scored": sum(row["nll"] is not None for row in task_rows)}
+            for task, task_rows in by_task.items()
+        }
         summary[method] = {
             "examples": sum(len(task_rows) for task_rows in by_task.values()),
             "mean": _means(list(tasks.values())),
@@ -179,31 +215,61 @@ def write_summary(
     return summary
 
 
-def _claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Makes the directory this run's, or checks that it is."""
+def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, rows: Sequence[Row]) -> None:
+    """Makes the directory this run's, or checks that it is and adds what this run brings."""
     run = folder / "run.json"
-    go_on = "pass another --output_dir, or --overwrite to start afresh"
-    if not run.exists():
-        if (folder / "results.jsonl").exists():
-            raise ValueError(f"{folder}: got a results.jsonl without its run.json; {go_on}")
-        _write_atomically(run, {"fingerprint": _fingerprint(settings), "settings": settings})
-        return
-    try:
-        earlier = json.loads(run.read_text(encoding="utf-8"))
-        earlier_settings, fingerprint = dict(earlier["settings"]), earlier["fingerprint"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{run}: got a file that is not the settings of an evaluation; {go_on}") from None
-    if fingerprint != _fingerprint(settings):
-        changes = [
-            f"{name} was {reprlib.repr(earlier_settings.get(name))} and is {reprlib.repr(settings.get(name))}"
-            for name in sorted({*settings, *earlier_settings})
-            if settings.get(name) != earlier_settings.get(name)
-        ]
-        raise ValueError(f"{folder}: holds results of other settings ({'; '.join(changes)}); {go_on}")
+    methods = dict(sources.methods)
+    examples = {_name(task, index): _plain(example) for (task, index), example in sources.examples.items()}
+    earlier_methods, earlier_examples = {}, {}
+    if run.exists():
+        try:
+            earlier = json.loads(run.read_text(encoding="utf-8"))
+            earlier_settings = dict(earlier["settings"])
+            known = "methods" in earlier
+            earlier_methods, earlier_examples = dict(earlier.get("methods", {})), dict(earlier.get("examples", {}))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{run}: got a file that is not the settings of an evaluation; {_GO_ON}") from None
+        if not known:
+            raise ValueError(
+                f"{folder}: holds results of an earlier version, which do not say what they are of; {_GO_ON}"
+            )
+        changes = _changes(earlier_settings, settings)
+        if changes:
+            raise ValueError(f"{folder}: holds results of other settings ({changes}); {_GO_ON}")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        if method in methods and methods[method] != earlier_methods.get(method):
+            changes = _changed_lines(earlier_methods.get(method, ""), methods[method])
+            raise ValueError(f"{folder}: holds results of another {method} ({changes}); {_GO_ON}")
+    for task, index in dict.fromkeys((row["task"], row["example"]) for row in rows):
+        name = _name(task, index)
+        if name not in examples and sources.complete:
+            raise ValueError(f"{folder}: holds results of example {name}, which the tasks no longer have; {_GO_ON}")
+        changes = _changes(earlier_examples.get(name, {}), examples.get(name, earlier_examples.get(name, {})))
+        if changes:
+            raise ValueError(f"{folder}: holds results of another example {name} ({changes}); {_GO_ON}")
+    about = {"settings": settings, "methods": earlier_methods | methods, "examples": earlier_examples | examples}
+    _write_atomically(run, about)
 
 
-def _fingerprint(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+_GO_ON = "pass another --output_dir, or --overwrite to start afresh"
+
+
+def _name(task: str, index: int) -> str:
+    return f"{task}/{index}"
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between JSON values by name; empty where nothing does."""
+    return "; ".join(
+        f"{name} was {reprlib.repr(was.get(name))} and is {reprlib.repr(now.get(name))}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    )
+
+
+def _changed_lines(was: str, now: str) -> str:
+    lines = difflib.unified_diff(was.splitlines(), now.splitlines(), lineterm="", n=0)
+    return "; ".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
 def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
@@ -218,8 +284,7 @@ def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
             _key(row)
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{path}, line {number}: got {raw[:40]!r}, expected a line of results; pass another --output_dir, or"
-                " --overwrite to start afresh"
+                f"{path}, line {number}: got {raw[:40]!r}, expected a line of results; {_GO_ON}"
             ) from None
         rows.append(row)
         end += len(raw)

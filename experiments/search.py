@@ -12,6 +12,11 @@ Source of the halving: Jamieson and Talwalkar, Non-stochastic best arm identific
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 import itertools
 import math
@@ -25,13 +30,14 @@ import tqdm
 from absl import flags
 
 from experiments import cli, evaluation, pictures, report, results
-from experiments.calibrations import Calibrations
+from experiments.calibrations import Calibrations, fingerprint
 from experiments.compositions import compose_configs, has_budget, keep_for_ratio
 from experiments.evaluator import Evaluator
-from experiments.methods import METHODS_DIR, Method, load_method
+from experiments.methods import METHODS_DIR, Method, check_method_names, load_method
 from models import Model, load_model
 
-flags.adopt_module_key_flags(cli)
+for _name in ("model", "tasks", "output_dir", "overwrite"):
+    flags.declare_key_flag(_name)
 _RATIO = flags.DEFINE_float("target_ratio", 8.0, "How many times smaller than the full cache.")
 _SELECT = flags.DEFINE_list(
     "select", ["kvzip", "keydiff", "expected_attention", "adakv_snapkv", "kvmerger"], "Methods that select tokens."
@@ -105,7 +111,8 @@ def run() -> None:
         raise ValueError(f"--target_ratio must be above 1, got {_RATIO.value:g}.")
     if _EXAMPLES.value < 1:
         raise ValueError(f"--examples must be at least 1, got {_EXAMPLES.value}.")
-    cli.refuse(cli.METHODS, cli.KEEP, cli.CONTEXT, cli.GIN_FILE, cli.GIN_BINDINGS, cli.JSON)
+    check_method_names(_SELECT.value, "--select")
+    check_method_names(_STORE.value, "--store")
     if _INSTALL.value is not None and not _INSTALL.value.isidentifier():
         raise ValueError(f"--install must be a name like kvzip_int4, got {_INSTALL.value!r}.")
     if _INSTALL.value is not None and (METHODS_DIR / f"{_INSTALL.value}.gin").exists():
@@ -132,13 +139,16 @@ def run() -> None:
     if not left:
         raise ValueError(f"--target_ratio: no composition is {_RATIO.value:g} times smaller than the full cache.")
     tried = {entry.method.name: entry for entry in left}
-    decides = dataclasses.asdict(settings) | {"target_ratio": _RATIO.value}
+    decides = dataclasses.asdict(settings) | {"target_ratio": _RATIO.value, "weights": fingerprint(model)}
     for name in ("methods", "max_examples", "examples"):
         del decides[name]  # these only add lines
-    with results.ResultsFile(cli.OUTPUT_DIR.value, decides) as file:
-        winner = _compete(settings, model, full, left, examples, file)
-        rows = file.rows
-    _write(winner, tried, rows)
+    lines_of = evaluation.sources(settings, [full, *(entry.method for entry in left)], examples)
+    with results.ResultsFile(cli.OUTPUT_DIR.value, decides, lines_of, overwrite=cli.OVERWRITE.value) as file:
+        try:
+            winner = _compete(settings, model, full, left, examples, file)
+        except KeyboardInterrupt:
+            cli.interrupted(f"{len(file.rows)} lines are kept in {file.path}; the same command goes on")
+        _write(winner, tried, file.rows)
 
 
 def _compete(settings, model, full, left: list[Candidate], examples, file) -> Candidate:
@@ -146,12 +156,13 @@ def _compete(settings, model, full, left: list[Candidate], examples, file) -> Ca
     by_task: dict[str, list] = {}
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
+    padding = evaluation.Padding.of(examples, settings)  # the same in all rounds
     count = 1
     while True:
         some = [example for each in by_task.values() for example in each[:count]]
         methods = [full, *(entry.method for entry in left)]
-        lines = evaluation.evaluate(settings, model, methods, some, file)
-        asked = {(m.name, e.task, i) for m in methods for e, i in _numbered(some)}
+        lines = evaluation.evaluate(settings, model, methods, some, file, padding)
+        asked = {(m.name, e.task, i) for m in methods for i, e in evaluation.numbered(some)}
         total = sum(key not in file for key in asked)
         with tqdm.tqdm(lines, desc=f"{len(left)} left", total=total, unit="line") as bar:
             for row in bar:
@@ -161,16 +172,6 @@ def _compete(settings, model, full, left: list[Candidate], examples, file) -> Ca
         if len(left) == 1:
             return left[0]
         count = min(2 * count, _EXAMPLES.value)
-
-
-def _numbered(examples) -> list[tuple]:
-    """Each example with its number among those of its task."""
-    seen: dict[str, int] = {}
-    numbered = []
-    for example in examples:
-        numbered.append((example, seen.setdefault(example.task, 0)))
-        seen[example.task] += 1
-    return numbered
 
 
 def _write(winner: Candidate, tried: dict[str, Candidate], rows: list[results.Row]) -> None:

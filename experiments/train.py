@@ -10,6 +10,11 @@ same numbers on the same machine.
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import contextlib
 import dataclasses
 import functools
@@ -39,11 +44,8 @@ from models import Model, load_model
 
 _STEPS = flags.DEFINE_integer("steps", None, "Training steps.")
 _RESUME = flags.DEFINE_bool("resume", False, "Go on from the last complete checkpoint in output_dir.")
-flags.declare_key_flag("gin_file")
-flags.declare_key_flag("gin_bindings")
-flags.declare_key_flag("model")
-flags.declare_key_flag("output_dir")
-flags.declare_key_flag("replace")
+for _name in ("gin_file", "gin_bindings", "model", "output_dir", "replace"):
+    flags.declare_key_flag(_name)
 
 
 @gin.configurable(module="experiments")
@@ -197,7 +199,7 @@ def _as(like: State, loaded: Any) -> Any:
 
 def read_training() -> tuple[Training, str]:
     """The settings of the gin files, the bindings and the flags, in that order, and as gin writes them."""
-    gin.parse_config_files_and_bindings(cli.GIN_FILE.value, cli.GIN_BINDINGS.value, skip_unknown=False)
+    cli.read_gin()
     for name, flag in (("steps", _STEPS), ("model", cli.MODEL)):
         if flag.value is not None:
             with gin.unlock_config():
@@ -209,7 +211,6 @@ def read_training() -> tuple[Training, str]:
 
 def run() -> None:
     """The program."""
-    cli.refuse(cli.METHODS, cli.KEEP, cli.CONTEXT, cli.TASKS, cli.JSON)
     if not cli.GIN_FILE.value:
         raise ValueError("--gin_file says what is trained; there are configs/runs/train_*.gin.")
     training, config = read_training()

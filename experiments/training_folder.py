@@ -9,9 +9,12 @@ import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from experiments.folder_lock import FolderLock
 
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -24,28 +27,42 @@ class TrainingFolder:
     not count.
     """
 
-    def __init__(self, folder: pathlib.Path, about: dict[str, str], *, keep: int, resume: bool):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        about: dict[str, Any],
+        *,
+        keep: int,
+        resume: bool,
+        may_change: Mapping[str, Callable[[Any, int], None]] = {},
+    ):
         """Opens a folder, or starts one.
 
         Args:
           folder: where.
-          about: what decides the training, by name; must be what it was.
+          about: what decides the training, by name; must be what it was, but for what `may_change`.
           keep: best checkpoints that are kept beside the last one.
           resume: go on from the last complete checkpoint.
+          may_change: names in `about`, and `(what it was, steps that are done)`, which raises where it may not.
 
         Raises:
-          ValueError: there is nothing to resume, or it is another training.
+          ValueError: there is nothing to resume, or it is another training, or another process writes there.
         """
         self._folder, self._about = folder, folder / "training.json"
         self._metrics = folder / "metrics.jsonl"
-        if resume:
-            _check_same(self._about, about)
-        else:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            shutil.rmtree(folder / "trained", ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._manager = _manager(folder / "checkpoints", keep)
-        self.step = self._manager.latest_step() or 0 if resume else 0
+        changed = _check_same(self._about, about, set(may_change)) if resume else {}
+        self._lock = FolderLock(folder)
+        try:
+            if not resume:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                shutil.rmtree(folder / "trained", ignore_errors=True)
+            self._manager = _manager(folder / "checkpoints", keep)
+            self.step = self._manager.latest_step() or 0 if resume else 0
+            for name, was in changed.items():
+                may_change[name](was, self.step)
+        except BaseException:
+            self._lock.close()
+            raise
         self.rows = _rows(self._metrics, self.step) if self.step else []
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         with self._explained():
@@ -63,6 +80,7 @@ class TrainingFolder:
         finally:
             self._file.close()
             self._manager.close()
+            self._lock.close()
 
     def log(self, row: dict[str, float]) -> None:
         """Adds a line of metrics."""
@@ -152,19 +170,21 @@ def _manager(folder: pathlib.Path, keep: int):
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler())
 
 
-def _check_same(path: pathlib.Path, about: dict[str, str]) -> None:
+def _check_same(path: pathlib.Path, about: dict[str, Any], may_change: set[str]) -> dict[str, Any]:
+    """Returns what has changed of what may, as it was."""
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--resume: {path.parent} holds no training; leave --resume out to start one.") from None
     except ValueError:
         raise ValueError(f"--resume: {path} is damaged; pass another --output_dir, or --replace.") from None
-    for name in sorted({*about, *earlier}):
+    for name in sorted({*about, *earlier} - (may_change & set(earlier))):
         was, now = str(earlier.get(name)), str(about.get(name))
         if was != now:
             lines = difflib.unified_diff(was.splitlines(), now.splitlines(), lineterm="", n=0)
             changed = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
             raise ValueError(f"--resume: {path.parent} is of another {name}: {'; '.join(changed)}.")
+    return {name: earlier[name] for name in sorted(may_change & set(earlier)) if earlier[name] != about[name]}
 
 
 def _rows(path: pathlib.Path, step: int) -> list[dict[str, float]]:

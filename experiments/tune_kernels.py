@@ -11,6 +11,11 @@ heuristic, the file says so. The second tells which candidates the compilers tak
 
 from __future__ import annotations
 
+from experiments import interrupts
+
+if __name__ == "__main__":
+    interrupts.quit_in_one_line()  # the imports below take seconds
+
 import dataclasses
 import json
 import pathlib
@@ -26,7 +31,8 @@ from pallas_kernels import block_sizes
 from pallas_kernels.block_sizes import Sizes
 from pallas_kernels.shapes import LLAMA_8B, SMOLLM2
 
-flags.adopt_module_key_flags(cli)
+for _name in ("output_dir", "json"):
+    flags.declare_key_flag(_name)
 flags.adopt_module_key_flags(kernel_flags)
 
 SHAPES = (SMOLLM2, LLAMA_8B)
@@ -34,7 +40,6 @@ SHAPES = (SMOLLM2, LLAMA_8B)
 
 def run() -> None:
     """The program."""
-    kernel_flags.refuse_others()
     cases, generations = kernel_flags.cases(), kernel_flags.generations()
     runs = [
         (f"{case.name}, heads of {shape.H}", case, dataclasses.replace(shape, S=min(shape.S, case.longest or shape.S)))

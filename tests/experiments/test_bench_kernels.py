@@ -158,10 +158,10 @@ def test_the_kernels_take_what_the_cases_draw(case):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--kernels=dense,int3", "--kernels must be of dense, fp8, int8, .*, got 'int3'"),
+        ("--kernels=dense,int3", "--kernels: unknown name 'int3'; did you mean '\\w+'. There are dense, fp8, int8, "),
         ("--contexts=100", "--contexts must be multiples of 32, got '100'"),
         ("--batches=0", "--batches must be whole numbers of at least 1, got '0'"),
-        ("--generations=v4", "--generations must be of v5e, v6e, v5p, tpu7x, got 'v4'"),
+        ("--generations=v4", "--generations: unknown name 'v4'; there are v5e, v6e, v5p, tpu7x"),
         ("--keep=0.5", "--keep means nothing to this program"),
     ],
 )

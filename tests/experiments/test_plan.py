@@ -59,7 +59,7 @@ def test_bad_input_is_one_line_that_names_the_flag(tmp_path):
     model = "--model=llama3_1_8b"
     for flags, wanted in (
         ([], "--model says which shape: one of gemma3_27b"),
-        (["--model=llama9"], "no shape 'llama9'; there are gemma3_27b"),
+        (["--model=llama9"], "no shape 'llama9', and no path of a config.json; there are gemma3_27b"),
         ([model, "--topology=v9:2x2"], "slices are written like v5e:2x2"),
         ([model, "--topology=v5e"], "slices are written like v5e:2x2"),
         ([model, "--context=0"], "--context must be at least 1"),

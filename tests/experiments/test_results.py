@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from experiments.results import FIELDS, ResultsFile, summarise, write_summary
+from experiments.results import FIELDS, ResultsFile, Sources, summarise, write_summary
 
 SETTINGS = {"model": "tiny", "seed": 0}
 
@@ -107,6 +107,43 @@ def test_foreign_files_are_left_alone(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         open_and_close(tmp_path, SETTINGS)
     assert (tmp_path / name).read_text() == text
+
+
+def sources(config="a = 1\nb = 2", content="x", **more):
+    return Sources(methods={"full": config, **more}, examples={("needle", 0): {"content": content}})
+
+
+def test_lines_of_another_configuration_or_example_are_refused_by_name(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS, sources()) as results:
+        results.append(row())
+    for now, wanted in (
+        (sources(config="a = 1\nb = 3"), r"holds results of another full \(-b = 2; \+b = 3\); pass another"),
+        (sources(content="y"), r"of another example needle/0 \(content was 'x' and is 'y'\); pass another"),
+        (Sources(complete=True), r"holds results of example needle/0, which the tasks no longer have; pass another"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            ResultsFile(tmp_path, SETTINGS, now)
+    with ResultsFile(tmp_path, SETTINGS, sources(content="y"), overwrite=True) as results:
+        assert results.rows == []
+
+
+def test_what_has_no_line_yet_may_change_and_what_is_new_is_remembered(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS, sources(int4="bits = 4")) as results:
+        results.append(row())
+    with ResultsFile(tmp_path, SETTINGS, sources(int4="bits = 2")) as results:
+        results.append(row(method="int4"))
+    with ResultsFile(tmp_path, SETTINGS, Sources()) as results:  # neither is run: their lines stay
+        assert len(results.rows) == 2
+    with pytest.raises(ValueError, match=r"another int4 \(-bits = 2; \+bits = 4\)"):
+        ResultsFile(tmp_path, SETTINGS, sources(int4="bits = 4"))
+
+
+def test_results_that_do_not_say_what_they_are_of_are_refused(tmp_path):
+    open_and_close(tmp_path)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"fingerprint": "0", "settings": SETTINGS}))
+    with pytest.raises(ValueError, match="of an earlier version, which do not say what they are of; pass another"):
+        open_and_close(tmp_path)
 
 
 def test_damaged_line_in_the_middle_is_named(tmp_path):

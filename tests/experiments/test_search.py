@@ -82,6 +82,8 @@ def test_search_refuses_what_it_cannot_do(tmp_path):
         (["--install=int4"], "--install"),
         (["--install=a b"], "--install"),
         (["--keep=0.5"], "--keep"),
+        (["--select=KeyDiff"], "--select: unknown method 'KeyDiff'; did you mean 'keydiff'?"),
+        (["--store=int3"], "--store: unknown method 'int3'"),
     ):
         code, _, err = call(*flags)
         assert code == 2 and name in err and len(err.splitlines()) == 1

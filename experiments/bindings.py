@@ -1,0 +1,170 @@
+"""What gin files and bindings say: how they are read, whether their values fit, and whether they reach anything."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import gin
+
+# The headers of gin's own rendering of a configuration, and the macros in it.
+_CONFIGURABLE = re.compile(r"^# Parameters for (\S+):$", re.MULTILINE)
+_MACRO = re.compile(r"^([\w/]+) = ", re.MULTILINE)
+_PLAIN = (bool, int, float, str, tuple, list, dict, type(None))  # what is neither a reference nor a macro
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "str": "a string",
+    "None": "None",
+    "Sequence[str]": "a list of strings",
+}
+
+
+def read_files(paths: Iterable[str]) -> None:
+    """Adds files to gin's configuration; a byte order mark at their start is no part of them.
+
+    Raises:
+      ValueError: bytes that are not UTF-8, text that gin cannot parse, or names that it does not know.
+      OSError: a file cannot be read.
+    """
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--gin_file: {path}: got bytes that are not UTF-8 ({error.reason}).") from None
+        try:
+            gin.parse_config(text)
+        except SyntaxError as error:
+            raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {' '.join(line.strip() for line in str(error).splitlines())}") from None
+
+
+def check_values() -> None:
+    """Refuses values of the wrong kind, by the name that they are bound to.
+
+    Only plain values are checked, and only for parameters whose annotation is made of numbers, strings and None.
+
+    Raises:
+      ValueError: for the first such binding.
+    """
+    for name in _CONFIGURABLE.findall(gin.config_str()):
+        scope, _, selector = name.rpartition("/")
+        parameters = inspect.signature(gin.get_configurable(selector)).parameters
+        with gin.config_scope(scope or None):
+            bound = gin.get_bindings(selector, resolve_references=False)
+        for parameter, value in bound.items():
+            if parameter in parameters and isinstance(value, _PLAIN):
+                wanted = _expected(value, str(parameters[parameter].annotation))
+                if wanted is not None:
+                    raise ValueError(f"{name}.{parameter} must be {wanted}, got {value!r}.")
+
+
+def _expected(value: Any, annotation: str) -> str | None:
+    """What an annotation asks for where the value is something else; None where it fits or nothing is known."""
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if not set(kinds) <= set(_WORDS):
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        "int": number and isinstance(value, int),
+        "float": number,
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+        "None": value is None,
+        "Sequence[str]": isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value),
+    }
+    if any(fits[kind] for kind in kinds):
+        return None
+    return " or ".join(_WORDS[kind] for kind in kinds if kind != "int" or "float" not in kinds)
+
+
+def check_reached(files: Sequence[str], bindings: Sequence[str], configs: Iterable[str]) -> None:
+    """Refuses bindings that nothing used, and says which lines of files nothing used.
+
+    A file may serve several runs, so what it holds beyond this one is only said.
+
+    Args:
+      files: read from --gin_file.
+      bindings: of --gin_bindings.
+      configs: what gin renders as operative, of everything that was built from them.
+
+    Raises:
+      ValueError: a binding of a method that does not run, or a macro that nothing names.
+    """
+    called = {name for config in configs for name in _names(config)}
+    # A call in the scope a/b sees what is bound for a/b, for a, and without a scope.
+    used = called | {
+        "/".join([*scopes[:count], name])
+        for *scopes, name in (name.split("/") for name in called)
+        for count in range(len(scopes))
+    }
+    for path in files:
+        idle = sorted(_names_of(lambda: read_files([path])) - used)
+        if idle:
+            print(f"note: {path}: nothing here uses {', '.join(idle)}.", file=sys.stderr)
+    for binding in bindings:
+        idle = sorted(_names_of(lambda: gin.parse_config(binding)) - used)
+        if idle:
+            raise ValueError(f"--gin_bindings: nothing here uses {', '.join(idle)}, got {binding!r}.")
+
+
+def check_own(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Refuses what would replace every method by one, or the budget behind the flags' back.
+
+    Raises:
+      ValueError: `method.transform` or the macro `budget` is bound.
+    """
+    for flag, source, read in (
+        *(("--gin_file", path, lambda path=path: read_files([path])) for path in files),
+        *(("--gin_bindings", repr(text), lambda text=text: gin.parse_config(text)) for text in bindings),
+    ):
+        text = _config_of(read)
+        if re.search(r"^method\.transform = ", text, re.MULTILINE):
+            raise ValueError(f"{flag}: {source} binds method.transform, which is a method's own: name it in --methods.")
+        if "budget" in _names(text):
+            raise ValueError(f"{flag}: {source} binds the macro budget, which --keep or --budget sets.")
+
+
+def origin(value: str, files: Sequence[str], bindings: Sequence[str]) -> str | None:
+    """The binding whose string is `value`, such as `Settings.tasks`; None: there is none."""
+    texts = [*bindings]
+    for path in files:
+        try:
+            texts.append(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError):
+            continue
+    for line in "\n".join(texts).splitlines():
+        name, _, literal = line.partition("=")
+        try:
+            if ast.literal_eval(literal.strip()) == value:
+                return name.strip()
+        except (ValueError, SyntaxError):
+            continue
+    return None
+
+
+def _names(config: str) -> set[str]:
+    return {*_CONFIGURABLE.findall(config), *_MACRO.findall(config)}
+
+
+def _names_of(read) -> set[str]:
+    return _names(_config_of(read))
+
+
+def _config_of(read) -> str:
+    """How gin renders what `read` adds, alone."""
+    gin.clear_config()
+    with gin.unlock_config():
+        read()
+    text = gin.config_str()
+    gin.clear_config()
+    return text

@@ -1,0 +1,46 @@
+"""One process at a time in a folder."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments.folder_lock import FolderLock
+from experiments.results import ResultsFile
+from experiments.training_folder import TrainingFolder
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_the_second_is_refused_with_the_firsts_id_until_that_is_killed(tmp_path):
+    program = f"from experiments.folder_lock import *; x = FolderLock(pathlib.Path({str(tmp_path)!r})); print(1); input()"
+    how = dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", program], **how) as first:
+        assert first.stdout.readline() == "1\n"
+        for _ in range(2):  # the refusal leaves the lock as it is
+            with pytest.raises(ValueError, match=f"process {first.pid} writes to {re.escape(str(tmp_path))};"):
+                FolderLock(tmp_path)
+        first.kill()
+    with FolderLock(tmp_path):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} writes"):
+            FolderLock(tmp_path)
+    FolderLock(tmp_path).close()
+
+
+def test_results_and_trainings_are_locked_and_let_go_also_where_they_are_refused(tmp_path):
+    results, training = tmp_path / "results", tmp_path / "training"
+    train = lambda resume=False, about=1: TrainingFolder(training, {"x": about}, keep=1, resume=resume)
+    with ResultsFile(results, {"seed": 0}), train():
+        results_again = (lambda how=how: ResultsFile(results, {"seed": 0}, **how) for how in ({}, {"overwrite": True}))
+        for again in (*results_again, train):
+            with pytest.raises(ValueError, match=f"process {os.getpid()} writes"):
+                again()
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        ResultsFile(results, {"seed": 1})
+    with pytest.raises(ValueError, match="is of another x"):
+        train(resume=True, about=2)
+    for folder in (results, training):
+        FolderLock(folder).close()
