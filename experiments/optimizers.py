@@ -8,12 +8,15 @@ import gin
 import optax
 
 
+Schedule = Literal["cosine", "linear", "constant"]
+
+
 @gin.configurable(module="experiments")
 def optimizer(
     steps: int,
     learning_rate: float = 1e-3,
     warmup: float = 0.05,
-    schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    schedule: Schedule = "cosine",
     final: float = 0.1,
     cooldown: float = 1.0,
     clip_norm: float | None = 1.0,
@@ -46,6 +49,26 @@ def optimizer(
         raise ValueError(f"optimizer: steps and accumulate must be at least 1, got {steps} and {accumulate}.")
     if not 0 <= warmup < 1 or not 0 < cooldown <= 1:
         raise ValueError(f"optimizer: warmup must be in [0, 1) and cooldown in (0, 1], got {warmup} and {cooldown}.")
+    rate = learning_rates(steps, learning_rate, warmup, schedule, final, cooldown, accumulate)
+    parts = []
+    if clip_value is not None:
+        parts.append(optax.clip(clip_value))
+    if clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(clip_norm))
+    chain = optax.chain(*parts, optax.adamw(rate, *betas, weight_decay=weight_decay))
+    return chain if accumulate == 1 else optax.MultiSteps(chain, accumulate).gradient_transformation()
+
+
+def learning_rates(
+    steps: int,
+    learning_rate: float = 1e-3,
+    warmup: float = 0.05,
+    schedule: Schedule = "cosine",
+    final: float = 0.1,
+    cooldown: float = 1.0,
+    accumulate: int = 1,
+) -> optax.Schedule:
+    """Makes the schedule of `optimizer`, whose arguments these are: `(number of the update) -> learning rate`."""
     updates = -(-steps // accumulate)
     rising = round(warmup * updates)
     falling = max(1, round(cooldown * (updates - rising)))
@@ -54,14 +77,7 @@ def optimizer(
         "linear": optax.linear_schedule(learning_rate, final * learning_rate, falling),
         "constant": optax.constant_schedule(learning_rate),
     }[schedule]
-    rate = optax.join_schedules(
+    return optax.join_schedules(
         [optax.linear_schedule(0.0, learning_rate, max(rising, 1)), optax.constant_schedule(learning_rate), fall],
         [rising, updates - falling],
     )
-    parts = []
-    if clip_value is not None:
-        parts.append(optax.clip(clip_value))
-    if clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(clip_norm))
-    chain = optax.chain(*parts, optax.adamw(rate, *betas, weight_decay=weight_decay))
-    return chain if accumulate == 1 else optax.MultiSteps(chain, accumulate).gradient_transformation()

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import pathlib
 import sys
@@ -33,7 +34,7 @@ import tqdm
 from absl import flags
 
 from experiments import calibrations, cli, pictures
-from experiments.optimizers import optimizer
+from experiments.optimizers import learning_rates, optimizer
 from experiments.output_folder import output_folder
 from experiments.recipes import Frozen, Recipe
 from experiments.report import human_bytes
@@ -169,7 +170,10 @@ def train(trainer: Trainer, training: Training, folder: TrainingFolder) -> State
     if folder.step:
         state = State(*_as(state, folder.load(folder.step, state)))
     else:
-        folder.log({"step": 0, "validation": trainer.validation_loss(state)})
+        first = trainer.validation_loss(state)
+        if not math.isfinite(first):
+            raise ValueError(f"the loss before training is {first}: the model's weights or activations are not finite.")
+        folder.log({"step": 0, "validation": first})
     with tqdm.tqdm(total=training.steps, initial=folder.step, unit="step", smoothing=0.1) as bar:
         for number in range(folder.step, training.steps):
             started = time.perf_counter()
@@ -197,6 +201,36 @@ def _as(like: State, loaded: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
 
+def check_steps(training: Training, before: int, done: int) -> None:
+    """Refuses to go on with other steps where the learning rate would jump; otherwise says what changes.
+
+    Args:
+      training: with the new steps.
+      before: steps of the schedule so far.
+      done: steps that are done.
+
+    Raises:
+      ValueError: there are more done already, or the two schedules differ at the next step.
+    """
+    if training.steps < done:
+        raise ValueError(f"--steps: {done} steps are done already, got {training.steps}.")
+    names = inspect.signature(learning_rates).parameters
+    bound = {name: value for name, value in gin.get_bindings("optimizer").items() if name in names}
+    accumulate = bound.get("accumulate", 1)
+    was, now = (float(learning_rates(steps, **bound)(done // accumulate)) for steps in (before, training.steps))
+    if not math.isclose(was, now, rel_tol=1e-5):
+        raise ValueError(
+            f"--steps: the learning rate is {was:.3g} after {done} of {before} steps, and would jump to {now:.3g} with "
+            f"{training.steps}; resume with --steps={before}, or start anew with --replace."
+        )
+    end = float(learning_rates(training.steps, **bound)(-(-training.steps // accumulate)))
+    print(
+        f"--resume: {training.steps} steps instead of {before}: the learning rate goes from {now:.3g} at step {done} "
+        f"to {end:.3g} at step {training.steps}; what is done stays as it is.",
+        file=sys.stderr,
+    )
+
+
 def read_training() -> tuple[Training, str]:
     """The settings of the gin files, the bindings and the flags, in that order, and as gin writes them."""
     cli.read_gin()
@@ -204,8 +238,11 @@ def read_training() -> tuple[Training, str]:
         if flag.value is not None:
             with gin.unlock_config():
                 gin.bind_parameter(f"Training.{name}", flag.value)
-    training = Training()
-    training.optimizer(training.steps)  # refuses bad settings, and shows gin what it uses
+    try:
+        training = Training()
+        training.optimizer(training.steps)  # refuses bad settings, and shows gin what it uses
+    except TypeError as error:
+        raise ValueError(f"{', '.join(cli.gin_files())}: {str(error).splitlines()[0]}.") from error
     return training, gin.operative_config_str()
 
 
@@ -213,24 +250,31 @@ def run() -> None:
     """The program."""
     if not cli.GIN_FILE.value:
         raise ValueError("--gin_file says what is trained; there are configs/runs/train_*.gin.")
-    training, config = read_training()
+    _, config = read_training()
+    cli.check_reached([config])
+    training, config = read_training()  # gin forgot it meanwhile
     mesh = None if training.mesh is None else sharding.make_mesh(training.mesh)
     path = output_folder("training", fill=_RESUME.value)
     with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
         _run(training, config, path, mesh)
 
 
+def _without_steps(config: str) -> str:
+    return "".join(line for line in config.splitlines(keepends=True) if not line.startswith("Training.steps = "))
+
+
 def _run(training: Training, config: str, path: pathlib.Path, mesh: jax.sharding.Mesh | None) -> None:
     shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
     model = load_model(training.model, training.dtype, shardings=shardings)
-    about = {"configuration": config, "model": f"{model.config.name}, fingerprint {calibrations.fingerprint(model)}"}
+    about = {"configuration": _without_steps(config), "steps": training.steps}
+    about["model"] = f"{model.config.name}, fingerprint {calibrations.fingerprint(model)}"
     trainer = Trainer(training, model)
-    with TrainingFolder(path, about, keep=training.keep, resume=_RESUME.value) as folder:
+    may_change = {"steps": functools.partial(check_steps, training)}
+    with TrainingFolder(path, about, keep=training.keep, resume=_RESUME.value, may_change=may_change) as folder:
         try:
             state = train(trainer, training, folder)
         except KeyboardInterrupt:
-            print("\ninterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-            sys.exit(130)
+            cli.interrupted("the same command with --resume goes on from the last checkpoint")
         rows, best = folder.rows, folder.best_step()
         pictures.plot_training(rows, path / "curves.png")
         recipe = training.recipe

@@ -146,6 +146,40 @@ def test_killed_at_any_time_it_goes_on_to_the_same_numbers(checkpoint, text, tmp
         np.testing.assert_array_equal(one[name], two[name])
 
 
+def test_more_steps_go_on_to_the_numbers_of_a_longer_training_where_the_schedule_permits(checkpoint, text, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    constant = [f"--gin_bindings=optimizer.{x}" for x in ("schedule = 'constant'", "warmup = 0.0")]
+    given = lambda folder, steps, *more: flags("cskv", checkpoint, text, folder, *more, steps=steps)
+    assert train(*given(whole, 8, *constant))[0] == 0
+    assert train(*given(cut, 4, *constant))[0] == 0
+    code, _, err = train(*given(cut, 8, *constant, "--resume"))
+    assert code == 0 and "--resume: 8 steps instead of 4: the learning rate goes from 0.001 at step 4 to 0.001" in err
+    assert rows(cut) == rows(whole)
+    code, _, err = train(*given(cut, 6, *constant, "--resume"))
+    assert code == 2 and "--steps: 8 steps are done already, got 6" in err
+    falling = tmp_path / "falling"
+    assert train(*given(falling, 4))[0] == 0  # as the config has it: a cosine, down to a tenth
+    before = rows(falling)
+    code, _, err = train(*given(falling, 8, "--resume"))
+    assert code == 2 and "the learning rate is 0.0001 after 4 of 4 steps, and would jump to 0.00055 with 8" in err
+    assert "resume with --steps=4, or start anew with --replace" in err and rows(falling) == before
+    code, _, err = train(*given(falling, 8, "--gin_bindings=Training.seed = 1", "--resume"))
+    assert code == 2 and "of another configuration: -Training.seed = 0; +Training.seed = 1." in err
+
+
+def test_a_model_that_gives_no_numbers_is_refused_before_the_first_step(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(program.Trainer, "validation_loss", lambda self, state: float("nan"))
+    code, _, err = train(*flags("cskv", checkpoint, text, tmp_path / "made"))
+    assert code == 2 and "the loss before training is nan: the model's weights or activations are not finite" in err
+    assert rows(tmp_path / "made") == []
+
+
+def test_a_binding_of_another_recipe_is_refused(checkpoint, text, tmp_path):
+    more = "--gin_bindings=train_locret.hidden = 8"
+    code, _, err = train(*flags("cskv", checkpoint, text, tmp_path / "made", more))
+    assert code == 2 and "--gin_bindings: nothing here uses train_locret" in err
+
+
 @pytest.mark.parametrize("name", ["locret", "duoattention"])  # what reads tokens, and what reads a cache
 def test_a_mesh_of_devices_trains_to_the_same_numbers(name, checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(program.Trainer, "jit", staticmethod(quick_jit))

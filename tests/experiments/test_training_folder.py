@@ -66,6 +66,30 @@ def test_another_training_is_not_taken_up(tmp_path):
         opened(tmp_path, resume=True)
 
 
+def test_what_may_change_is_asked_with_what_it_was_and_the_steps_that_are_done(tmp_path):
+    asked = []
+
+    def may(was, done):
+        asked.append((was, done))
+        if was == 8:
+            raise ValueError("not these")
+
+    again = lambda steps: TrainingFolder(
+        tmp_path, ABOUT | {"steps": steps}, keep=1, resume=True, may_change={"steps": may}
+    )
+    with opened(tmp_path, about=ABOUT | {"steps": 4}) as folder:
+        folder.log({"step": 3, "loss": 1.0})
+        folder.save(3, state(), 1.0)
+    with again(4):
+        assert asked == []
+    with again(8) as folder:
+        assert asked == [(4, 3)] and folder.step == 3
+    with pytest.raises(ValueError, match="not these"):
+        again(9)
+    with again(8):  # what was refused changed nothing
+        assert asked == [(4, 3), (8, 3)]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("os error: No space left")])
 def test_a_full_disk_is_named_and_what_is_complete_stays(error, tmp_path, monkeypatch):
     folder = opened(tmp_path)
