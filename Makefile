@@ -10,9 +10,13 @@ ARGS =
 GIN_FILE = configs/runs/quickstart.gin
 OUTPUT_DIR = out/quickstart
 
-# With libtpu installed and no TPU, JAX tries to start one and prints errors. Set JAX_PLATFORMS to choose another
-# device, or to nothing for JAX's own choice.
+# With libtpu installed and no TPU, JAX tries to start one and prints errors: without an accelerator it is told to use the
+# CPU, as it is for the tests. Set JAX_PLATFORMS to choose another device, or to nothing for JAX's own choice.
+ACCELERATORS := $(wildcard /dev/accel* /dev/vfio/[0-9]* /dev/nvidia[0-9]*)
+ifeq ($(ACCELERATORS),)
 export JAX_PLATFORMS ?= cpu
+endif
+test: export JAX_PLATFORMS ?= cpu
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python

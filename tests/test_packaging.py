@@ -1,15 +1,20 @@
 """The package installs what the repository holds, and its settings live in one file."""
 
 import configparser
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 import tomllib
 
 import pytest
 import setuptools
 from packaging.requirements import Requirement
 
+DATA = {".gin", ".json"}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGES = {"kvjax", "pallas_kernels", "models", "experiments"}
+PACKAGES = {"kvjax", "pallas_kernels", "models", "experiments", "configs"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def requirements(text: str) -> list[Requirement]:
 
 
 def test_the_top_level_holds_what_the_design_prescribes():
-    for name in PACKAGES | {"configs", "tests"}:
+    for name in PACKAGES | {"tests"}:
         assert (ROOT / name).is_dir(), name
     for name in ("setup.cfg", "pyproject.toml", "Makefile", "LICENSE", ".ci/run"):
         assert (ROOT / name).is_file(), name
@@ -65,6 +70,57 @@ def test_every_folder_of_modules_is_a_package(package):
     folders = {path.parent for path in (ROOT / package).rglob("*.py")}
     assert folders, f"{package}/ holds no module, so this test would check nothing"
     assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+def test_what_a_wheel_holds_runs_from_any_folder_with_the_files_that_programs_read(tmp_path):
+    """An editable install finds them in the clone, so only what is built for a wheel shows whether they are in it."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone / name)
+    build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_py", "--build-lib", site]
+    subprocess.run(build, cwd=clone, check=True, capture_output=True)
+    data = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.*") if path.suffix in DATA}
+    assert len(data) > 60 and [str(path) for path in sorted(data) if not (site / path).is_file()] == []
+    program = (
+        "import sys; from experiments import methods, plan, cli, evaluate; cli.parse_flags(sys.argv);"
+        "print(methods.__file__, *cli.gin_files(), *methods.method_names(), *plan.model_names())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", program, "--gin_file=configs/runs/quickstart.gin"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    where, run, *names = ran.stdout.split()
+    assert where == str(site / "experiments" / "methods.py") and run == str(site / "configs/runs/quickstart.gin")
+    assert names == [path.stem for pattern in ("methods/*.gin", "models/*.json") for path in _sorted(pattern)]
+
+
+def _sorted(pattern: str) -> list[pathlib.Path]:
+    return sorted((ROOT / "configs").glob(pattern), key=lambda path: path.stem)
+
+
+NODES = {"TPU": "/dev/accel0", "TPU, by vfio": "/dev/vfio/0", "NVIDIA GPU": "/dev/nvidia0", "none": "/dev/vfio/vfio"}
+
+
+@pytest.mark.parametrize("device", NODES)
+def test_make_leaves_the_platform_alone_where_there_is_an_accelerator(device, tmp_path):
+    node = tmp_path / NODES[device].lstrip("/")
+    node.parent.mkdir(parents=True)
+    node.touch()
+    text = (ROOT / "Makefile").read_text()
+    assert text.count("/dev/accel") == 1
+    text = text.replace("/dev/", f"{tmp_path}/dev/")
+    asked = "".join(f"\n{name}_platform: ; @echo {name}=$${{JAX_PLATFORMS-own}}\n" for name in ("run", "test"))
+    (tmp_path / "Makefile").write_text(text.replace("test: export", "test_platform: export") + asked)
+    given = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    make = lambda goal, **more: subprocess.run(
+        ["make", "-s", goal], cwd=tmp_path, env=given | more, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    assert make("run_platform") == ("run=cpu" if device == "none" else "run=own")
+    assert make("test_platform") == "test=cpu"
+    assert make("run_platform", JAX_PLATFORMS="cuda") == "run=cuda"
+    assert make("test_platform", JAX_PLATFORMS="") == "test="
 
 
 def test_every_requirement_has_both_bounds(setup_cfg):

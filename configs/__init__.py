@@ -1,0 +1,1 @@
+"""Settings of methods, models and runs, as files: a package so that pip installs them beside the programs."""
