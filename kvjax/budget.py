@@ -30,17 +30,20 @@ def check_budget(budget: int | float, *, at_least: int = 1, holds: str = "one to
         raise ValueError(f"budget must be at least {at_least} tokens ({holds}), got {budget}.")
 
 
-def budget_slots(budget: int | float, prompt_slots: int) -> int:
-    """Slots per KV head for the longest prompt of a batch: `budget`, or `max(1, floor(budget * prompt))`."""
+def budget_slots(budget: int | float, prompt_slots: int, at_least: int = 1) -> int:
+    """Returns the slots per KV head for the longest prompt of a batch: `budget`, or a fraction of the prompt.
+
+    A fraction is rounded down, but never below `at_least`: what a method always keeps does not shrink with the prompt.
+    """
     if isinstance(budget, float):
-        return max(1, math.floor(budget * prompt_slots + _SLACK))
+        return max(1, at_least, math.floor(budget * prompt_slots + _SLACK))
     return budget
 
 
-def budget_rows(budget: int | float, prompt: jax.Array, prompt_slots: int) -> jax.Array:
-    """The same for each row: i32[B] tokens to keep, from i32[B] prompt lengths of at most `prompt_slots`."""
+def budget_rows(budget: int | float, prompt: jax.Array, prompt_slots: int, at_least: int = 1) -> jax.Array:
+    """Returns the same for each row: i32[B] tokens to keep, from i32[B] prompt lengths of at most `prompt_slots`."""
     if isinstance(budget, float):
-        rows = jnp.maximum(1, jnp.floor(budget * prompt + _SLACK).astype(jnp.int32))
+        rows = jnp.maximum(max(1, at_least), jnp.floor(budget * prompt + _SLACK).astype(jnp.int32))
         # From 2 ** 14 tokens on, the product in float32 may round up past the slots there are.
-        return jnp.minimum(rows, budget_slots(budget, prompt_slots))
+        return jnp.minimum(rows, budget_slots(budget, prompt_slots, at_least))
     return jnp.full_like(prompt, budget)

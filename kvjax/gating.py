@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import LayerObservation
+from kvjax.scores import without_rounding
 from kvjax.segments.dense import DenseSegment, unrotated
 from kvjax.transforms.evict import Scorer
 from pallas_kernels.decode_attention import decode_attention
@@ -26,7 +27,7 @@ def attention_gate() -> Scorer:
 
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
         segment.values_apart("attention_gate")
-        return jax.nn.sigmoid(gate_logits(seen.learned, unrotated(segment, seen.queries.rope)))
+        return without_rounding(jax.nn.sigmoid(gate_logits(seen.learned, unrotated(segment, seen.queries.rope))))
 
     return Scorer(score=score)
 

@@ -97,6 +97,7 @@ class LargestInputs(NamedTuple):
         # Only the tokens with the `count` highest peaks can own any of the `count` largest entries.
         x = jnp.where((pos >= 0)[..., None], jnp.abs(inputs.astype(jnp.float32)), -1.0)
         _, token = jax.lax.top_k(jnp.max(x, axis=-1), min(count, x.shape[1]))
+        token = jnp.sort(token, axis=1)  # of equal entries the first count, however the prompt came
         entries = jnp.take_along_axis(x, token[..., None], axis=1)  # [B, tokens, D]
         owner = jnp.broadcast_to(jnp.take_along_axis(pos, token, axis=1)[..., None], entries.shape)
         flat = lambda y, fill: jnp.pad(y.reshape(y.shape[0], -1), ((0, 0), (0, count)), constant_values=fill)
@@ -152,6 +153,19 @@ class Observation:
     prompt: jax.Array  # i32[B], tokens of the whole prompt
     prompt_slots: int = struct.field(pytree_node=False)  # the longest prompt of the batch, static
     phase: Phase = struct.field(pytree_node=False, default="prefill")
+    room: int | None = struct.field(pytree_node=False, default=None)  # tokens that will follow the prompt, if known
+    grows: bool = struct.field(pytree_node=False, default=False)  # the cache makes room for each of them by itself
+
+    def slots_of(self, budget: int, *, grows: bool | None = None) -> int:
+        """Returns the slots that a budget of tokens needs: no more than there can be tokens, where that is known.
+
+        Args:
+          budget: tokens per KV head.
+          grows: whether room for the tokens that follow is added to these slots; None: as the cache does.
+        """
+        if self.grows if grows is None else grows:
+            return min(budget, self.prompt_slots)
+        return budget if self.room is None else min(budget, self.prompt_slots + self.room)
 
 
 def observe(

@@ -15,7 +15,8 @@ def pyramidkv(
 ) -> CacheTransform:
     """SnapKV's scores with budgets that fall linearly from the first layer to the last.
 
-    Deviation: the split over layers is that of the longest prompt of a batch; shorter rows take their share of it.
+    Each row of a batch is split by its own length. Under twice the budget that is evenly, and so, where the budget is a
+    count, every layer has room for as many tokens, however little it keeps of a long prompt.
 
     Args:
       budget: tokens per KV head on average over the layers, the window included.

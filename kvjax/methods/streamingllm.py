@@ -16,7 +16,8 @@ def streamingllm(budget: int | float = 516, sinks: int = 4, reindex: bool = True
     positions never exceed the cache's size plus the tokens of the current call.
 
     Args:
-      budget: tokens per KV head, sinks included (the official class keeps 4 and 512).
+      budget: tokens per KV head, sinks included (the official class keeps 4 and 512); a fraction of each row's prompt
+        never falls below the sinks and one token.
       sinks: first tokens that are never overwritten.
       reindex: positions inside the cache, as in the paper; False keeps the original ones.
     """

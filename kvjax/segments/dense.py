@@ -12,7 +12,16 @@ from kvjax import sharding
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.segments.axes import OF_SLOTS, OF_TAIL
 from kvjax.segments.protocol import KeyRope, Queries, Ranks, Segment
-from kvjax.segments.slots import LAST, fill_slots, fold_slots, gather_slots, keep_highest, token_order, write_slots
+from kvjax.segments.slots import (
+    CLOSED,
+    LAST,
+    fill_slots,
+    fold_slots,
+    gather_slots,
+    keep_highest,
+    token_order,
+    write_slots,
+)
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
@@ -25,8 +34,8 @@ class DenseSegment:
     """Keys and values in a floating dtype, one slot a token and KV head.
 
     New tokens take the first empty slots. With `ring_sinks` set, a full segment overwrites its oldest
-    slots, but never tokens `0 .. ring_sinks - 1` (a ring buffer with attention sinks). Without it the
-    caller reserves room first; the drivers check that before anything runs.
+    slots, but never tokens `0 .. ring_sinks - 1` (a ring buffer with attention sinks), and never what is in a row of
+    the batch closed (`CLOSED`). Without it the caller reserves room first; the drivers check that before anything runs.
 
     A leading axis of 1 under a larger batch is a prefix shared by all rows: the queries of the whole batch
     attend to it in one product.
@@ -210,9 +219,15 @@ class DenseSegment:
             return new
         if self.ring_sinks is not None and pos.shape[1] > 1:
             both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self, new)
-            newest = jnp.where(both._is_sink(), LAST, both.pos)
-            return both.take(*keep_highest(newest, both.pos >= 0, self.pos.shape[2]))
+            return both.newest(jnp.sum(self.pos[:, 0] != CLOSED, axis=-1), self.pos.shape[2])
         return self._write(new)
+
+    def newest(self, rows: jax.Array, slots: int) -> DenseSegment:
+        """Returns the sinks of a ring and its newest slots, i32[B] `rows` of `slots`; it closes the others."""
+        newest_last = jnp.where(self._is_sink(), LAST, self.pos)
+        kept = self.take(*keep_highest(newest_last, self.pos, slots, rows))
+        open_slots = jnp.arange(slots) < rows[:, None, None]
+        return kept.replace(pos=jnp.where(open_slots, kept.pos, CLOSED))
 
     def slots_of(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> DenseSegment:
         """The tokens as a segment of their own, with this segment's dtype, statistics and rotation."""
@@ -305,7 +320,7 @@ class DenseSegment:
 
     def _order(self):
         """i32[B, K, S]: slots are taken lowest first."""
-        return jnp.where(self._is_sink(), LAST, self.pos)
+        return jnp.where(self._is_sink() | (self.pos == CLOSED), LAST, self.pos)
 
     def _next_slot(self):
         return jnp.argmin(self._order(), axis=-1)

@@ -53,7 +53,7 @@ class Ranks(NamedTuple):
 class Segment(Protocol):
     """A set of slots whose keys and values are stored in one representation; a frozen pytree.
 
-    Every segment attends; the last of a layer cache also appends. Empty slots have `pos == -1` and hold
+    Every segment attends; the last of a layer cache also appends. Empty slots have `pos == -1` (any `pos < 0`) and hold
     finite values. What a segment cannot do it refuses with a `TypeError` that says what to do instead.
     """
 

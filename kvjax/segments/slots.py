@@ -16,29 +16,118 @@ from pallas_kernels.tpu_tiles import LANES, SUBLANES
 LAST = jnp.iinfo(jnp.int32).max
 """A position after every real one."""
 
+CLOSED = -2
+"""The position of a slot that is empty and stays so: a row of a ring may have fewer slots than the longest one."""
+
+_EMPTY = jnp.iinfo(jnp.int32).min  # below -inf
+_ABOVE_INFINITY = LAST - 0x7F800001  # integers between the bits of infinity and the highest; each is an age
+
 _TILE = 512  # slots that are expanded at a time
 _OF_ROWS = P("batch", "kv_heads")  # names of the axes of what is beside a segment
 _MOST_GATHERED = 8192  # slots that go from shard to shard at a time
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
-def keep_highest(
-    scores: jax.Array, occupied: jax.Array, slots: int, count: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Chooses which slots survive: the highest scores, returned in slot order.
+def priority(scores: jax.Array, pos: jax.Array, protected: jax.Array | None = None) -> jax.Array:
+    """Ranks slots by score: i32[..., S], of which only the order means anything; the highest are kept.
+
+    Protected slots lie above every score, infinity too, the newest first; NaN counts as -inf; empty slots come last.
+    Every selection of slots breaks ties by position, and keeps the earlier token: neither the slot that a token lies
+    in nor its neighbours in the batch can decide.
 
     Args:
-      scores: f32 or i32[B, K, S].
-      occupied: bool[B, K, S]; empty slots are never chosen.
+      scores: f32[..., S].
+      pos: i32[..., S], -1 where a slot is empty.
+      protected: bool[..., S].
+    """
+    x = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # 0 and -0 are a tie
+    order = jnp.where(bits < 0, bits ^ LAST, bits)
+    if protected is not None:
+        age = jnp.max(pos, axis=-1, keepdims=True) - pos
+        order = jnp.where(protected, LAST - jnp.minimum(age, _ABOVE_INFINITY), order)
+    return jnp.where(pos >= 0, order, _EMPTY)
+
+
+def highest_first(priority: jax.Array, pos: jax.Array) -> jax.Array:
+    """i32[..., S]: the slots, from the highest priority to the lowest; of a tie the oldest first, empty ones last."""
+    return _sorted(~jnp.where(pos >= 0, priority, _EMPTY), pos)
+
+
+def lowest_first(priority: jax.Array, pos: jax.Array) -> jax.Array:
+    """i32[..., S]: the slots, from the lowest priority to the highest; of a tie the newest first, empty ones last."""
+    return _sorted(*_empty_last(priority, pos))
+
+
+def _sorted(keys: jax.Array, then: jax.Array) -> jax.Array:
+    keys, then = (_of_own_heads(x) if x.ndim == 3 else x for x in (keys, then))
+    index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+    return jax.lax.sort((keys, then, index), num_keys=2)[2]
+
+
+def _empty_last(priority: jax.Array, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return tuple(jnp.where(pos >= 0, x, LAST) for x in (priority, ~pos))
+
+
+def places(order: jax.Array) -> jax.Array:
+    """i32[..., S]: where each slot is in an order of slots, i32[..., S]."""
+    return jnp.argsort(order, axis=-1)
+
+
+def highest_slot(x: jax.Array, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest of [..., S] and i32[...], the slot it is in: of a tie the one with the lowest position.
+
+    In one pass: where a maximum and what equals it are found apart, a compiler may compute x twice and round it twice.
+    """
+    pos = jnp.broadcast_to(pos, x.shape)
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    least = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
+
+    def larger(a, b):
+        first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
+        return tuple(jnp.where(first, i, j) for i, j in zip(a, b))
+
+    none = (jnp.asarray(least, x.dtype), jnp.int32(LAST), jnp.int32(0))
+    highest, _, slot = jax.lax.reduce((x, pos, index), none, larger, (x.ndim - 1,))
+    return highest, slot
+
+
+def lowest_slot(priority: jax.Array, pos: jax.Array) -> jax.Array:
+    """i32[...]: the occupied slot of lowest priority; of a tie the newest."""
+    keys, then = (_of_own_heads(x) if x.ndim == 3 else x for x in _empty_last(priority, pos))
+    return highest_slot(~keys, then)[1]
+
+
+def lowest(priority: jax.Array, pos: jax.Array, count: jax.Array) -> jax.Array:
+    """bool[B, K, S]: the `count` (i32[B, K]) slots of lowest priority of each head; of a tie the newest."""
+    S = pos.shape[-1]
+
+    def one():
+        return (lowest_slot(priority, pos)[..., None] == jnp.arange(S)) & (count > 0)[..., None]
+
+    def several():
+        return places(lowest_first(priority, pos)) < count[..., None]
+
+    # Decoding adds one token a call: a minimum is enough, and two sorts a layer are not paid for.
+    return jax.lax.cond(jnp.max(count) <= 1, one, several)
+
+
+def keep_highest(
+    priority: jax.Array, pos: jax.Array, slots: int, count: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses which slots survive: those of highest priority, returned in slot order; of a tie the oldest.
+
+    Args:
+      priority: i32[B, K, S]; see `priority`.
+      pos: i32[B, K, S]; slots where it is below 0 are never chosen.
       slots: how many slots the result has, at most S.
-      count: i32[B], how many of each row to keep; None: `slots`. Ties go to the lower slot.
+      count: i32[B], how many of each row to keep; None: `slots`.
 
     Returns:
       `(i32[B, K, slots], bool[B, K, slots])`: indices and which of them are real, for `take`.
     """
-    lowest = -jnp.inf if jnp.issubdtype(scores.dtype, jnp.floating) else jnp.iinfo(scores.dtype).min
-    _, index = jax.lax.top_k(_of_own_heads(jnp.where(occupied, scores, lowest)), slots)
-    valid = jnp.take_along_axis(occupied, index, axis=-1)
+    index = highest_first(priority, pos)[..., :slots]
+    valid = jnp.take_along_axis(pos, index, axis=-1) >= 0
     if count is not None:
         valid &= jnp.arange(slots) < count[:, None, None]
     in_slot_order = jnp.argsort(jnp.where(valid, index, LAST), axis=-1)
@@ -50,25 +139,25 @@ def _of_own_heads(x: jax.Array) -> jax.Array:
     return sharding.constrain(x, "batch", "kv_heads", None)
 
 
-def keep_best(segment, scores: jax.Array, slots: int, rows: jax.Array):
-    """The slots of a dense segment with the highest scores f32[B, K, S], at most i32[B] `rows` of `slots`, in order.
+def keep_best(segment, priority: jax.Array, slots: int, rows: jax.Array):
+    """The slots of a dense segment of highest priority i32[B, K, S], at most i32[B] `rows` of `slots`, in order.
 
     On a mesh the best of all shards, or, with `use_mesh(select_per_shard=True)`, an equal number of each.
     """
     if not sharding.selects_per_shard():
-        return segment.take(*keep_highest(scores, segment.pos >= 0, slots, rows))
+        return segment.take(*keep_highest(priority, segment.pos, slots, rows))
     named = segment.axes()
     split, axes = _split(named, segment)
     parts = sharding.shards(axes)
 
-    def here(segment, scores, rows):
+    def here(segment, priority, rows):
         count = min(-(-slots // parts), segment.pos.shape[2])
         first = jax.lax.axis_index(axes) < rows % parts if axes else False
-        return segment.take(*keep_highest(scores, segment.pos >= 0, count, rows // parts + first))
+        return segment.take(*keep_highest(priority, segment.pos, count, rows // parts + first))
 
     to = sharding.specs(named, segment, split)
-    given = (to, sharding.specs(OF_SLOTS, scores, split), sharding.specs(P("batch"), rows, split))
-    return sharding.over_shards(here, given, to)(segment, scores, rows)
+    given = (to, sharding.specs(OF_SLOTS, priority, split), sharding.specs(P("batch"), rows, split))
+    return sharding.over_shards(here, given, to)(segment, priority, rows)
 
 
 def token_order(pos: jax.Array) -> jax.Array:

@@ -56,6 +56,7 @@ class CacheTransform(NamedTuple):
       frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a
         token and the driver reserves room for all of them.
       budget: tokens per KV head it keeps, as a count or as a fraction of the prompt; None: no token budget.
+      at_least: tokens below which a budget that is a fraction never falls: those that are always kept.
       name: what `chain` calls it when it refuses an order.
       takes: keys of `SLOTS`, what it can work on beside the whole prompt.
       leaves: what it makes of them; None: what they were. "plain" makes nothing plain that was not.
@@ -71,6 +72,7 @@ class CacheTransform(NamedTuple):
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None
     budget: int | float | None = None
+    at_least: int = 1
     name: str = "transform"
     takes: tuple[str, ...] = tuple(SLOTS)
     leaves: str | None = None
@@ -162,6 +164,7 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
         frees_in_prefill=soonest(t.frees_in_prefill for t in transforms),
         frees_in_decode=soonest(t.frees_in_decode for t in transforms),
         budget=next((t.budget for t in transforms if t.budget is not None), None),
+        at_least=next((t.at_least for t in transforms if t.budget is not None), 1),
         name=" and ".join(t.name for t in transforms),
         takes=transforms[0].takes if transforms else tuple(SLOTS),
         leaves=slots,

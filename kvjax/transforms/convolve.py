@@ -13,9 +13,9 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.rope import rotate
 from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
-from kvjax.segments.slots import LAST, ranks
+from kvjax.segments.slots import LAST, highest_first, keep_highest, places
 from kvjax.transforms.base import PLAIN, CacheTransform
-from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, worth_keeping
+from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, worth_keeping
 
 
 def convolve(
@@ -36,11 +36,12 @@ def convolve(
       recent: newest tokens that do: a count, or a fraction of the budget.
 
     Raises:
+      TypeError: scorer is not a `Scorer`.
       ValueError: the budget cannot hold the merged slots, the sinks and the recent tokens; or the scorer keeps
         statistics.
     """
-    recent_count = check_protected(budget, sinks, recent)
-    least = merged + max(1, sinks + recent_count)
+    check_scorer(scorer, "convolve")
+    least = merged + max(1, check_protected(budget, sinks, recent))
     check_budget(budget, at_least=least, holds=f"{merged} merged slots and {least - merged} that stay")
     if scorer.stats:
         raise ValueError(f"convolve keeps no statistics, but its scorer wants {', '.join(scorer.stats)}.")
@@ -50,8 +51,10 @@ def convolve(
         if S <= slots:
             return segment.resize(slots)
         occupied = segment.pos >= 0
+        if slots < least:  # there are no more tokens than slots
+            return segment.take(*keep_highest(segment.pos, segment.pos, slots))
         worth = worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
-        place, rows = ranks(jnp.where(occupied, -worth, jnp.inf)), rows[:, None, None]
+        place, rows = places(highest_first(worth, segment.pos)), rows[:, None, None]
         stays = occupied & (place < rows - merged)
         kept = segment.take(*_earliest(segment.pos, stays, slots - merged))
         # No row gives up more; one of rows' budgets may be rounded the other way.
@@ -78,16 +81,15 @@ def convolve(
     def act(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int, room: bool):
         segment = dense_tail(layer, "convolve")
         segment.values_apart("convolve")
-        small = shrink(segment, seen, rows, slots)
+        small = shrink(segment, seen, rows, min(slots, segment.pos.shape[2]) if room else slots)
         return layer.with_tail(small.resize(segment.pos.shape[2]) if room else small)
 
     def run(cache: Cache, observation: Observation, *, room: bool):
-        slots = budget_slots(budget, observation.prompt_slots)
-        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
+        slots = observation.slots_of(budget_slots(budget, observation.prompt_slots, least))
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots, least)
         return cache.map_layers(lambda layer, seen: act(layer, seen, rows, slots=slots, room=room), observation.layers)
 
     def init(cache: Cache, observation: Observation):
-        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count + merged)
         return run(cache, observation, room=False), ()
 
     return CacheTransform(
@@ -97,6 +99,7 @@ def convolve(
         frees_in_prefill=1,
         frees_in_decode=1,
         budget=budget,
+        at_least=least,
         name="convolve",
         takes=PLAIN,
         leaves="by_head",

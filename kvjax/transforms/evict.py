@@ -9,22 +9,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_slots, check_budget
+from kvjax.budget import check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_best, ranks
+from kvjax.segments.slots import keep_best, lowest, priority
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
-
-_PROTECTED = 1e30  # above any score, even after division by the length of a context
 
 
 class Scorer(NamedTuple):
     """Says how much each slot is worth keeping.
 
     Attributes:
-      score: `(segment, layer observation) -> f32[B, K, S]`; the highest are kept, empty slots are ignored.
+      score: `(segment, layer observation) -> f32[B, K, S]`; the highest are kept, of equal ones the oldest. Empty
+        slots are ignored, NaN is the lowest, and no score is above that of a protected slot.
       needs: what the decoder must collect for it.
       stats: names of the per-slot statistics it keeps in the segment, beside keys and values.
       observe: `(segment, layer observation) -> segment` brings the statistics up to date.
@@ -49,19 +48,22 @@ def evict(
     """Keeps, per KV head, the `budget` slots with the highest scores, and frees the memory of the rest.
 
     `init` gathers the survivors into a segment of `budget` slots. `update` empties the lowest-scored slots
-    above the budget; new tokens take their place. Ties go to the lower slot.
+    above the budget; new tokens take their place. Of equal scores the oldest stay.
 
     Args:
       scorer: what a slot is worth.
-      budget: tokens per KV head, as a count or as a fraction of each row's prompt.
+      budget: tokens per KV head, as a count or as a fraction of each row's prompt; a fraction is never less than the
+        sinks and the recent tokens.
       sinks: first tokens of the sequence that are always kept.
       recent: newest tokens that are always kept: a count, or a fraction of the budget.
-      layers: splits the budget unevenly over the layers, as it does for the longest prompt of the batch.
+      layers: splits the budget of each row unevenly over the layers.
 
     Raises:
+      TypeError: scorer is not a `Scorer`.
       ValueError: the budget cannot hold the sinks and the recent tokens.
     """
-    recent_count = check_protected(budget, sinks, recent)
+    check_scorer(scorer, "evict")
+    always = check_protected(budget, sinks, recent)
 
     def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array) -> jax.Array:
         return worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
@@ -82,14 +84,11 @@ def evict(
     @jax.jit
     def drop_excess(layer: LayerCache, seen: LayerObservation, rows: jax.Array):
         segment = dense_tail(layer, "evict")
-        occupied = segment.pos >= 0
-        excess = jnp.sum(occupied, axis=-1) - rows[:, None]  # [B, K]
-        scores = jnp.where(occupied, worth(segment, seen, rows), jnp.inf)
-        return layer.with_tail(segment.drop(lowest(scores, excess)))
+        excess = jnp.sum(segment.pos >= 0, axis=-1) - rows[:, None]  # [B, K]
+        return layer.with_tail(segment.drop(lowest(worth(segment, seen, rows), segment.pos, excess)))
 
     def init(cache: Cache, observation: Observation):
-        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
-        each = split_budget(budget, len(cache.layers), observation, layers, sinks + recent_count)
+        each = split_budget(budget, len(cache.layers), observation, layers, always)
         shrunk = [
             compress(layer, seen, rows, slots=slots)
             for layer, seen, (slots, rows) in zip(cache.layers, observation.layers, each, strict=True)
@@ -110,14 +109,30 @@ def evict(
         frees_in_prefill=1,
         frees_in_decode=1,
         budget=budget,
+        at_least=always,
         name="evict",
         takes=PLAIN,
         leaves="plain" if scorer.aligned else "by_head",
     )
 
 
+def check_scorer(scorer: Scorer, transform: str) -> None:
+    """Checks, when a method is built, that its scorer is one.
+
+    Raises:
+      TypeError: names the transform, what came and what was expected.
+    """
+    if not isinstance(scorer, Scorer):
+        raise TypeError(
+            f"{transform} needs a Scorer, such as kvjax.scores.negative_key_norm() or "
+            f"kvjax.Scorer(score=lambda segment, seen: ...), got {scorer!r}."
+        )
+
+
 def check_protected(budget: int | float, sinks: int, recent: int | float) -> int:
-    """Checks, when a method is built, that a budget holds what is always kept; returns `recent` as a count.
+    """Checks, when a method is built, that a budget holds what is always kept; returns how many tokens that are.
+
+    A `recent` that is a fraction is a part of the budget, and fits.
 
     Raises:
       ValueError: the budget cannot hold the sinks and the recent tokens, or these make no sense.
@@ -128,17 +143,7 @@ def check_protected(budget: int | float, sinks: int, recent: int | float) -> int
         raise ValueError(f"recent as a fraction of the budget must be at most 1, got {recent}.")
     count = recent if isinstance(recent, int) else 0
     check_budget(budget, at_least=max(1, sinks + count), holds=f"{sinks} sinks and {count} recent tokens")
-    return count
-
-
-def check_protected_fit(budget: int | float, prompt_slots: int, sinks: int, recent: int) -> None:
-    """The same for a budget that is a fraction, when the prompt is known."""
-    slots = budget_slots(budget, prompt_slots)
-    if slots < sinks + recent:
-        raise ValueError(
-            f"budget must hold {sinks} sinks and {recent} recent tokens, got {budget} of {prompt_slots} tokens "
-            f"= {slots}."
-        )
+    return sinks + count
 
 
 def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | float) -> jax.Array:
@@ -156,34 +161,31 @@ def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | floa
     return (pos >= 0) & ((pos > newest - recent) | (pos < sinks))
 
 
-def protect(scores: jax.Array, pos: jax.Array, protected: jax.Array) -> jax.Array:
-    """Lifts protected slots above all others; the newest first, where a budget cannot hold all of them."""
-    age = (jnp.max(pos, axis=-1, keepdims=True) - pos).astype(jnp.float32)
-    return jnp.where(protected, _PROTECTED / (1.0 + age), scores)
-
-
 def with_stats(segment: DenseSegment, scorer: Scorer) -> DenseSegment:
     """The segment with the scorer's statistics, zero where it had none."""
     missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
     return segment.replace(stats={**missing, **segment.stats})
 
 
+def slot_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    """Returns what a scorer says of each slot, f32[B, K, S], without NaN: that is -inf.
+
+    Raises:
+      ValueError: the scores are not one number for each slot; names the scorer.
+    """
+    scores = scorer.score(segment, seen)
+    name = getattr(scorer.score, "__qualname__", repr(scorer.score)).removesuffix(".<locals>.score")
+    came = f"{getattr(scores, 'dtype', type(scores).__name__)}{list(getattr(scores, 'shape', ()))}"
+    if getattr(scores, "shape", None) != segment.pos.shape or jnp.issubdtype(scores.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"scorer {name} must return a real number for each slot, [B, K, S] = {list(segment.pos.shape)}, got {came}."
+        )
+    scores = scores.astype(jnp.float32)
+    return jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+
+
 def worth_keeping(
     scorer: Scorer, segment: DenseSegment, seen: LayerObservation, protected: jax.Array
 ) -> jax.Array:
-    """f32[B, K, S]: the scores, with the protected slots (bool[B, K, S]) above all others."""
-    return protect(scorer.score(segment, seen).astype(jnp.float32), segment.pos, protected)
-
-
-def lowest(scores: jax.Array, count: jax.Array) -> jax.Array:
-    """bool[B, K, S]: the `count` (i32[B, K]) lowest scores of each head; ties take the lower slot."""
-    S = scores.shape[-1]
-
-    def one():
-        return (jnp.argmin(scores, axis=-1)[..., None] == jnp.arange(S)) & (count > 0)[..., None]
-
-    def several():
-        return ranks(scores) < count[..., None]
-
-    # Decoding adds one token a call: a minimum is enough, and two sorts a layer are not paid for.
-    return jax.lax.cond(jnp.max(count) <= 1, one, several)
+    """i32[B, K, S]: the order of the scores, with the protected slots (bool[B, K, S]) above all others."""
+    return priority(slot_scores(scorer, segment, seen), segment.pos, protected)

@@ -17,13 +17,15 @@ from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.segments.slots import counts_by_owner, written_after
 from kvjax.transforms.base import PLAIN, CacheTransform
-from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit
-from kvjax.transforms.evict_by_head import HeadBudgets, choose, pages_for, slot_scores
+from kvjax.transforms.evict import Scorer, check_protected, check_scorer
+from kvjax.transforms.evict_by_head import HeadBudgets, choose, first_scores, pages_for
 
 LayerWeights = Callable[[DenseSegment, LayerObservation], jax.Array]
 """`(segment, layer observation) -> f32[B]`: what the budget of a layer is proportional to, at least 0."""
 
 _SCORE = "score"
+_SLACK = 1e-3  # slots; equal weights give equal shares whatever float32 makes of them
+_LARGEST = 1e30  # of a layer's weight: a sum over layers stays finite
 
 
 def evict_across_layers(
@@ -57,10 +59,12 @@ def evict_across_layers(
       page: slots of a page.
 
     Raises:
+      TypeError: scorer is not a `Scorer`.
       ValueError: the budget cannot hold the sinks and the recent tokens, or both or neither of `heads` and `layers`
         are given.
     """
-    recent_count = check_protected(budget, sinks, recent)
+    check_scorer(scorer, "evict_across_layers")
+    always = check_protected(budget, sinks, recent)
     if page < 1:
         raise ValueError(f"page must be at least 1 slot, got {page}.")
     if (heads is None) == (layers is None):
@@ -74,20 +78,21 @@ def evict_across_layers(
             # Or XLA gathers keys and values of all layers at the very end, and holds every layer's until then.
             gathered = jnp.stack([pool.stored.k, pool.stored.values])
             segment = segment.replace(pos=written_after(gathered, segment.pos)[0])
-        fresh = SlotList.of(segment.replace(stats={_SCORE: slot_scores(scorer, segment, seen)}), layer * K)
+        fresh = SlotList.of(segment.replace(stats={_SCORE: first_scores(scorer, segment, seen)}), layer * K)
         held = fresh if pool is None else pool.as_list().plus(fresh)
         split = heads
         if layers is not None:
-            weights = weights.at[:, layer].set(layers(segment, seen))
+            weight = jnp.nan_to_num(layers(segment, seen), posinf=_LARGEST)
+            weights = weights.at[:, layer].set(jnp.clip(weight, 0.0, _LARGEST))
             split = proportional(weights)
         keep = choose(held.slots.stats[_SCORE][:, 0], held, rows, split, count * K, sinks, recent)
         pages = pages_for(count * K, slots, page)
         return RaggedSegment.of_list(held, keep, kv_heads=count * K, page=page, pages=pages), weights
 
     def init(cache: Cache, observation: Observation):
-        slots, L = budget_slots(budget, observation.prompt_slots), len(cache.layers)
-        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
-        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
+        slots, L = budget_slots(budget, observation.prompt_slots, always), len(cache.layers)
+        slots = observation.slots_of(slots)
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
         pool, weights = None, jnp.zeros((rows.shape[0], L))
         for index, (layer, seen) in enumerate(zip(cache.layers, observation.layers, strict=True)):
             tail = dense_tail(layer, "evict_across_layers")
@@ -100,7 +105,13 @@ def evict_across_layers(
         return cache.replace(shared={**cache.shared, views[0].name: pool}), ()
 
     return CacheTransform(
-        init=init, needs=scorer.needs, budget=budget, name="evict_across_layers", takes=PLAIN, leaves="shared"
+        init=init,
+        needs=scorer.needs,
+        budget=budget,
+        at_least=always,
+        name="evict_across_layers",
+        takes=PLAIN,
+        leaves="shared",
     )
 
 
@@ -123,7 +134,7 @@ def proportional(weights: jax.Array) -> HeadBudgets:
         total = L * per_head[:, None]
         whole = jnp.sum(weights, axis=1, keepdims=True)
         share = jnp.where(whole > 0, weights / jnp.where(whole > 0, whole, 1.0), 1 / L)
-        counts = jnp.minimum(jnp.floor(share * total).astype(jnp.int32), most)
+        counts = jnp.minimum(jnp.floor(share * total + _SLACK).astype(jnp.int32), most)
 
         def spread(_, counts):
             room = counts < most

@@ -13,17 +13,20 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation, of_head
 from kvjax.segments import DenseSegment
 from kvjax.segments.ragged import RaggedSegment, SlotList, split_pages
-from kvjax.segments.slots import counts_by_owner, ranks, ranks_by_owner, sums_by_owner
+from kvjax.segments.slots import counts_by_owner, places, priority, ranks, ranks_by_owner, sums_by_owner
 from kvjax.transforms.base import PLAIN, CacheTransform
-from kvjax.transforms.evict import Scorer, check_protected, check_protected_fit, is_protected, protect
+from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, slot_scores
 
 HeadBudgets = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 """`(f32[B, M] scores, i32[B, M] heads of the slots, i32[B] tokens per head, K) -> i32[B, K]`: how many of its slots
 each head keeps.
 
-Slots that are empty or kept in any case score `-inf`. A row's sum should be K times its tokens per head; each
-head's share may be rounded.
+Slots that are empty or kept in any case score `-inf`, others something finite; they come oldest token first, and of a
+token the lowest head first, so that whoever breaks ties in this order does not depend on where slots lie. A row's sum
+should be K times its tokens per head; each head's share may be rounded.
 """
+
+_PARTS = 1024  # of a slot, to which shares are exact before they are rounded: a half is a half on any machine
 
 
 def adaptive(floor: float = 0.2, normalise: bool = False) -> HeadBudgets:
@@ -50,8 +53,8 @@ def adaptive(floor: float = 0.2, normalise: bool = False) -> HeadBudgets:
             scores = scores * jnp.take_along_axis(share, owner, axis=1)
         chosen = ranks(-scores) < heads * per_head[:, None]
         counts = counts_by_owner(chosen & (scores > -jnp.inf), owner, heads)
-        uniform = per_head[:, None].astype(jnp.float32)
-        return jnp.round((1 - floor) * counts + floor * uniform).astype(jnp.int32)
+        share = (1 - floor) * counts + floor * per_head[:, None].astype(jnp.float32)
+        return jnp.round(jnp.round(share * _PARTS) / _PARTS).astype(jnp.int32)
 
     return allocate
 
@@ -80,40 +83,42 @@ def evict_by_head(
       page: slots of a page.
 
     Raises:
+      TypeError: scorer is not a `Scorer`.
       ValueError: the budget cannot hold the sinks and the recent tokens.
     """
-    recent_count = check_protected(budget, sinks, recent)
+    check_scorer(scorer, "evict_by_head")
+    always = check_protected(budget, sinks, recent)
     if page < 1:
         raise ValueError(f"page must be at least 1 slot, got {page}.")
 
-    @functools.partial(jax.jit, static_argnames="slots")
-    def share_out(pages: RaggedSegment | None, tail: DenseSegment, seen: LayerObservation, rows, *, slots: int):
+    @functools.partial(jax.jit, static_argnames="count")
+    def share_out(pages: RaggedSegment | None, tail: DenseSegment, seen: LayerObservation, rows, *, count: int):
         if not tail.pos.shape[2]:
             tail = tail.resize(1)  # scorers need not know of segments without slots
         K, tail = tail.pos.shape[1], tail.replace(stats={})
         held = SlotList.of(tail)
         if pages is None:
-            scores = slot_scores(scorer, tail, seen).reshape(held.owner.shape)
+            scores = first_scores(scorer, tail, seen).reshape(held.owner.shape)
         else:
             held = pages.as_list().plus(held)
             scores = scores_by_head(scorer, held, K, seen)
         keep = choose(scores, held, rows, heads, K, sinks, recent)
-        return RaggedSegment.of_list(held, keep, kv_heads=K, page=page, pages=pages_for(K, slots, page))
+        return RaggedSegment.of_list(held, keep, kv_heads=K, page=page, pages=count)
 
     def shrink(cache: Cache, rows: jax.Array, observation: Observation, emptied: Callable):
         """Takes the slots of every layer's tail into its pages, and leaves of the tail what `emptied` does."""
-        slots = budget_slots(budget, observation.prompt_slots)
+        slots = observation.slots_of(budget_slots(budget, observation.prompt_slots, always))
 
         def each(layer: LayerCache, seen: LayerObservation):
             before, pages, tail = split_pages(layer, "evict_by_head")
-            pages = share_out(pages, tail, seen, rows, slots=slots)
+            count = pages_for(tail.pos.shape[1], slots, page) if pages is None else pages.owner.shape[1]
+            pages = share_out(pages, tail, seen, rows, count=count)
             return layer.replace(segments=(*before, pages, emptied(tail)))
 
         return cache.map_layers(each, observation.layers)
 
     def init(cache: Cache, observation: Observation):
-        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
-        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
         return shrink(cache, rows, observation, DenseSegment.no_slots), rows
 
     def update(cache: Cache, rows: jax.Array, observation: Observation):
@@ -131,22 +136,24 @@ def evict_by_head(
         frees_in_prefill=1,
         frees_in_decode=1,
         budget=budget,
+        at_least=always,
         name="evict_by_head",
         takes=PLAIN,
         leaves="paged",
     )
 
 
-def slot_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -> jax.Array:
-    """f32[B, K, S]: what a scorer that has seen nothing before makes of a whole prompt; `-inf` for empty slots."""
+def first_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    """f32[B, K, S]: what a scorer that has seen nothing before makes of a whole prompt; `-inf` for empty slots only."""
     stats = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
     segment = scorer.observe(segment.replace(stats=stats), seen)
-    return jnp.where(segment.pos >= 0, scorer.score(segment, seen).astype(jnp.float32), -jnp.inf)
+    finite = jnp.clip(slot_scores(scorer, segment, seen), jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max)
+    return jnp.where(segment.pos >= 0, finite, -jnp.inf)
 
 
 def scores_by_head(scorer: Scorer, held: SlotList, kv_heads: int, seen: LayerObservation) -> jax.Array:
     """f32[B, M]: the same for slots in one list, a head after the other."""
-    score = lambda head: slot_scores(scorer, held.of_head(head), of_head(seen, head, kv_heads))[:, 0]
+    score = lambda head: first_scores(scorer, held.of_head(head), of_head(seen, head, kv_heads))[:, 0]
     each = jax.lax.map(score, jnp.arange(kv_heads))  # [K, B, M]
     return jnp.take_along_axis(each, held.owner[None], axis=0)[0]
 
@@ -163,7 +170,7 @@ def choose(
     """bool[B, M]: the slots that stay, when heads share `count` times the budgets i32[B] `rows`.
 
     Args:
-      scores: f32[B, M], `-inf` for empty slots.
+      scores: f32[B, M], finite; those of empty slots do not count.
       held: slots of the heads `0 .. count - 1`; all of one that has any include its protected ones.
       rows: i32[B], tokens per head.
       heads: how many slots each head keeps, beside the protected ones.
@@ -171,14 +178,17 @@ def choose(
       sinks: see `is_protected`.
       recent: the same.
     """
-    pos, owner = held.slots.pos, held.owner
-    protected = is_protected(pos, rows, sinks, recent)[:, 0]
-    worth = protect(scores[:, None], pos, protected[:, None])[:, 0]
+    oldest_first = jnp.lexsort((held.owner, held.slots.pos[:, 0]), axis=-1)
+    pos, owner, scores = (
+        jnp.take_along_axis(x, oldest_first, axis=1) for x in (held.slots.pos[:, 0], held.owner, scores)
+    )
+    protected = is_protected(pos[:, None], rows, sinks, recent)[:, 0]
     always = jnp.minimum(counts_by_owner(protected, owner, count), rows[:, None])  # [B, count]
-    free = jnp.where(protected, -jnp.inf, scores)
+    free = jnp.where(protected | (pos < 0), -jnp.inf, scores)
     limit = always + heads(free, owner, rows - always[:, 0], count)
-    place = ranks_by_owner(-worth, owner, count)
-    return (pos[:, 0] >= 0) & (place < jnp.take_along_axis(limit, owner, axis=1))
+    place = ranks_by_owner(~priority(scores, pos, protected), owner, count)
+    keep = (pos >= 0) & (place < jnp.take_along_axis(limit, owner, axis=1))
+    return jnp.take_along_axis(keep, places(oldest_first), axis=1)
 
 
 def pages_for(heads: int, slots: int, page: int) -> int:

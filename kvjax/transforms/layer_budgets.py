@@ -11,8 +11,13 @@ import numpy as np
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.observation import Observation
 
-LayerBudgets = Callable[[int, int, int], tuple[int, ...]]
-"""`(layers, slots per layer, slots of the prompt) -> slots of each layer`, all beside what is always kept."""
+_SLACK = 1e-3  # tokens; equal shares are equal whatever float32 makes of them
+
+LayerBudgets = Callable[[int, jax.Array, jax.Array], Sequence[jax.Array]]
+"""`(layers, i32[B] tokens per layer, i32[B] tokens of the prompt) -> i32[B] tokens of each layer`.
+
+All beside what is always kept. A row's split depends on that row alone; it is a function of arrays of any shape.
+"""
 
 
 def pyramid(beta: int = 20) -> LayerBudgets:
@@ -29,14 +34,13 @@ def pyramid(beta: int = 20) -> LayerBudgets:
     if beta < 1:
         raise ValueError(f"beta must be at least 1, got {beta}.")
 
-    def split(layers: int, slots: int, prompt: int) -> tuple[int, ...]:
-        if layers == 1 or prompt < 2 * slots:
-            return (slots,) * layers
+    def split(layers: int, slots: jax.Array, prompt: jax.Array) -> tuple[jax.Array, ...]:
         low = slots // beta
-        high = min(2 * slots - low, prompt)
+        high = jnp.minimum(2 * slots - low, prompt)
         low = 2 * slots - high
-        step = (high - low) // (layers - 1)
-        return tuple(high - layer * step for layer in range(layers))
+        step = (high - low) // max(layers - 1, 1)
+        evenly = (prompt < 2 * slots) | (layers == 1)
+        return tuple(jnp.where(evenly, slots, high - layer * step) for layer in range(layers))
 
     return split
 
@@ -51,14 +55,14 @@ def by_variance(variance: Sequence[float], least: float = 0.01) -> LayerBudgets:
     Source: Wan et al., D2O (2024), section 3.2 and its official code.
     """
     share = np.exp(-np.asarray(variance, np.float64))
-    share = share / share.sum()
+    weights = share / share.mean()
 
-    def split(layers: int, slots: int, prompt: int) -> tuple[int, ...]:
-        if len(share) != layers:
-            raise ValueError(f"variance is of {len(share)} layers, but the cache has {layers}.")
-        if prompt <= slots:
-            return (slots,) * layers
-        return tuple(int(n) for n in np.clip(share * layers * slots, least * prompt, prompt))
+    def split(layers: int, slots: jax.Array, prompt: jax.Array) -> tuple[jax.Array, ...]:
+        if len(weights) != layers:
+            raise ValueError(f"variance is of {len(weights)} layers, but the cache has {layers}.")
+        whole = lambda x: jnp.floor(x + _SLACK).astype(jnp.int32)
+        within = lambda n: jnp.clip(whole(n * slots), whole(least * prompt), prompt)
+        return tuple(jnp.where(prompt <= slots, slots, within(float(n))) for n in weights)
 
     return split
 
@@ -71,43 +75,44 @@ def whole_layers(whole: Sequence[int], others: LayerBudgets | None = None) -> La
       others: splits the budget over all layers, of which the others get their part; None: evenly.
     """
 
-    def split(layers: int, slots: int, prompt: int) -> tuple[int, ...]:
+    def split(layers: int, slots: jax.Array, prompt: jax.Array) -> tuple[jax.Array, ...]:
         if any(not -layers <= index < layers for index in whole):
             raise ValueError(f"whole must name layers of the {layers} there are, got {tuple(whole)}.")
         budgets = list(others(layers, slots, prompt) if others else (slots,) * layers)
         for index in whole:
-            budgets[index] = max(slots, prompt)
+            budgets[index] = jnp.maximum(slots, prompt)
         return tuple(budgets)
 
     return split
 
 
 def split_budget(
-    budget: int | float, count: int, observation: Observation, layers: LayerBudgets | None, protected: int
+    budget: int | float, count: int, observation: Observation, layers: LayerBudgets | None, always: int
 ) -> list[tuple[int, jax.Array]]:
     """For each of `count` layers its slots, and i32[B], the budget of each row.
 
-    The split is that of the longest prompt of the batch; shorter rows take their share of it. In a layer that
-    can hold the whole of it, they keep everything as well.
+    The slots of a layer are those of the prompt that needs most of them, of all lengths that the batch has room for:
+    what a row keeps does not depend on the others.
 
     Args:
       budget: tokens per KV head on average, as a count or as a fraction of each row's prompt.
       count: [L].
       observation: knows the prompts.
-      layers: splits what is not protected; None: evenly.
-      protected: slots of every layer that are always kept.
+      layers: splits what is not always kept; None: evenly.
+      always: tokens of every layer that are always kept.
     """
     prompt_slots = observation.prompt_slots
-    slots = budget_slots(budget, prompt_slots)
-    rows = budget_rows(budget, observation.prompt, prompt_slots)
+
+    def of(prompt: jax.Array) -> list[jax.Array]:
+        rows = budget_rows(budget, prompt, prompt_slots, always)
+        if layers is None:
+            return [rows] * count
+        each = layers(count, jnp.maximum(rows - always, 0), jnp.maximum(prompt - always, 0))
+        return [jnp.broadcast_to(n, prompt.shape).astype(jnp.int32) + always for n in each]
+
     if layers is None:
-        return [(slots, rows)] * count
-    free, prompt = slots - protected, max(prompt_slots - protected, 0)
-
-    def of_rows(n: int) -> jax.Array:
-        if n >= prompt:
-            return jnp.full_like(rows, n + protected)
-        share = jnp.floor((rows - protected) * (n / max(free, 1)) + 1e-3).astype(jnp.int32)
-        return protected + jnp.clip(share, 0, n)
-
-    return [(n + protected, of_rows(n)) for n in layers(count, free, prompt)]
+        slots = [budget_slots(budget, prompt_slots, always)] * count
+    else:
+        with jax.ensure_compile_time_eval():
+            slots = [int(jnp.max(n)) for n in of(jnp.arange(1, max(prompt_slots, 1) + 1))]
+    return [(observation.slots_of(n), jnp.minimum(rows, n)) for n, rows in zip(slots, of(observation.prompt))]

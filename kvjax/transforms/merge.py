@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_highest, marked
+from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
 from kvjax.transforms.evict import (
     Scorer,
     check_protected,
-    check_protected_fit,
+    check_scorer,
     is_protected,
     with_stats,
     worth_keeping,
@@ -31,7 +31,7 @@ class Ranked(NamedTuple):
     """Slots of a layer with what each is worth, for a rule to decide what becomes of them."""
 
     segment: DenseSegment
-    worth: jax.Array  # f32[B, K, S], protected slots above all others
+    worth: jax.Array  # i32[B, K, S], of which only the order means anything; protected slots above all others
     protected: jax.Array  # bool[B, K, S], always kept
     rows: jax.Array  # i32[B], slots that may stay
     most: int  # [E], no head of any row gives up more than this
@@ -47,12 +47,12 @@ class Ranked(NamedTuple):
         return jnp.maximum(jnp.sum(self.occupied, axis=-1) - self.rows[:, None], 0)
 
     def lowest(self, worth: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The excess slots of lowest worth: i32[B, K, E], and bool[B, K, E], which of them are real."""
-        worth = jnp.where(self.occupied, worth, jnp.inf)
+        """The excess slots of lowest worth, the newest of a tie: i32[B, K, E], and bool[B, K, E], which are real."""
+        pos = self.segment.pos
         if self.most == 1:  # a token of a decoding step: no sort
-            slots = jnp.argmin(worth, axis=-1)[..., None]
+            slots = lowest_slot(worth, pos)[..., None]
         else:
-            _, slots = jax.lax.top_k(-worth, self.most)
+            slots = lowest_first(worth, pos)[..., : self.most]
         return slots, jnp.arange(self.most) < self.excess[..., None]
 
 
@@ -104,9 +104,13 @@ def merge(
       log_count: adds to the logits of a slot the log of how many tokens it stands for (4 bytes a slot).
 
     Raises:
+      TypeError: scorer is not a `Scorer`, or rule not a `MergeRule`.
       ValueError: the budget cannot hold the sinks and the recent tokens.
     """
-    recent_count = check_protected(budget, sinks, recent)
+    check_scorer(scorer, "merge")
+    if not isinstance(rule, MergeRule):
+        raise TypeError(f"merge needs a MergeRule, such as kvjax.into_nearest(), got {rule!r}.")
+    always = check_protected(budget, sinks, recent)
 
     def shrink(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, slots: int, state):
         most = segment.pos.shape[2] - slots  # rows hold no more than `slots`, and what was reserved for new tokens
@@ -126,7 +130,7 @@ def merge(
             segment = segment.replace(bias=jnp.zeros(segment.pos.shape, jnp.float32))
         segment = scorer.observe(with_stats(segment, scorer), seen)
         segment, state = shrink(segment, seen, rows, slots, rule.start(segment.pos.shape[0]))
-        return layer.with_tail(segment.take(*keep_highest(segment.pos, segment.pos >= 0, slots))), state
+        return layer.with_tail(segment.take(*keep_highest(segment.pos, segment.pos, slots))), state
 
     @jax.jit
     def see(layer: LayerCache, seen: LayerObservation):
@@ -138,10 +142,9 @@ def merge(
         return layer.with_tail(segment), state
 
     def split(cache: Cache, observation: Observation):
-        return split_budget(budget, len(cache.layers), observation, layers, sinks + recent_count)
+        return split_budget(budget, len(cache.layers), observation, layers, always)
 
     def init(cache: Cache, observation: Observation):
-        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
         each = zip(cache.layers, observation.layers, split(cache, observation), strict=True)
         done = [compress(layer, seen, rows, slots=slots) for layer, seen, (slots, rows) in each]
         return cache.replace(layers=tuple(layer for layer, _ in done)), tuple(state for _, state in done)
@@ -164,6 +167,7 @@ def merge(
         frees_in_prefill=1,
         frees_in_decode=1,
         budget=budget,
+        at_least=always,
         name="merge",
         takes=PLAIN,
         leaves="by_head",

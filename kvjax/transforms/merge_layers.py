@@ -10,10 +10,11 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import DenseSegment, ScaledSegment, SharedView
 from kvjax.segments.dense import dense_tail
-from kvjax.segments.slots import keep_highest, marked
+from kvjax.segments.slots import keep_highest, marked, priority
 from kvjax.transforms.base import CacheTransform
 
 _NEARLY_PARALLEL = 1e-3  # sine below which the arc is a chord
+_ROUNDING = 1e-5  # radians, and of a scaled angle: what float32 cannot tell apart does not decide
 
 
 def merge_layers(start: int | float, retain: int | float, *, interpolation: float = 0.5) -> CacheTransform:
@@ -25,8 +26,9 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
 
     and layer i reads `|x_i| e`. The tokens whose directions differ most are not merged: they stay exact in the last
     segment of either layer, where tokens that follow the prompt go as well. A token's difference is the larger of
-    the angles of its keys and of its values, each scaled to [0, 1] over the tokens of the row and head. Rotations
-    keep angles and lengths, so it does not matter that keys are rotated.
+    the angles of its keys and of its values, each scaled to [0, 1] over the tokens of the row and head; of a tie, such
+    as between the token of the largest key angle and that of the largest value angle, the oldest stays. Rotations keep
+    angles and lengths, so it does not matter that keys are rotated.
 
     Args:
       start: first layer that is merged: its index, or a fraction of the number of layers.
@@ -52,7 +54,7 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
         v, v_a, v_b, value_angle = _merged(*(x.values_apart("merge_layers") for x in (a, b)), interpolation)
         apart = jnp.maximum(_scaled_to_one(key_angle, there), _scaled_to_one(value_angle, there))
         retained = min(budget_slots(retain, S), S) if retain else 0
-        exact = keep_highest(apart, there, retained, rows)
+        exact = keep_highest(priority(apart, a.pos), a.pos, retained, rows)
         lengths = {"k_a": k_a, "k_b": k_b, "v_a": v_a, "v_b": v_b}  # gathered with the slots
         merged = DenseSegment(k=k, v=v, pos=a.pos, stats=lengths).drop(marked(*exact, S)).in_token_order()
         merged = jax.tree.map(lambda x: x[:, :, : S - retained], merged)
@@ -106,4 +108,6 @@ def _scaled_to_one(x: jax.Array, there: jax.Array) -> jax.Array:
     """[B, K, S] with the least of a row and head at 0 and the largest at 1."""
     low = jnp.min(jnp.where(there, x, jnp.inf), axis=-1, keepdims=True)
     high = jnp.max(jnp.where(there, x, -jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(high > low, (x - low) / jnp.where(high > low, high - low, 1.0), 0.0)
+    differ = high > low + _ROUNDING
+    scaled = jnp.where(differ, (x - low) / jnp.where(differ, high - low, 1.0), 0.0)
+    return jnp.where(scaled > 1 - _ROUNDING, 1.0, scaled)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.segments.slots import marked, ranks, token_order
+from kvjax.segments.slots import highest_first, highest_slot, marked, places, ranks, token_order
 from kvjax.transforms.merge import MergeRule, Moves, Ranked
 
 _BLOCK = 256  # slots that are compared with all others at a time
+_LEAST = jnp.iinfo(jnp.int32).min
+_ROUNDING = 1e-5  # of a cosine in float32: slots that are alike are alike on any machine
 
 
 def into_nearest(smoothing: float = 0.5) -> MergeRule:
@@ -31,12 +33,12 @@ def into_nearest(smoothing: float = 0.5) -> MergeRule:
         S = ranked.worth.shape[2]
         slots, real = ranked.lowest(ranked.worth)
         stays = ranked.occupied & ~marked(slots, real, S)
-        similarity, into = _nearest(ranked.segment.k, slots, stays)
+        similarity, into = _nearest(ranked.segment.k, ranked.segment.pos, slots, stays)
         count = jnp.sum(real, axis=(1, 2))
         mean = jnp.sum(jnp.where(real, similarity, 0.0), axis=(1, 2)) / jnp.maximum(count, 1)
         moved = jnp.where(threshold == -jnp.inf, mean, (1 - smoothing) * threshold + smoothing * mean)
         threshold = jnp.where(count > 0, moved, threshold)
-        into = jnp.where(similarity >= threshold[:, None, None], into, S)
+        into = jnp.where(similarity >= threshold[:, None, None] - _ROUNDING, into, S)
         return Moves(slots, real, into, jnp.exp(similarity - 1)), threshold
 
     return MergeRule(move, start=lambda batch: jnp.full((batch,), -jnp.inf, jnp.float32))
@@ -76,14 +78,14 @@ def into_runs(threshold: float = 0.75, width: float = 5.0, heavy: float = 0.24) 
         cosine = jnp.pad(cosine, ((0, 0), (0, 0), (1, 0)), constant_values=-jnp.inf)
         linked = (cosine > -jnp.inf) & (ranks(-cosine) < ranked.excess[..., None])
         run = jnp.cumsum(~linked, axis=-1) - 1  # which run a token is in, from 0
-        pivot = _first_highest(worth, run)  # the place in the order of that run's pivot
+        pivot = _highest_of_run(worth, run)  # the place in the order of that run's pivot
         merged = pivot != jnp.arange(S)
         of_pivot = jnp.take_along_axis(keys, pivot[..., None], axis=2)
         weight = jnp.exp(-jnp.sum((of_pivot - keys) ** 2, axis=-1) / (2 * width**2))
         into = jnp.where(merged, jnp.take_along_axis(order, pivot, axis=-1), S)
         back = jnp.argsort(order, axis=-1)
         merged, into, weight = (jnp.take_along_axis(x, back, axis=-1) for x in (merged, into, weight))
-        slots, real = ranked.lowest(jnp.where(merged, -jnp.inf, ranked.worth))
+        slots, real = ranked.lowest(jnp.where(merged, _LEAST, ranked.worth))
         into, weight = (jnp.take_along_axis(x, slots, axis=-1) for x in (into, weight))
         return Moves(slots, real, into, weight), state
 
@@ -94,23 +96,23 @@ def _heaviest(ranked: Ranked, fraction: float) -> jax.Array:
     """bool[B, K, S]: the protected slots and, of the others, the highest, as many as a fraction of the budget."""
     count = jnp.floor(fraction * ranked.rows + 1e-3).astype(jnp.int32)[:, None]
     count = jnp.sum(ranked.protected, axis=-1) + count
-    return ranks(jnp.where(ranked.occupied, -ranked.worth, jnp.inf)) < count[..., None]
+    return places(highest_first(ranked.worth, ranked.segment.pos)) < count[..., None]
 
 
-def _first_highest(worth: jax.Array, run: jax.Array) -> jax.Array:
-    """i32[B, K, S]: for every place the first of highest worth in its run."""
+def _highest_of_run(worth: jax.Array, run: jax.Array) -> jax.Array:
+    """i32[B, K, S]: for every place, in token order, that of the highest worth in its run; of a tie the oldest."""
     S = worth.shape[-1]
-    over_heads = lambda fn: jax.vmap(jax.vmap(fn))
-    highest = over_heads(lambda x, r: jax.ops.segment_max(x, r, S, indices_are_sorted=True)[r])(worth, run)
-    place = jnp.where(worth == highest, jnp.arange(S), S)
-    return over_heads(lambda x, r: jax.ops.segment_min(x, r, S, indices_are_sorted=True)[r])(place, run)
+    order = jnp.argsort(~worth, axis=-1, stable=True)
+    of_run = jax.vmap(jax.vmap(lambda x, r: jax.ops.segment_min(x, r, S, indices_are_sorted=True)[r]))
+    return jnp.take_along_axis(order, of_run(places(order), run), axis=-1)
 
 
-def _nearest(keys: jax.Array, slots: jax.Array, stays: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The highest cosine of each of some keys with those that stay, and where it is.
+def _nearest(keys: jax.Array, pos: jax.Array, slots: jax.Array, stays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest cosine of each of some keys with those that stay, and where it is; of a tie the oldest.
 
     Args:
       keys: [B, K, S, H].
+      pos: i32[B, K, S].
       slots: i32[B, K, E].
       stays: bool[B, K, S].
 
@@ -124,8 +126,7 @@ def _nearest(keys: jax.Array, slots: jax.Array, stays: jax.Array) -> tuple[jax.A
         picked = jnp.take_along_axis(keys, index[..., None], axis=2)
         dot = jnp.einsum("bkeh,bksh->bkes", picked, keys, preferred_element_type=jnp.float32)
         cosine = dot / (jnp.take_along_axis(norm, index, axis=-1)[..., None] * norm[:, :, None])
-        cosine = jnp.where(stays[:, :, None], cosine, -jnp.inf)
-        return jnp.max(cosine, axis=-1), jnp.argmax(cosine, axis=-1)
+        return highest_slot(jnp.where(stays[:, :, None], cosine, -jnp.inf), pos[:, :, None])
 
     E = slots.shape[2]
     if E <= _BLOCK:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import dense_tail
-from kvjax.segments.slots import keep_highest, marked
+from kvjax.segments.slots import keep_highest, marked, priority
 from kvjax.transforms.base import PLAIN, CacheTransform, keep
-from kvjax.transforms.evict import Scorer
+from kvjax.transforms.evict import Scorer, check_scorer, slot_scores
 
 
 def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTransform:
@@ -18,13 +18,15 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
 
     Args:
       transform: acts on the rest, once: wrap it in `at_prefill_end` where it acts later, too.
-      scorer: what a slot is worth; where it says -inf a slot is not protected, however few there are.
+      scorer: what a slot is worth; where it says -inf or NaN a slot is not protected, however few there are.
       slots: of a KV head that are protected, at most.
 
     Raises:
+      TypeError: scorer is not a `Scorer`.
       ValueError: slots is negative; the transform acts later, or it needs what the scorer does not give: the same
         tokens in every head.
     """
+    check_scorer(scorer, "protect")
     if slots < 0:
         raise ValueError(f"slots must be at least 0, got {slots}.")
     if transform.update is not keep or transform.observe is not keep:
@@ -37,9 +39,9 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
     @jax.jit
     def split(layer: LayerCache, seen: LayerObservation):
         segment = dense_tail(layer, "protect")
-        scores = scorer.score(segment, seen)
-        worthy = (segment.pos >= 0) & (scores > -jnp.inf)
-        index, valid = keep_highest(scores, worthy, min(slots, segment.pos.shape[2]))
+        scores = slot_scores(scorer, segment, seen)
+        worthy = jnp.where(scores > -jnp.inf, segment.pos, -1)
+        index, valid = keep_highest(priority(scores, worthy), worthy, min(slots, segment.pos.shape[2]))
         rest = segment.drop(marked(index, valid, segment.pos.shape[2]))
         return layer.with_tail(rest), segment.take(index, valid).resize(slots)
 

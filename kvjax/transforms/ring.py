@@ -7,22 +7,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_slots, check_budget
+from kvjax.budget import budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
 from kvjax.segments.protocol import KeyRope
-from kvjax.segments.slots import LAST, keep_highest
 from kvjax.transforms.base import PLAIN, CacheTransform
 
 
-def as_ring(segment: DenseSegment, slots: int, sinks: int) -> DenseSegment:
-    """The sinks and the newest slots, `slots` of them, in a segment that overwrites its oldest."""
+def as_ring(segment: DenseSegment, slots: int, sinks: int, rows: jax.Array | None = None) -> DenseSegment:
+    """The sinks and the newest slots, i32[B] `rows` of `slots` (None: all), in a segment that overwrites its oldest."""
     if segment.pos.shape[2] < slots:
         segment = segment.resize(slots)
-    is_sink = (segment.pos >= 0) & (segment.pos < sinks)
-    newest = jnp.where(is_sink, LAST, segment.pos)
-    return segment.take(*keep_highest(newest, segment.pos >= 0, slots)).replace(ring_sinks=sinks)
+    rows = jnp.full(segment.pos.shape[:1], slots) if rows is None else jnp.minimum(rows, slots)
+    return segment.replace(ring_sinks=sinks).newest(rows, slots)
 
 
 def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
@@ -31,8 +29,8 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
     Memory never grows, in prefill or decode, and no slot is spent on slack.
 
     Args:
-      budget: tokens per KV head, sinks included; a fraction refers to the longest prompt of the batch, since
-        a ring has one size.
+      budget: tokens per KV head, sinks included, as a count or as a fraction of each row's prompt; a fraction is never
+        less than the sinks and one token.
       sinks: first tokens that are never overwritten.
       key_rope: "stored" keeps original positions; "rank" re-indexes them inside the cache.
 
@@ -44,22 +42,26 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
     check_budget(budget, at_least=sinks + 1, holds=f"{sinks} sinks and one recent token")
 
     @functools.partial(jax.jit, static_argnames="slots")
-    def compress(layer: LayerCache, seen: LayerObservation, *, slots: int) -> LayerCache:
-        segment = as_ring(dense_tail(layer, "ring"), slots, sinks)
+    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int) -> LayerCache:
+        segment = as_ring(dense_tail(layer, "ring"), slots, sinks, rows)
         if key_rope != segment.key_rope:
             segment = unrotated(segment, seen.queries.rope).replace(key_rope=key_rope)
         return layer.with_tail(segment)
 
     def init(cache: Cache, observation: Observation):
-        slots = budget_slots(budget, observation.prompt_slots)
-        if slots <= sinks:
-            raise ValueError(
-                f"budget must hold more than {sinks} sinks, got {budget} of {observation.prompt_slots} "
-                f"tokens = {slots}."
-            )
-        shrink = lambda layer, seen: compress(layer, seen, slots=slots)
+        slots = budget_slots(budget, observation.prompt_slots, sinks + 1)
+        slots = observation.slots_of(slots, grows=False)  # a ring never does
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots, sinks + 1)
+        shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(shrink, observation.layers), ()
 
     return CacheTransform(
-        init=init, frees_in_prefill=1, frees_in_decode=1, budget=budget, name="ring", takes=PLAIN, leaves="ring"
+        init=init,
+        frees_in_prefill=1,
+        frees_in_decode=1,
+        budget=budget,
+        at_least=sinks + 1,
+        name="ring",
+        takes=PLAIN,
+        leaves="ring",
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kvjax.budget import budget_slots
+from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import CompensatedSegment, HeadsSegment
@@ -29,8 +29,7 @@ def split_heads(
       full: KV heads of each layer that keep every token.
       sinks: first tokens that a ring keeps.
       recent: newest tokens that a ring keeps.
-      fraction: the newest tokens are this fraction of the prompt where that is more than `recent`; of the longest
-        prompt of the batch, since a ring has one size.
+      fraction: the newest tokens are this fraction of each row's prompt where that is more than `recent`.
       compensate: what a ring drops, then and later, stays as the mean of its keys and values (`CompensatedSegment`).
 
     Raises:
@@ -43,7 +42,7 @@ def split_heads(
         raise ValueError(f"fraction must be in [0, 1), got {fraction}.")
     full = tuple(tuple(sorted({int(head) for head in heads})) for heads in full)
 
-    def split(layer: LayerCache, heads: tuple[int, ...], window: int) -> LayerCache:
+    def split(layer: LayerCache, rows: jax.Array, heads: tuple[int, ...], slots: int) -> LayerCache:
         dense = dense_tail(layer, "split_heads")
         K = dense.pos.shape[1]
         if heads and not 0 <= heads[0] <= heads[-1] < K:
@@ -53,17 +52,20 @@ def split_heads(
         def encode(part, index):
             if index == 0:
                 return part
-            ring = as_ring(part, sinks + window, sinks)
+            ring = as_ring(part, slots, sinks, rows)
             return CompensatedSegment.of(part, ring) if compensate else ring
 
         return layer.with_tail(HeadsSegment.of(dense, (heads, others), encode))
 
-    compress = jax.jit(split, static_argnums=(1, 2))
+    compress = jax.jit(split, static_argnums=(2, 3))
 
     def init(cache: Cache, observation: Observation):
         if len(full) != len(cache.layers):
             raise ValueError(f"full is for {len(full)} layers, but the cache has {len(cache.layers)}.")
-        window = max(recent, budget_slots(float(fraction), observation.prompt_slots))
-        return cache.map_layers(compress, full, [window] * len(full)), ()
+        slots = sinks + budget_slots(float(fraction), observation.prompt_slots, recent)
+        slots = observation.slots_of(slots, grows=False)  # a ring never does
+        rows = sinks + budget_rows(float(fraction), observation.prompt, observation.prompt_slots, recent)
+        each = lambda layer, heads: compress(layer, rows, tuple(heads), slots)
+        return cache.map_layers(each, full), ()
 
     return CacheTransform(init=init, name="split_heads", takes=PLAIN, leaves="split")

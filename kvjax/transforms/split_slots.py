@@ -17,7 +17,7 @@ from kvjax.transforms.base import PLAIN, CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
     check_protected,
-    check_protected_fit,
+    check_scorer,
     is_protected,
     with_stats,
     worth_keeping,
@@ -31,7 +31,7 @@ def split_slots(
 
     Nothing is lost, and nothing is gained before the segments are stored differently: what follows may treat them
     apart, as `quantize(written_bits=...)` and `balance_channels(where="written")` do. Acts when the prompt is in;
-    tokens that come later stay with the highest. Ties go to the lower slot.
+    tokens that come later stay with the highest. Of equal scores the oldest are among the highest.
 
     Args:
       scorer: what a slot is worth. Its statistics are kept while a prompt arrives in chunks.
@@ -40,9 +40,11 @@ def split_slots(
       recent: newest tokens that are always among them: a count, or a fraction of the budget.
 
     Raises:
+      TypeError: scorer is not a `Scorer`.
       ValueError: the budget cannot hold the sinks and the recent tokens.
     """
-    recent_count = check_protected(budget, sinks, recent)
+    check_scorer(scorer, "split_slots")
+    always = check_protected(budget, sinks, recent)
 
     def observed(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
         return scorer.observe(with_stats(segment, scorer), seen)
@@ -58,7 +60,7 @@ def split_slots(
             return layer.with_tail(segment)
         # Rounding of a fraction may ask a row for more than the other segment has room for.
         held = jnp.max(jnp.sum(occupied, axis=-1), axis=-1)
-        index, valid = keep_highest(scores, occupied, slots, jnp.maximum(rows, held - (S - slots)))
+        index, valid = keep_highest(scores, segment.pos, slots, jnp.maximum(rows, held - (S - slots)))
         rest = segment.drop(marked(index, valid, S)).in_token_order()
         rest = jax.tree.map(lambda x: x[:, :, : S - slots], rest)
         rest = rest.resize(sharding.packable(S - slots, batch=B, kv_heads=K))
@@ -69,9 +71,8 @@ def split_slots(
         return layer.with_tail(observed(dense_tail(layer, "split_slots"), seen))
 
     def init(cache: Cache, observation: Observation):
-        slots = budget_slots(budget, observation.prompt_slots)
-        check_protected_fit(budget, observation.prompt_slots, sinks, recent_count)
-        rows = budget_rows(budget, observation.prompt, observation.prompt_slots)
+        slots = budget_slots(budget, observation.prompt_slots, always)
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
         split = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(split, observation.layers), ()
 

@@ -16,8 +16,9 @@ from kvjax.transforms.base import CacheTransform
 
 def at_prefill_end(transform: CacheTransform) -> CacheTransform:
     """Acts once, when the prompt is in. Afterwards the cache grows with every token."""
-    once = CacheTransform(init=transform.init)
+    once = CacheTransform(init=lambda cache, observation: transform.init(cache, observation.replace(grows=True)))
     return transform._replace(
+        init=once.init,
         begin=lambda cache, observation: (cache, ()),
         update=once.update,
         observe=once.observe,
@@ -31,10 +32,15 @@ def every_chunk(transform: CacheTransform) -> CacheTransform:
 
     def only_in_prefill(run):
         return lambda cache, state, observation: (
-            run(cache, state, observation) if observation.phase == "prefill" else (cache, state)
+            run(cache, state, observation.replace(grows=True))
+            if observation.phase == "prefill"
+            else (cache, state)
         )
 
+    start = lambda run: None if run is None else lambda cache, seen: run(cache, seen.replace(grows=True))
     return transform._replace(
+        init=start(transform.init),
+        begin=start(transform.begin),
         update=only_in_prefill(transform.update),
         observe=only_in_prefill(transform.observe),
         frees_in_prefill=1,
@@ -111,7 +117,7 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
     def starting(run):
         def start(cache, observation):
             cache, state = run(cache, observation)
-            rows = budget_rows(transform.budget, observation.prompt, observation.prompt_slots)
+            rows = budget_rows(transform.budget, observation.prompt, observation.prompt_slots, transform.at_least)
             return cache, (state, rows)
 
         return start

@@ -209,7 +209,6 @@ BAD = {
     "keep and budget": (["--keep=0.5", "--budget=12"], "--keep and --budget"),
     "context and tasks": (["--context=64"], "--context is for synthetic tasks"),
     "keep above one": (["--keep=1.5"], "--keep must be in (0, 1]"),
-    "keep below the window": (["--keep=0.1", "--methods=snapkv"], "budget must hold 0 sinks and 32 recent"),
     "even kernel": (["--methods=snapkv", "--gin_bindings=snapkv.kernel = 4"], "kernel must be odd"),
     "three bits": (["--methods=int4", "--gin_bindings=kivi.bits = 3"], "bits must be 2, 4 or 8"),
     "group does not divide": (["--methods=int4", "--gin_bindings=kivi.group = 24"], "key_group must divide residual"),

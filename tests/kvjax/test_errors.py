@@ -186,14 +186,6 @@ def _prefill(transform, chunk=None, room=4, tokens=16):
 _heavy = lambda budget: evict(scores.accumulated_attention(), budget)
 
 PREFILL = {
-    "fraction below sinks and recent": (
-        lambda: _prefill(evict(scores.random(0), 0.25, sinks=2, recent=4)),
-        "budget must hold 2 sinks and 4 recent tokens, got 0.25 of 16 tokens = 4",
-    ),
-    "fraction of a ring below its sinks": (
-        lambda: _prefill(methods.streamingllm(0.25, sinks=4)),
-        "budget must hold more than 4 sinks, got 0.25 of 16 tokens = 4",
-    ),
     "a whole layer that is not there": (
         lambda: _prefill(methods.kvmerger(8, whole=(5,))),
         r"whole must name layers of the 2 there are, got \(5,\)",

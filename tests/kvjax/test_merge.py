@@ -92,7 +92,7 @@ def _follow(transform, policy, *, chunk=None):
 @pytest.mark.parametrize("smoothing, whole", [(0.5, ()), (0.2, (-1,))])
 def test_d2o(smoothing, whole):
     def policy(row, layer):
-        budget = T if layer == 1 and whole else BUDGET
+        budget = LENGTHS[row] if layer == 1 and whole else BUDGET
         return papers.D2O(budget, budget // 2, 4, smoothing)
 
     run = _follow(methods.d2o(BUDGET, smoothing=smoothing, whole=whole), policy)

@@ -13,7 +13,7 @@ from kvjax import sharding
 from kvjax.segments import DenseSegment
 from kvjax.segments import slots as slot_module
 from kvjax.segments.heads import HeadsSegment
-from kvjax.segments.slots import keep_best, keep_highest
+from kvjax.segments.slots import keep_best, keep_highest, priority
 from models.decoder import bind
 from models.weights import abstract_params, param_axes
 from pallas_kernels.partial import combine, combine_shards
@@ -166,7 +166,7 @@ def test_selecting_per_shard_keeps_the_best_of_each_and_sends_nothing():
     held = _slots(filled=32)
     scores = jnp.float32(np.random.default_rng(4).normal(size=(2, 2, 32)))
     rows = jnp.int32([12, 9])
-    keep = lambda s, x, r: keep_best(s, x, 12, r)
+    keep = lambda s, x, r: keep_best(s, priority(x, s.pos), 12, r)
     with sharding.use_mesh(mesh_of("seq:4,model:2"), select_per_shard=True):
         compiled = jax.jit(keep).lower(held, scores, rows).compile()
         got = jax.jit(keep)(held, scores, rows)
@@ -181,7 +181,7 @@ def test_selecting_per_shard_keeps_the_best_of_each_and_sends_nothing():
             assert kept[kept >= 0].tolist() == expected
     assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "permute"))
     jax.tree.map(np.testing.assert_array_equal, jax.jit(keep)(held, scores, rows), held.take(*keep_highest(
-        scores, held.pos >= 0, 12, rows
+        priority(scores, held.pos), held.pos, 12, rows
     )))
 
 
