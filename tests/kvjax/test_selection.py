@@ -8,35 +8,15 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Cache, DenseSegment, LayerCache, Queries, Rope, Scorer, scores
-from kvjax.observation import LayerObservation, Observation
+from kvjax import Cache, DenseSegment, Rope, Scorer, scores
 from kvjax.segments.slots import highest_slot, keep_highest, lowest, priority
 from kvjax.transforms.merge_layers import merge_layers
 from tests.kvjax.conformance import positions
+from tests.kvjax.slot_arrays import ROPE, H, K, T, seen_of, slots_cache
 from tests.quick_jit import quick_jit
 
-K, H, T, BUDGET, SINKS, RECENT = 2, 4, 20, 8, 2, 3
-ROPE = Rope.from_base(100.0, H)
+BUDGET, SINKS, RECENT = 8, 2, 3
 INF, NAN = np.inf, np.nan
-
-
-def _cache(k, lengths, v=None, layers=1, order=None):
-    """Layers of the same slots; token t of a row lies in slot t, or where i32[B, K, T] `order` puts it."""
-    pos = np.broadcast_to(np.arange(k.shape[2]), k.shape[:3])
-    pos = np.where(pos < np.array(lengths)[:, None, None], pos, -1)
-    slots = DenseSegment(*map(jnp.asarray, (np.float32(k), np.float32(k if v is None else v), np.int32(pos))))
-    if order is not None:
-        slots = jax.tree.map(lambda x: jnp.take_along_axis(x, order[(...,) + (None,) * (x.ndim - 3)], axis=2), slots)
-    return Cache(tuple(LayerCache((slots,)) for _ in range(layers)), length=jnp.int32(lengths))
-
-
-def _seen(lengths, prompt_slots=T, layers=1, learned=None, **more):
-    """What a decoder reports whose queries nobody asked for."""
-    B = len(lengths)
-    nothing = Queries(jnp.zeros((B, 0, K, H)), jnp.zeros((B, 0), jnp.int32), ROPE)
-    layer = LayerObservation(nothing, jnp.zeros((B, 0, K)), layer=jnp.int32(0), learned=learned)
-    prompt = jnp.int32(lengths)
-    return Observation((layer,) * layers, new=prompt, prompt=prompt, prompt_slots=prompt_slots, **more)
 
 
 def _of_token(table):
@@ -110,13 +90,13 @@ NUMBERS = {
 
 @functools.cache
 def _program(name, lengths, slots):
-    seen = _seen(lengths, slots, layers=2, learned=_MIX)
+    seen = seen_of(lengths, slots, layers=2, learned=_MIX)
     return quick_jit(lambda table, cache: TRANSFORMS[name](_of_token(table)).init(cache, seen)[0])
 
 
 def _kept(name, table, k, lengths, order=None):
     """Positions that a transform of the slots leaves, of `split_slots` in the last segment; by row, layer and head."""
-    cache = _program(name, lengths, k.shape[2])(jnp.float32(table), _cache(k, lengths, layers=2, order=order))
+    cache = _program(name, lengths, k.shape[2])(jnp.float32(table), slots_cache(k, lengths, layers=2, order=order))
     if name == "split_slots":
         cache = cache.map_layers(lambda layer: layer.replace(segments=layer.segments[-1:]))
     return [positions(cache, row) for row in range(len(lengths))]
@@ -150,14 +130,14 @@ def test_protected_slots_stay_while_tokens_come():
     lengths, rng = (T, 9), np.random.default_rng(2)
     table = rng.choice([NAN, INF, -INF, 1e31, 0.0], size=(2, K, T + 4))
     transform = kvjax.evict(_of_token(table), BUDGET, **_more)
-    cache, state = transform.init(_cache(rng.normal(size=(2, K, T, H)), lengths), _seen(lengths))
+    cache, state = transform.init(slots_cache(rng.normal(size=(2, K, T, H)), lengths), seen_of(lengths))
     cache = cache.reserve(1)
     for t in range(4):
         pos = jnp.int32([[lengths[0] + t], [lengths[1] + t]])
         new = jnp.ones((2, K, 1, H))
         tail = cache.layers[0].segments[0].append(new, new, pos, ROPE)
         cache = cache.map_layers(lambda layer: layer.with_tail(tail))
-        cache, state = transform.step(cache, state, _seen(lengths, phase="decode"))
+        cache, state = transform.step(cache, state, seen_of(lengths, phase="decode"))
         for row, n in enumerate(lengths):
             for head in positions(cache, row)[0]:
                 assert len(head) == BUDGET
@@ -168,7 +148,7 @@ def test_scores_of_minus_infinity_and_nan_are_not_protected():
     table = np.full((1, K, T), -INF)
     table[0, :, 3], table[0, :, 4], table[0, :, 5] = 1.0, NAN, INF
     transform = kvjax.protect(kvjax.identity(), _of_token(table)._replace(aligned=True), 4)
-    cache, _ = transform.init(_cache(np.ones((1, K, T, H)), (T,)), _seen((T,)))
+    cache, _ = transform.init(slots_cache(np.ones((1, K, T, H)), (T,)), seen_of((T,)))
     protected = cache.layers[0].segments[0].pos
     assert all(sorted(p for p in head.tolist() if p >= 0) == [3, 5] for head in protected[0])
 
@@ -180,7 +160,7 @@ def test_what_is_no_scorer_or_gives_no_scores_is_refused_by_name(name):
         build(lambda segment, seen: segment.pos)
     if name == "by_layer_weights":
         return
-    cache, seen = _cache(np.ones((1, K, T, H)), (T,), layers=2), _seen((T,), layers=2, learned=_MIX)
+    cache, seen = slots_cache(np.ones((1, K, T, H)), (T,), layers=2), seen_of((T,), layers=2, learned=_MIX)
 
     def by_token(segment, seen):
         return segment.pos[:, 0].astype(jnp.float32)
@@ -225,9 +205,9 @@ def test_minicache_retains_the_same_tokens_of_a_row_alone_and_in_a_batch():
 
     def retained(picked, lengths, slots):
         k, v = (rows[:, picked][:, :, :, :slots, i] for i in (0, 1))
-        layers = [_cache(k[i], lengths, v[i]).layers[0] for i in (0, 1)]
+        layers = [slots_cache(k[i], lengths, v[i]).layers[0] for i in (0, 1)]
         cache = Cache(tuple(layers), length=jnp.int32(lengths))
-        cache, _ = transform.init(cache, _seen(lengths, slots, layers=2))
+        cache, _ = transform.init(cache, seen_of(lengths, slots, layers=2))
         return [layer.segments[-1].pos[..., 0] for layer in cache.layers]
 
     first, second = retained(np.arange(40), (T,) * 40, T)
@@ -247,6 +227,6 @@ def test_angles_that_only_rounding_tells_apart_are_a_tie():
     turn = np.array([[np.cos(0.7), np.sin(0.7)], [-np.sin(0.7), np.cos(0.7)]])
     b = a @ turn
     parts = lambda x: (x[:, :, :, i].reshape(1, K, T, H) for i in (0, 1))
-    layers = [_cache(k, (T,), v).layers[0] for k, v in (parts(a), parts(b))]
-    cache, _ = merge_layers(0, 3).init(Cache(tuple(layers), length=jnp.int32([T])), _seen((T,), layers=2))
+    layers = [slots_cache(k, (T,), v).layers[0] for k, v in (parts(a), parts(b))]
+    cache, _ = merge_layers(0, 3).init(Cache(tuple(layers), length=jnp.int32([T])), seen_of((T,), layers=2))
     assert cache.layers[0].segments[-1].pos[0].tolist() == [[0, 1, 2]] * K
