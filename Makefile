@@ -31,16 +31,21 @@ STALE := $(shell test -x $(VENV_PYTHON) -a ! -e $(INSTALLING) || echo stale)
 # The interpreter goes first: a removal that is cut short must not leave something that looks whole.
 REMOVE_VENV = rm -f $(VENV_PYTHON) && rm -rf $(VENV)
 
-.PHONY: help run test lint clean stale
+.PHONY: help run test test-all lint clean stale
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 run: $(INSTALLED) ## Run the quickstart; GIN_FILE=, OUTPUT_DIR= and ARGS="--flag=value ..." change it
 	$(VENV_PYTHON) -m experiments.evaluate --gin_file=$(GIN_FILE) --output_dir=$(OUTPUT_DIR) $(ARGS)
 
-test: $(INSTALLED) ## Run the tests; ARGS="tests/test_layers.py -k name ..." goes to pytest
-	$(VENV_PYTHON) -m pytest -n auto --maxprocesses=4 $(ARGS)
+PYTEST = $(VENV_PYTHON) -m pytest -n auto --maxprocesses=4
+
+test: $(INSTALLED) ## Run the tests that are not slow; ARGS="tests/test_layers.py -k name ..." goes to pytest
+	$(PYTEST) $(ARGS)
+
+test-all: $(INSTALLED) ## Run all tests: every method with every check, mesh, generation and shape, and real models
+	$(PYTEST) -m "" $(ARGS)
 
 lint: $(LINT_INSTALLED) ## Check the style of the sources with flake8
 	$(VENV_PYTHON) -m flake8 $(ARGS)

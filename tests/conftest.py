@@ -1,4 +1,11 @@
-"""Fixtures that every test may ask for."""
+"""Fixtures that every test may ask for, and what keeps the suite fast and small."""
+
+import gc
+import os
+import pathlib
+import resource
+import shutil
+import sys
 
 import jax
 import pytest
@@ -7,14 +14,66 @@ from models import load_model
 
 jax.config.update("jax_num_cpu_devices", 8)  # for tests of meshes; all others run on the first
 
+PEAK_MB = 3072
+"""What a process may hold at most: two workers, their controller and a program that a test starts fit into 8 GB."""
 
-def pytest_addoption(parser):
-    """Options of the project's tests."""
-    parser.addoption(
-        "--every_generation",
-        action="store_true",
-        help="compile every method for every TPU generation, at the shapes of SmolLM2 and of Llama 3.1 8B",
-    )
+_CACHE_MB = 2048
+_CACHE = {
+    # Most of what workers have in common compiles in milliseconds.
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+_PEAKS = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    """Shares compiled programs between workers, runs, and the programs that tests start.
+
+    JAX tells them apart by code, options, flags and instruction set. Nothing else removes those of older sources.
+    """
+    config.stash[_PEAKS] = []
+    if not hasattr(config, "cache") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # a worker has it from its controller
+    folder = pathlib.Path(config.cache.mkdir("compiled"))
+    if sum(file.stat().st_size for file in folder.iterdir()) > _CACHE_MB * 2**20:
+        shutil.rmtree(folder)
+    for name, value in {**_CACHE, "jax_compilation_cache_dir": str(folder)}.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_this_module_only():
+    """Frees compiled programs behind the last test of a module: all of them take gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Takes a worker's peak to the controller."""
+    if "peak_mb" in getattr(node, "workeroutput", {}):
+        node.config.stash[_PEAKS].append(node.workeroutput["peak_mb"])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Fails a run in which a process held more than `PEAK_MB`."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["peak_mb"] = peak
+        return
+    config.stash[_PEAKS].append(peak)
+    if max(config.stash[_PEAKS]) > PEAK_MB and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Says how much memory a process took at most."""
+    peak = max(config.stash[_PEAKS], default=0)
+    terminalreporter.write_line(f"A process held {peak} MB at most; {PEAK_MB} are allowed.", red=peak > PEAK_MB)
 
 
 @pytest.fixture(scope="session")
