@@ -151,31 +151,46 @@ def bytes_on_one_device(tree) -> int:
 # --- the checks ---------------------------------------------------------------------------------------------------
 
 
-def check_bytes(h: Harness) -> None:
-    """Real bytes are those of the abstract cache and those of the documented formula."""
+def _sizes() -> Sizes:
     config = tiny_model.CONFIG
-    sizes = Sizes(config.num_layers, B, config.num_kv_heads, config.head_dim, T, ROOM)
+    return Sizes(config.num_layers, B, config.num_kv_heads, config.head_dim, T, ROOM)
+
+
+def _describe(run: kvjax.Run):
+    return jax.tree.structure(run), [(x.shape, x.dtype) for x in jax.tree.leaves(run)]
+
+
+def check_promises(h: Harness) -> None:
+    """Asked of shapes alone: bytes are those of the documented formula, and steps keep tree, shapes and dtypes.
+
+    `check_step` passes on what a decoder call really reports.
+    """
+    new, count = h.tokens[:, :1], jnp.ones(B, jnp.int32)
     for how in ("one_shot", "chunked"):
-        abstract = jax.eval_shape(getattr(h, how), h.params, h.tokens, h.lengths, tiny_model.empty(B))
-        assert kvjax.nbytes(abstract.cache) == kvjax.nbytes(h.prefill(how).cache) == h.case.nbytes(sizes)
-
-
-def check_step_keeps_shapes(h: Harness) -> None:
-    """`check_step` passes on what a decoder call really reports, and a run keeps its tree over steps."""
+        run = jax.eval_shape(getattr(h, how), h.params, h.tokens, h.lengths, tiny_model.empty(B))
+        assert kvjax.nbytes(run.cache) == h.case.nbytes(_sizes())
+    assert _describe(jax.eval_shape(h.extend, h.params, run, new, count)) == _describe(run)
 
     def observed(run):
         out = tiny_model.bind(h.params)(
-            h.tokens[:, :1], run.cache.length[:, None], run.cache, needs=h.transform.needs, last_only=False
+            new, run.cache.length[:, None], run.cache, needs=h.transform.needs, last_only=False
         )
-        seen = kvjax.Observation(
-            out.layers, new=jnp.ones(B, jnp.int32), prompt=run.prompt, prompt_slots=T, phase="decode"
-        )
+        seen = kvjax.Observation(out.layers, new=count, prompt=run.prompt, prompt_slots=T, phase="decode")
         return out.cache, run.state, seen
 
-    kvjax.check_step(h.transform, *jax.eval_shape(observed, h.run))
-    describe = lambda run: (jax.tree.structure(run), [(x.shape, x.dtype) for x in jax.tree.leaves(run)])
+    kvjax.check_step(h.transform, *jax.eval_shape(observed, run))
+
+
+def check_bytes(h: Harness) -> None:
+    """Real bytes are those of the documented formula."""
+    for how in ("one_shot", "chunked"):
+        assert kvjax.nbytes(h.prefill(how).cache) == h.case.nbytes(_sizes())
+
+
+def check_step_keeps_shapes(h: Harness) -> None:
+    """A run keeps its tree over steps."""
     runs = h.greedy[1]
-    assert describe(h.run) == describe(runs[0]) == describe(runs[-1])
+    assert _describe(h.run) == _describe(runs[0]) == _describe(runs[-1])
 
 
 def check_no_recompilation(h: Harness) -> None:

@@ -39,6 +39,15 @@ def tables(seed: int = 0) -> Tables:
     return Tables(*(x.astype(np.float32) for x in (q, k, v)))
 
 
+def distinct_tokens(batch: int, count: int, seed: int = 0) -> np.ndarray:
+    """Tokens [batch, count], none twice in a row.
+
+    Equal tokens have equal keys and inputs: where a method keeps the largest, rounding would choose between them.
+    """
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(VOCAB)[:count] for _ in range(batch)])
+
+
 def empty(batch: int):
     """A cache without slots."""
     return empty_cache(batch=batch, layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, slots=0)

@@ -79,6 +79,20 @@ ONCE = {
     ("project", "cast"),
     ("cast", "evict"),
 }
+# The others of these run in `make test-all`. What rewrites slots of every kind before what stores or moves them.
+FAST = {
+    ("paged", "quantize"),
+    ("merge", "quantize"),
+    ("split", "quantize"),
+    ("share_basis", "quantize"),
+    ("evict", "project"),
+    ("merge", "split"),
+    ("joint", "quantize"),
+    ("evict", "correct"),
+    ("evict", "codebook"),
+    ("evict", "ring"),
+    ("cast", "evict"),
+}
 
 
 def _program(transform):
@@ -108,7 +122,12 @@ def test_sensible_orders_compose(first, second):
 
 
 @pytest.mark.parametrize(
-    "first, second", [p for p in PAIRS if p[0] in ALLOWED[p[1]] and (FAMILIES.issuperset(p) or p in ONCE)]
+    "first, second",
+    [
+        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        for pair in PAIRS
+        if pair[0] in ALLOWED[pair[1]] and (FAMILIES.issuperset(pair) or pair in ONCE)
+    ],
 )
 def test_sensible_orders_run(first, second):
     transform = kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]())

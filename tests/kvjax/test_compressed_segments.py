@@ -23,6 +23,10 @@ CLOSE = dict(rtol=3e-5, atol=3e-5)  # float32 against float64, a few dozen slots
 _attend = quick_jit(lambda part, queries, **how: part.attend(queries, **how), static_argnames=("window", "scale"))
 _mass = quick_jit(lambda part, queries, lse, **how: part.mass(queries, lse, **how), static_argnames=("window", "scale"))
 
+_dense = quick_jit(lambda part: part.dense())
+_append = quick_jit(lambda part, *new: part.append(*new, ROPE))
+_latent = quick_jit(LatentSegment.of)
+
 
 def _slots(seed: int = 0, slots: int = S, **static) -> DenseSegment:
     """Random keys and values at positions 0 .. slots - 1; row 1 has four tokens fewer."""
@@ -78,9 +82,9 @@ def test_pages_may_be_quantized():
     keep = (_keep() & (dense.pos >= 0)).reshape(B, -1)
     ragged = RaggedSegment.of_list(SlotList.of(dense), keep, kv_heads=K, page=8, pages=9)
     encode = lambda slots: QuantizedSegment.encode(slots, bits=4, key_group=8, value_group=8)
-    packed = ragged.map_dense(encode, encode)
+    packed = quick_jit(lambda ragged: ragged.map_dense(encode, encode))(ragged)
     assert kvjax.nbytes(packed) < 0.45 * kvjax.nbytes(ragged)
-    expanded = packed.dense()
+    expanded = _dense(packed)
     np.testing.assert_allclose(_attend(packed, _queries()).out, _attend(expanded, _queries()).out, **CLOSE)
     occupied = (ragged.pages.pos >= 0)[..., None]
     error = np.abs(np.where(occupied, expanded.pages.k - ragged.pages.k, 0))
@@ -88,9 +92,10 @@ def test_pages_may_be_quantized():
 
 
 def test_no_slots_may_be_quantized():
-    none = QuantizedSegment.encode(_slots().no_slots(), bits=4, key_group=8, value_group=8)
+    encode = lambda slots: QuantizedSegment.encode(slots.no_slots(), bits=4, key_group=8, value_group=8)
+    none = quick_jit(encode)(_slots())
     assert none.dense().k.shape == (B, K, 0, H)
-    partial = none.attend(_queries())
+    partial = _attend(none, _queries())
     assert not partial.out.any() and (np.asarray(partial.lse) == -np.inf).all()
 
 
@@ -98,7 +103,7 @@ def test_merging_by_owner_is_combine():
     rng = np.random.default_rng(0)
     owner = np.array([[2, 0, 2, 2, 0]])
     out, lse = jnp.float32(rng.normal(size=(1, 2, 10, 3))), jnp.float32(rng.normal(size=(1, 2, 10)) * 5)
-    merged = combine_by_owner(Partial(out, lse), jnp.asarray(owner), 3)
+    merged = quick_jit(combine_by_owner, static_argnums=2)(Partial(out, lse), jnp.asarray(owner), 3)
     for head in range(3):
         pages = np.flatnonzero(owner[0] == head)
         mine = np.s_[2 * head : 2 * head + 2]
@@ -160,22 +165,22 @@ def test_new_tokens_are_projected_when_written():
     key, value = _basis(3, 3), _basis(5, 5)
     k, v = jnp.float32(np.random.default_rng(7).normal(size=(2, B, K, 6, H)))
     pos = jnp.array([[20, 21, 22, 23, 24, 25], [16, 17, 18, -1, -1, -1]])
-    grown = LatentSegment.of(_slots(), key, value).reserve(6).append(k, v, pos, ROPE)
-    at_once = LatentSegment.of(_slots().reserve(6).append(k, v, pos, ROPE), key, value)
+    grown = _append(_latent(_slots(), key, value).reserve(6), k, v, pos)
+    at_once = _latent(_append(_slots().reserve(6), k, v, pos), key, value)
     queries = _queries()._replace(pos=jnp.array([[22, 23, 24, 25], [16, 17, 18, -1]]))
     for a, b in zip(_attend(grown, queries), _attend(at_once, queries)):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
 def test_coordinates_may_be_quantized():
-    segment = LatentSegment.of(_slots(slots=32), _basis(3, 4), _basis(5, 8))
+    segment = _latent(_slots(slots=32), _basis(3, 4), _basis(5, 8))
     encode = lambda slots: QuantizedSegment.encode(slots, bits=8, key_group=8, value_group=4)
     tail = lambda slots: BufferedSegment.from_dense(slots, encode, 8)
-    packed = segment.map_dense(encode, tail)
+    packed = quick_jit(lambda segment: segment.map_dense(encode, tail))(segment)
     assert isinstance(packed.latent, BufferedSegment)
     got, want = _attend(packed, _queries()), _attend(segment, _queries())
     np.testing.assert_allclose(got.out, want.out, atol=0.05)  # 8 bits of a range of six
-    np.testing.assert_allclose(got.out, _attend(packed.dense(), _queries()).out, **CLOSE)
+    np.testing.assert_allclose(got.out, _attend(_dense(packed), _queries()).out, **CLOSE)
 
 
 @pytest.mark.parametrize("slots", [20, 1100])  # one tile, and more than two
@@ -216,14 +221,14 @@ def test_pruned_channels_are_zero_to_the_reader():
 def test_split_heads_read_and_write_as_one_segment(heads):
     dense = _slots()
     grow = lambda part, index: part.resize(S + 7 * index)
-    split = HeadsSegment.of(dense, heads, grow)
+    split = quick_jit(lambda dense: HeadsSegment.of(dense, heads, grow))(dense)
     assert split.pos.shape[:2] == (B, K)
     _assert_reads(split, dense, _queries())
-    np.testing.assert_array_equal(np.sort(split.dense().pos)[..., -S:], np.sort(dense.pos))
+    np.testing.assert_array_equal(np.sort(_dense(split).pos)[..., -S:], np.sort(dense.pos))
     k, v = jnp.float32(np.random.default_rng(7).normal(size=(2, B, K, 3, H)))
     pos = jnp.array([[20, 21, 22], [16, 17, -1]])
     queries = _queries()._replace(pos=jnp.array([[20, 21, 22, 22], [16, 17, 17, -1]]))
-    a, b = (part.reserve(3).append(k, v, pos, ROPE) for part in (split, dense))
+    a, b = (_append(part.reserve(3), k, v, pos) for part in (split, dense))
     _assert_reads(a, b, queries)
 
 

@@ -22,6 +22,21 @@ _NAMED = (
 )
 STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in name]
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
+# The others run in `make test-all`. A way to store slots each, and a way and a time to rewrite them.
+FAST = [
+    "full",  # dense slots, room for all
+    "int4",  # packed blocks and an exact tail
+    "streamingllm",  # a ring, positions by rank
+    "h2o_chunked",  # statistics of slots; at every call
+    "adakv_snapkv",  # pages of heads
+    "kvzip_int4",  # packed pages that layers share; the prompt is read twice
+    "every_4_window_attention",
+    "duoattention",  # heads apart
+    "think",  # fewer channels
+    "cskv",  # joint coordinates in blocks
+    "xkv",  # a basis that layers share
+    "locret",  # learned scores, chunk by chunk
+]
 # A batch of one is another program for each: one case of every kind of state.
 ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
 # A method of every kind of segment, and of every way to rewrite slots.
@@ -33,6 +48,7 @@ SHARDED = [
     *("kvmerger", "think", "xkv", "minicache", "razorattention"),
     *("matryoshka_pca", "cskv", "duoattention"),  # trained, the same transforms with other arrays
 ]
+SHARDED_FAST = ["int4", "streamingllm", "cake", "xkv"]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +56,9 @@ def harness(request):
     return conformance.Harness(BY_NAME[request.param])
 
 
-def for_each(names):
-    return pytest.mark.parametrize("harness", names, indirect=True, scope="module")
+def for_each(names, fast=FAST):
+    params = [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("harness", params, indirect=True, scope="module")
 
 
 def test_every_public_method_and_every_config_has_a_case():
@@ -49,8 +66,13 @@ def test_every_public_method_and_every_config_has_a_case():
     assert {*METHODS.values(), *method_names()} <= set(BY_NAME)
 
 
+@for_each(BY_NAME, fast=BY_NAME)
+def test_shapes_of_every_method_keep_what_it_promises(harness):
+    conformance.check_promises(harness)
+
+
 @for_each(BY_NAME)
-def test_bytes_are_those_of_the_abstract_cache_and_of_the_formula(harness):
+def test_bytes_are_those_of_the_formula(harness):
     conformance.check_bytes(harness)
 
 
@@ -106,7 +128,7 @@ def test_hostile_inputs_give_finite_numbers(harness, kind):
     conformance.check_hostile_inputs(harness, kind)
 
 
-@for_each(SHARDED)
+@for_each(SHARDED, fast=SHARDED_FAST)
 def test_a_mesh_of_eight_devices_changes_nothing(harness):
     conformance.check_sharded(harness, "data:2,seq:2,model:2")
 

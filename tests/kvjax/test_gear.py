@@ -62,7 +62,7 @@ def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decodi
     method = quantize_corrected(
         bits, rank=RANK, outliers=fraction, key_group=GROUP, value_group=GROUP, block=BLOCK, scale_dtype="float32"
     )
-    tokens = np.random.default_rng(0).integers(0, table_decoder.VOCAB, size=(2, T + NEW))
+    tokens = table_decoder.distinct_tokens(2, T + NEW)
     run = quick_jit(
         lambda prompt, cache: kvjax.prefill(STEP, method, prompt, jnp.array(LENGTHS), cache, room=NEW)
     )(jnp.int32(tokens[:, :T]), table_decoder.empty(2))

@@ -16,7 +16,7 @@ LENGTHS, T, NEW = (9, 5), 9, 12
 
 
 def _prompt() -> jax.Array:
-    return jnp.int32(np.random.default_rng(0).integers(0, table_decoder.VOCAB, size=(2, T)))
+    return jnp.int32(table_decoder.distinct_tokens(2, T))
 
 
 def _generate(stop_tokens=(), sampler=kvjax.Greedy(), seed=0, transform=methods.full(), new=NEW):
@@ -84,7 +84,7 @@ def test_the_key_decides_what_is_drawn(free):
 
 def test_given_tokens_in_one_call_or_one_by_one_give_the_same_logits():
     transform = methods.full()
-    forced = jnp.int32(np.random.default_rng(1).integers(0, table_decoder.VOCAB, size=(2, 4)))
+    forced = jnp.int32(table_decoder.distinct_tokens(2, 4, seed=1))
     run = kvjax.prefill(STEP, transform, _prompt(), jnp.array(LENGTHS), table_decoder.empty(2), room=4)
     together, logits = kvjax.extend(STEP, transform, run, forced, jnp.array([4, 2]), prompt_slots=T)
     for t in range(4):

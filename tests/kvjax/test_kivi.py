@@ -30,8 +30,7 @@ def _stored(tokens: np.ndarray, bits: int, layer: int) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decoding(bits):
     method = quantize(bits, key_group=GROUP, value_group=GROUP, residual=RESIDUAL, scale_dtype="float32")
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, table_decoder.VOCAB, size=(2, T + NEW))
+    tokens = table_decoder.distinct_tokens(2, T + NEW)
     prompt = jnp.int32(tokens[:, :T])
     run = quick_jit(
         lambda prompt, cache: kvjax.prefill(STEP, method, prompt, jnp.array(LENGTHS), cache, room=NEW)

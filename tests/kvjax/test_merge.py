@@ -149,7 +149,7 @@ def test_the_variance_of_attention_is_scaled_over_heads_and_averaged():
     variance = received.var(axis=-1)
     scaled = (variance - variance.min()) / (variance.max() - variance.min())
     seen = kvjax.LayerObservation(queries, jnp.float32(want.lse), jnp.int32(0))
-    np.testing.assert_allclose(attention_variance(segment, seen), scaled.mean(), rtol=1e-4)
+    np.testing.assert_allclose(quick_jit(attention_variance)(segment, seen), scaled.mean(), rtol=1e-4)
 
 
 # --- slots that stand for several tokens --------------------------------------------------------------------------
@@ -171,14 +171,15 @@ def test_equal_tokens_merged_with_their_count_are_read_as_before(given):
     same = lambda x: x.at[:, :, jnp.array([*given, 1])].set(x[:, :, :1])
     segment = segment.replace(k=same(segment.k), v=same(segment.v), bias=jnp.zeros((1, 2, 8)))
     queries = _queries(9)
-    before = segment.attend(queries)
+    attend = quick_jit(lambda segment: segment.attend(queries))
+    before = attend(segment)
     E = len(given)
     slots = jnp.broadcast_to(jnp.array(given), (1, 2, E))
     moves = Moves(slots, jnp.ones((1, 2, E), bool), jnp.full((1, 2, E), 1), jnp.full((1, 2, E), 0.3))
-    after = move(segment, moves)
+    after = quick_jit(move)(segment, moves)
     assert after.pos[0, 0].tolist() == [-1 if s in given else s for s in range(8)]
     assert np.isclose(float(after.bias[0, 1, 1]), np.log(1 + E))
-    for a, b in zip(after.attend(queries), before):
+    for a, b in zip(attend(after), before):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -186,7 +187,7 @@ def test_what_goes_nowhere_is_dropped_and_what_is_not_real_stays():
     segment = _slots(4)
     real, nowhere = jnp.array([[[True, False]] * 2]), jnp.full((1, 2, 2), 4)
     moves = Moves(jnp.array([[[0, 3], [1, 2]]]), real, nowhere, jnp.ones((1, 2, 2)))
-    after = move(segment, moves)
+    after = quick_jit(move)(segment, moves)
     assert after.pos[0].tolist() == [[-1, 1, 2, 3], [0, -1, 2, 3]]
     np.testing.assert_array_equal(after.k, segment.k)
 
@@ -195,20 +196,26 @@ def test_packed_and_projected_slots_keep_the_log_of_their_count():
     bias = jnp.log(jnp.float32(np.random.default_rng(2).integers(1, 6, size=(1, 2, 24))))
     segment, queries = _slots(24).replace(bias=bias), _queries(30)
     encode = functools.partial(QuantizedSegment.encode, bits=8, key_group=8, value_group=8)
-    packed = BufferedSegment.from_dense(segment.take(*_all(segment, 21)), encode, 8)
+    packed = quick_jit(lambda segment: BufferedSegment.from_dense(segment.take(*_all(segment, 21)), encode, 8))(segment)
     turn = lambda seed: Matrix(jnp.float32(np.linalg.qr(np.random.default_rng(seed).normal(size=(1, 2, H, H)))[0]))
-    latent = LatentSegment.of(segment, turn(3), turn(4))
-    late = LatentSegment.of(kvjax.segments.dense.unrotated(segment, queries.rope), turn(3), turn(4))
+    project = quick_jit(lambda segment: LatentSegment.of(segment, turn(3), turn(4)))
+    latent = project(segment)
+    late = project(kvjax.segments.dense.unrotated(segment, queries.rope))
+
+    @quick_jit
+    def read(segment):
+        got = segment.attend(queries)
+        return got, segment.mass(queries, got.lse), segment.dense()
+
     for other in (packed, latent, late):
-        dense = other.dense()
+        got, mass, dense = read(other)
         if other is not late:
             want = attention(queries.rotated, dense.k, dense.v, queries.pos, dense.pos, bias=dense.bias)
         else:
             want = attention(queries.rotated, segment.k, segment.v, queries.pos, segment.pos, bias=bias)
-        got = other.attend(queries)
         np.testing.assert_allclose(got.out, want.out, **CLOSE)
         np.testing.assert_allclose(got.lse, want.lse, **CLOSE)
-        np.testing.assert_allclose(other.mass(queries, got.lse), want.probability.sum(axis=1), **CLOSE)
+        np.testing.assert_allclose(mass, want.probability.sum(axis=1), **CLOSE)
     # A token that comes later stands for itself, also after it was packed.
     append = quick_jit(lambda segment, new, pos: segment.append(new, new, pos, queries.rope))
     grown = packed.reserve(8)

@@ -37,7 +37,7 @@ def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decodi
     shape = (L, parts, centroids, H // parts)
     calibration = {name: jnp.float32(rng.normal(size=shape)) for name in ("key_codebook", "value_codebook")}
     method = methods.million(calibration, RESIDUAL, codebook_dtype="float32")
-    tokens = rng.integers(0, table_decoder.VOCAB, size=(2, T + NEW))
+    tokens = table_decoder.distinct_tokens(2, T + NEW)
     run = quick_jit(
         lambda prompt, cache: kvjax.prefill(STEP, method, prompt, jnp.array(LENGTHS), cache, room=NEW)
     )(jnp.int32(tokens[:, :T]), table_decoder.empty(2))

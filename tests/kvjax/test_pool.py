@@ -32,13 +32,19 @@ def _layers(batch: int) -> tuple[list[DenseSegment], jax.Array]:
 
 _attend = quick_jit(lambda segment, queries, window: segment.attend(queries, window=window), static_argnums=2)
 
+_dense = quick_jit(lambda segment: segment.dense())
+
 
 def _pool(layers, keep, page: int):
     together = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *layers)
     pages = pages_for(L * K, int(keep.sum(axis=-1).mean(axis=(1, 2)).max()) + 1, page)
-    held = SlotList.of(together)
-    flat = keep.reshape(held.owner.shape)
-    return pool_layers(RaggedSegment.of_list(held, flat, kv_heads=L * K, page=page, pages=pages), L)
+
+    def of(slots, keep):
+        held = SlotList.of(slots)
+        flat = keep.reshape(held.owner.shape)
+        return pool_layers(RaggedSegment.of_list(held, flat, kv_heads=L * K, page=page, pages=pages), L)
+
+    return quick_jit(of)(together, keep)
 
 
 def _queries(batch: int) -> Queries:
@@ -57,6 +63,7 @@ def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
         return view.inlined({"pool": pool}).attend(queries, window=window)
 
     attend = quick_jit(read, static_argnums=3)
+    mass_of = quick_jit(lambda segment, queries, lse: segment.mass(queries, lse, window=6, scale=None).sum(axis=(1, 2)))
     for index, (layer, view) in enumerate(zip(layers, views)):
         kept = layer.drop(~keep[:, index])
         segment = view.inlined({"pool": pool})
@@ -64,9 +71,8 @@ def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
             got, want = attend(pool, view, queries, window), _attend(kept, queries, window)
             np.testing.assert_allclose(got.out, want.out, **CLOSE)
             np.testing.assert_allclose(got.lse, want.lse, **CLOSE)
-        mass = segment.mass(queries, want.lse, window=6, scale=None)
-        total = kept.mass(queries, want.lse, window=6).sum(axis=(1, 2))
-        np.testing.assert_allclose(mass.sum(axis=(1, 2)), total, **CLOSE)
+        mass, total = (mass_of(part, queries, want.lse) for part in (segment, kept))
+        np.testing.assert_allclose(mass, total, **CLOSE)
         for row, head in np.ndindex(batch, K):
             held = np.asarray(segment.pos)[row][np.asarray(segment.pool.of_slots(segment.owner))[row] == head]
             assert sorted(held[held >= 0]) == np.flatnonzero(keep[row, index, head]).tolist()
@@ -88,11 +94,11 @@ def test_the_pool_may_be_quantized():
     layers, keep = _layers(2)
     pool, views = _pool(layers, keep, 8)
     encode = lambda slots: QuantizedSegment.encode(slots, bits=8, key_group=8, value_group=8)
-    packed = pool.map_dense(encode, encode)
+    packed = quick_jit(lambda pool: pool.map_dense(encode, encode))(pool)
     assert kvjax.nbytes(packed) < 0.6 * kvjax.nbytes(pool)
     for view in views:
         segment = view.inlined({"pool": packed})
-        got, want = (_attend(x, _queries(2), None) for x in (segment, segment.dense()))
+        got, want = (_attend(x, _queries(2), None) for x in (segment, _dense(segment)))
         np.testing.assert_allclose(got.out, want.out, **CLOSE)
 
 

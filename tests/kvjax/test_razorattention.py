@@ -108,18 +108,16 @@ def test_the_mean_stays_right_over_thousands_of_tokens(dtype):
 
 
 def test_dense_and_mass_agree_with_attention():
-    parts = HeadsSegment.of(
-        _slots(20),
-        ((1,), (0,)),
-        lambda part, index: part if index == 0 else CompensatedSegment.of(part, as_ring(part, 8, 2)),
-    )
+    ringed = lambda part, index: part if index == 0 else CompensatedSegment.of(part, as_ring(part, 8, 2))
+    parts = quick_jit(lambda slots: HeadsSegment.of(slots, ((1,), (0,)), ringed))(_slots(20))
     raw = jnp.float32(np.random.default_rng(2).normal(size=(1, 3, 4, 8)))
     queries = kvjax.Queries(raw, jnp.array([[20, 21, -1]]), kvjax.Rope(jnp.zeros(4)))
-    read, dense = parts.attend(queries), parts.dense().attend(queries)
+    read, dense = quick_jit(lambda parts: (parts.attend(queries), parts.dense().attend(queries)))(parts)
     np.testing.assert_allclose(read.out, dense.out, atol=1e-5)
     np.testing.assert_allclose(read.lse, dense.lse, atol=1e-5)
     # Two queries see something; each gives all its attention.
-    np.testing.assert_allclose(parts.mass(queries, read.lse).sum(axis=-1), 2.0, rtol=1e-5)
+    mass = quick_jit(lambda parts, lse: parts.mass(queries, lse))(parts, read.lse)
+    np.testing.assert_allclose(mass.sum(axis=-1), 2.0, rtol=1e-5)
     assert kvjax.nbytes(parts.parts[1]) == 8 * (2 * 8 * 4 + 4) + 2 * 8 * 4 + 8
 
 
@@ -135,7 +133,7 @@ def test_full_heads_may_be_quantized_beside_compensated_rings():
         run = kvjax.extend(STEP, method, run, prompt[:, :3], jnp.array([3, 2]), prompt_slots=T)[0]
         return kvjax.extend(STEP, method, run, prompt[:, :1], jnp.ones(2, jnp.int32), prompt_slots=T)[0]
 
-    prompt = jnp.int32(np.random.default_rng(0).integers(table_decoder.VOCAB, size=(2, T)))
+    prompt = jnp.int32(table_decoder.distinct_tokens(2, T))
     run = quick_jit(program)(prompt, table_decoder.empty(2))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((run.logits, run.cache)))
     full, others = run.cache.layers[0].segments[0].parts

@@ -54,7 +54,7 @@ def _sinks(tokens: np.ndarray, layer: int) -> np.ndarray:
 @pytest.mark.parametrize("bits, clip, chunk", [(2, 0.8, None), (4, 1.0, 9)])
 def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decoding(bits, clip, chunk):
     method = methods.rotatekv(CALIBRATION, bits, sinks=SINKS, residual=RESIDUAL, scale_dtype="float32")
-    tokens = np.random.default_rng(0).integers(0, table_decoder.VOCAB, size=(2, T + NEW))
+    tokens = table_decoder.distinct_tokens(2, T + NEW)
     run = quick_jit(
         lambda prompt, cache: kvjax.prefill(
             STEP, method, prompt, jnp.array(LENGTHS), cache, room=NEW, chunk=chunk

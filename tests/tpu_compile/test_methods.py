@@ -30,27 +30,42 @@ ACROSS_LAYERS = {"minicache": 3, "xkv": 2}
 """Layers of the model for methods that need several."""
 LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 """Compiled in two thirds of the time: for what is asked whether it compiles, not how well."""
+FAST = [
+    # Every kind of slots is read and written,
+    ("decode", "full"),
+    ("decode", "int4"),
+    ("decode", "streamingllm"),
+    ("decode", "adakv_snapkv"),
+    ("decode", "kvzip_int4"),
+    ("decode", "gear"),
+    ("decode", "mikv"),
+    ("decode", "million"),
+    ("decode", "rotatekv"),
+    ("decode", "think"),
+    ("decode", "matryoshka_pca"),
+    ("decode", "cskv"),
+    ("decode", "xkv"),
+    ("decode", "razorattention"),
+    ("decode", "d2o"),
+    # and is made from dense ones.
+    ("prefill", "h2o_chunked"),
+    ("prefill", "snapkv_int4"),
+    ("prefill", "cake"),
+    ("prefill", "attention_gate"),
+    ("prefill", "kvmerger"),
+    ("prefill", "minicache"),
+    ("prefill", "duoattention"),
+]
+"""What `make test` compiles, each at one shape for one generation in turn, with the least effort."""
 
 
-def pytest_generate_tests(metafunc):
-    """Every method's prefill at one shape and its decoding at the other, on two of the generations in turn.
-
-    Mostly at those of SmolLM2 and of 8B, which compiles sooner than the reverse. With --every_generation both programs,
-    at both shapes, on all of them.
-    """
-    if "program" not in metafunc.fixturenames:
-        return
+def _cases():
+    """Both programs of every method at both shapes for every generation; those of `FAST`, for one each, are fast."""
     everything = list(itertools.product(("prefill", "decode"), MODELS, TOPOLOGIES))
-    if metafunc.config.getoption("--every_generation"):
-        cases = [(name, *case) for name in method_names() for case in everything]
-    else:
-        cases = []
-        for i, name in enumerate(method_names()):
-            first, second = list(MODELS)[:: 1 if i // 4 % 4 else -1]
-            cases.append((name, "prefill", first, TOPOLOGIES[i % 4]))
-            cases.append((name, "decode", second, TOPOLOGIES[(i + 1 + i // 16) % 4]))
-        assert {case[1:] for case in cases} == set(everything)
-    metafunc.parametrize("name, program, model, topology", cases)
+    fast = dict(zip(FAST, itertools.cycle(itertools.product(MODELS, TOPOLOGIES))))
+    for name, (program, *where) in itertools.product(method_names(), everything):
+        here = fast.get((program, name)) == tuple(where)
+        yield pytest.param(name, program, *where, here, marks=() if here else pytest.mark.slow)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +111,11 @@ def compile_for(device, config, method, prompt, *, programs=("prefill", "decode"
     )
 
 
-def test_every_method_compiles(devices, name, program, model, topology, pytestconfig):
+@pytest.mark.parametrize("name, program, model, topology, fast", list(_cases()))
+def test_every_method_compiles(devices, name, program, model, topology, fast):
     config = dataclasses.replace(MODELS[model], num_layers=ACROSS_LAYERS.get(name, 1))
     method = load_method(name, budget=0.5, calibrate=calibrate(config), tokenizer=Words())
-    options = None if pytestconfig.getoption("--every_generation") else LEAST_EFFORT
+    options = LEAST_EFFORT if fast else None
     programs = compile_for(devices(topology), config, method, PROMPT, programs=(program,), options=options)
     cache = kvjax.nbytes(programs.run.cache)
     if program == "prefill":
