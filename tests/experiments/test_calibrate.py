@@ -25,7 +25,12 @@ SMALL = measurements.Settings(texts=2, tokens=64)
 calibrate = functools.partial(in_process.call, program)
 
 
-@pytest.mark.parametrize("recipe", measurements.RECIPES)
+_FAST = ("million", "duoattention")  # how codebooks are learned, and heads chosen
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name in _FAST else pytest.mark.slow) for name in measurements.RECIPES]
+)
 def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_path):
     folder = tmp_path / "made"
     given = (f"--method={recipe}", f"--model={checkpoint}", f"--output_dir={folder}", "--texts=2", "--tokens=64")

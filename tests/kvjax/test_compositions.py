@@ -88,7 +88,6 @@ FAST = {
     ("evict", "project"),
     ("merge", "split"),
     ("joint", "quantize"),
-    ("evict", "correct"),
     ("evict", "codebook"),
     ("evict", "ring"),
     ("cast", "evict"),

@@ -57,7 +57,7 @@ def _stored(tokens: np.ndarray, bits: int, layer: int, fraction: float) -> tuple
     return k, v
 
 
-@pytest.mark.parametrize("bits, fraction", [(2, 0.125), (4, 0.0)])
+@pytest.mark.parametrize("bits, fraction", [(2, 0.125), pytest.param(4, 0.0, marks=pytest.mark.slow)])
 def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decoding(bits, fraction):
     method = quantize_corrected(
         bits, rank=RANK, outliers=fraction, key_group=GROUP, value_group=GROUP, block=BLOCK, scale_dtype="float32"

@@ -36,6 +36,7 @@ def test_logits_of_smollm2_are_those_of_transformers(golden, logits):
     assert (logits.argmax(-1) == golden["argmax"]).all()
 
 
+@pytest.mark.slow
 def test_chunks_and_single_tokens_give_the_logits_of_one_shot(smollm2, golden, logits):
     ids = jnp.asarray(golden["ids"])[None, :140]
     cache = prompt_cache(smollm2.config, 1).reserve(140)
@@ -60,6 +61,7 @@ def test_bfloat16_stays_close(golden, logits):
     assert float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) < 0.02
 
 
+@pytest.mark.slow
 def test_generation_continues_the_prompt_and_stops(smollm2):
     chat = smollm2.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
     ids = smollm2.tokenizer.encode(chat)

@@ -36,6 +36,7 @@ def test_bfloat16_files_load_exactly_in_both_dtypes(tiny, tmp_path):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(jnp.float32), y), narrow, wide)
 
 
+@pytest.mark.slow
 def test_smollm2_as_safetensors_equals_its_gguf(smollm2, tmp_path):
     c, params = smollm2.config, smollm2.params
     tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
