@@ -54,6 +54,13 @@ def _queries():
 
 
 @quick_jit
+def _lse_and_mass(segment, queries):
+    """Of a segment, and of the dense slots that it stands for."""
+    dense, lse = segment.dense(), segment.attend(queries).lse
+    return (lse, segment.mass(queries, lse)), (dense.attend(queries).lse, dense.mass(queries, lse))
+
+
+@quick_jit
 def _read(cache, queries):
     return [layer.attend(queries, shared=cache.shared).out for layer in cache.layers]
 
@@ -150,10 +157,9 @@ def test_mass_is_that_of_the_expanded_slots(prompt, packed):
         if packed == "int8":
             small = _compressed(kvjax.quantize(8, key_group=4, value_group=4, residual=4), small)
         segment = small.inlined().layers[1].segments[0]
-        lse = segment.attend(queries).lse
-        dense = segment.dense()
-        np.testing.assert_allclose(lse, dense.attend(queries).lse, **CLOSE)
-        np.testing.assert_allclose(segment.mass(queries, lse), dense.mass(queries, lse), **CLOSE)
+        (lse, mass), (dense_lse, dense_mass) = _lse_and_mass(segment, queries)
+        np.testing.assert_allclose(lse, dense_lse, **CLOSE)
+        np.testing.assert_allclose(mass, dense_mass, **CLOSE)
 
 
 def test_quantizing_what_is_shared_counts_once(prompt):

@@ -82,14 +82,21 @@ def test_the_key_decides_what_is_drawn(free):
     assert (other.tokens != free.tokens).any()
 
 
+def _read(transform):
+    """A run with room for four tokens, and what feeds it some."""
+    read = lambda cache: kvjax.prefill(STEP, transform, _prompt(), jnp.array(LENGTHS), cache, room=4)
+    extend = lambda run, tokens, lengths: kvjax.extend(STEP, transform, run, tokens, lengths, prompt_slots=T)
+    return quick_jit(read)(table_decoder.empty(2)), quick_jit(extend)
+
+
 def test_given_tokens_in_one_call_or_one_by_one_give_the_same_logits():
     transform = methods.full()
     forced = jnp.int32(table_decoder.distinct_tokens(2, 4, seed=1))
-    run = kvjax.prefill(STEP, transform, _prompt(), jnp.array(LENGTHS), table_decoder.empty(2), room=4)
-    together, logits = kvjax.extend(STEP, transform, run, forced, jnp.array([4, 2]), prompt_slots=T)
+    run, extend = _read(transform)
+    together, logits = extend(run, forced, jnp.array([4, 2]))
     for t in range(4):
         alive = jnp.array([1, int(t < 2)])
-        run, one = kvjax.extend(STEP, transform, run, forced[:, t : t + 1], alive, prompt_slots=T)
+        run, one = extend(run, forced[:, t : t + 1], alive)
         np.testing.assert_allclose(logits[0, t], one[0, 0], rtol=1e-5, atol=1e-6)
         if t < 2:
             np.testing.assert_allclose(logits[1, t], one[1, 0], rtol=1e-5, atol=1e-6)
@@ -99,7 +106,7 @@ def test_given_tokens_in_one_call_or_one_by_one_give_the_same_logits():
 
 def test_a_call_without_tokens_changes_nothing():
     transform = methods.h2o(6)
-    run = kvjax.prefill(STEP, transform, _prompt(), jnp.array(LENGTHS), table_decoder.empty(2), room=4)
-    after, _ = kvjax.extend(STEP, transform, run, jnp.zeros((2, 1), jnp.int32), jnp.zeros(2, jnp.int32), prompt_slots=T)
+    run, extend = _read(transform)
+    after, _ = extend(run, jnp.zeros((2, 1), jnp.int32), jnp.zeros(2, jnp.int32))
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(run)):
         np.testing.assert_array_equal(a, b)

@@ -303,7 +303,7 @@ def test_whole_blocks_are_encoded_and_the_newest_tokens_stay_exact(tokens):
 
 
 def test_an_empty_body_attends_to_nothing():
-    segment = BufferedSegment.from_dense(_dense(0), _encode, BLOCK)
+    segment = quick_jit(lambda dense: BufferedSegment.from_dense(dense, _encode, BLOCK))(_dense(0))
     assert segment.body.pos.shape[-1] == 0
     part = _attend(segment, _queries([4]))
     assert not part.out.any() and (part.lse == -jnp.inf).all()

@@ -48,7 +48,6 @@ FAST = [
     ("decode", "razorattention"),
     ("decode", "d2o"),
     # and is made from dense ones.
-    ("prefill", "h2o_chunked"),
     ("prefill", "snapkv_int4"),
     ("prefill", "cake"),
     ("prefill", "attention_gate"),
@@ -130,7 +129,13 @@ def test_every_method_compiles(devices, name, program, model, topology, fast):
 @pytest.mark.parametrize(
     "name, prompt",
     # A cache is rounded up to whole tiles where that adds less than one slot in 128, packed ones from 32,768 slots on.
-    [("full", 32768), ("int4", 32768), ("kivi2", 32768), ("h2o", 16384), ("streamingllm", 32768)],
+    [
+        ("full", 32768),
+        ("int4", 32768),
+        pytest.param("kivi2", 32768, marks=pytest.mark.slow),
+        pytest.param("h2o", 16384, marks=pytest.mark.slow),
+        ("streamingllm", 32768),
+    ],
 )
 def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt):
     """TPU tiles pad little, nothing is copied, and a packed cache is never dequantized as a whole."""
