@@ -23,7 +23,7 @@ class FolderLock:
           ValueError: another process has it, named by its id.
           OSError: the folder cannot be made, or its file system knows no locks.
         """
-        import fcntl  # not on Windows, where nothing else here needs it to be missing
+        import fcntl  # POSIX has it; the rest of this package can be read elsewhere
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / FILE, "a+", encoding="ascii")
