@@ -23,21 +23,24 @@ _CACHE = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+# `make test` compiles, more than it runs, and little of what it runs is large; `make test-all` optimises as users do.
+_QUICK = {"jax_disable_most_optimizations": True}
 _PEAKS = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
-    """Shares compiled programs between workers, runs, and the programs that tests start.
+    """Compiles quickly, and shares compiled programs between workers, runs, and the programs that tests start.
 
     JAX tells them apart by code, options, flags and instruction set. Nothing else removes those of older sources.
     """
     config.stash[_PEAKS] = []
-    if not hasattr(config, "cache") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return  # a worker has it from its controller
-    folder = pathlib.Path(config.cache.mkdir("compiled"))
-    if sum(file.stat().st_size for file in folder.iterdir()) > _CACHE_MB * 2**20:
-        shutil.rmtree(folder)
-    for name, value in {**_CACHE, "jax_compilation_cache_dir": str(folder)}.items():
+    settings = dict(_QUICK) if config.option.markexpr == "not slow" else {}
+    if hasattr(config, "cache") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker has it from its controller
+        folder = pathlib.Path(config.cache.mkdir("compiled"))
+        if sum(file.stat().st_size for file in folder.iterdir()) > _CACHE_MB * 2**20:
+            shutil.rmtree(folder)
+        settings |= _CACHE | {"jax_compilation_cache_dir": str(folder)}
+    for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
 

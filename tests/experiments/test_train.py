@@ -68,7 +68,9 @@ def rows(folder):
     return [{name: x for name, x in row.items() if name != "seconds"} for row in lines]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("cskv", "locret") else pytest.mark.slow) for name in RUNS]
+)
 def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     name, checkpoint, model, text, tmp_path, monkeypatch
 ):

@@ -86,9 +86,6 @@ FAST = {
     ("split", "quantize"),
     ("share_basis", "quantize"),
     ("evict", "project"),
-    ("merge", "split"),
-    ("joint", "quantize"),
-    ("evict", "codebook"),
     ("evict", "ring"),
     ("cast", "evict"),
 }

@@ -32,10 +32,8 @@ FAST = [
     "kvzip_int4",  # packed pages that layers share; the prompt is read twice
     "every_4_window_attention",
     "duoattention",  # heads apart
-    "think",  # fewer channels
     "cskv",  # joint coordinates in blocks
     "xkv",  # a basis that layers share
-    "locret",  # learned scores, chunk by chunk
 ]
 # A batch of one is another program for each: one case of every kind of state.
 ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
@@ -48,7 +46,7 @@ SHARDED = [
     *("kvmerger", "think", "xkv", "minicache", "razorattention"),
     *("matryoshka_pca", "cskv", "duoattention"),  # trained, the same transforms with other arrays
 ]
-SHARDED_FAST = ["int4", "streamingllm", "cake", "xkv"]
+SHARDED_FAST = ["int4", "streamingllm", "xkv"]
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ def test_chunks_and_single_tokens_give_the_logits_of_one_shot(smollm2, golden, l
     assert np.abs(np.concatenate(seen) - logits[:140]).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(golden, logits):
     model = load_model("smollm2", dtype="bfloat16")
     ids = jnp.asarray(golden["ids"])[None, :64]

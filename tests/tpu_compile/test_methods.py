@@ -51,8 +51,6 @@ FAST = [
     ("prefill", "snapkv_int4"),
     ("prefill", "cake"),
     ("prefill", "attention_gate"),
-    ("prefill", "kvmerger"),
-    ("prefill", "minicache"),
     ("prefill", "duoattention"),
 ]
 """What `make test` compiles, each at one shape for one generation in turn, with the least effort."""
@@ -134,7 +132,7 @@ def test_every_method_compiles(devices, name, program, model, topology, fast):
         ("int4", 32768),
         pytest.param("kivi2", 32768, marks=pytest.mark.slow),
         pytest.param("h2o", 16384, marks=pytest.mark.slow),
-        ("streamingllm", 32768),
+        pytest.param("streamingllm", 32768, marks=pytest.mark.slow),
     ],
 )
 def test_a_long_8b_decode_holds_the_cache_and_little_else(devices, name, prompt):

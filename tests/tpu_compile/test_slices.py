@@ -24,8 +24,8 @@ pytestmark = pytest.mark.tpu_compile
     "topology, mesh, method, context",
     [
         ("v5e:16x16", "seq:32,model:8", "int4", 2**20),
-        ("v5e:16x16", "seq:64,model:4", "kivi2", 2**20),
-        ("v5p:8x8x8", "seq:64,model:8", "int4", 10 * 2**20),
+        pytest.param("v5e:16x16", "seq:64,model:4", "kivi2", 2**20, marks=pytest.mark.slow),
+        pytest.param("v5p:8x8x8", "seq:64,model:8", "int4", 10 * 2**20, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_over_millions_of_tokens_reads_its_own_shard(devices, topology, mesh, method, context):
