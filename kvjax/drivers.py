@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from kvjax import query_window, sharding
+from kvjax.budget import budget_slots
 from kvjax.cache import Cache
 from kvjax.limits import Limits, Room, check_positions, check_tokens, limits_of, longest_row, readable
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
@@ -142,10 +143,10 @@ def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk) 
         out = step(
             tokens, _positions(cache, lengths, T), cache, needs=transform.needs, last_only=True
         )
-        seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T)
+        seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T, room=room)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
-    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk)
-    return _run(transform, logits, cache, state, lengths, room, call_tokens)
+    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room)
+    return _run(transform, logits, cache, state, lengths, T, room, call_tokens)
 
 
 def start(
@@ -183,16 +184,20 @@ def start(
         if step is None or tokens is None:
             raise ValueError(f"step and tokens are needed by {transform.name}, which reads the prompt again.")
         observation = reread(step, how, tokens, prompt.cache, observation)
-    cache, state = transform.init(prompt.cache, observation)
-    return _run(transform, prompt.logits, cache, state, observation.prompt, room, call_tokens)
+    cache, state = transform.init(prompt.cache, observation.replace(room=room))
+    return _run(transform, prompt.logits, cache, state, observation.prompt, slots, room, call_tokens)
 
 
-def _run(transform, logits, cache, state, prompt, room, call_tokens) -> Run:
-    slots, room = Room.reserved(room, call_tokens, transform.frees_in_decode)
-    return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, room)
+def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens) -> Run:
+    slots, left = Room.reserved(room, call_tokens, transform.frees_in_decode)
+    if transform.budget is not None:
+        budget = budget_slots(transform.budget, prompt_slots, transform.at_least)
+        if budget > prompt_slots + room:  # more would come into fewer slots than the budget asks for
+            left = Room(total=room)
+    return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left)
 
 
-def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
+def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
     B, T = tokens.shape
     bounded = transform.frees_in_prefill is not None
     window = transform.needs.queries
@@ -213,7 +218,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk):
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - T))).reshape(B, count, chunk)
 
     def observed(layers, new):
-        return Observation(layers, new=new, prompt=lengths, prompt_slots=T)
+        return Observation(layers, new=new, prompt=lengths, prompt_slots=T, room=room)
 
     # One padding token shows what a call reports of each layer; the compiler drops its arithmetic.
     probe = step(

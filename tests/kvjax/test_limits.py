@@ -292,3 +292,21 @@ def test_a_loaded_run_has_the_room_that_the_saved_one_had_left(tmp_path):
     assert again.room == run.room
     with pytest.raises(ValueError, match="of which 7 are spent, got 4 more"):
         _generate(again, 4)
+
+
+@pytest.mark.parametrize("name", FREEING)
+def test_budgets_beyond_prompt_and_room_take_no_more_slots_than_these(name):
+    larger = {
+        "h2o": lambda n: methods.h2o(n),
+        "tova": lambda n: methods.tova(n),
+        "d2o": lambda n: methods.d2o(n, whole=()),
+        "lazyeviction": lambda n: methods.lazyeviction(n, window=4),
+        "streamingllm": lambda n: methods.streamingllm(n, sinks=2),
+    }[name]
+    transform = larger(1000)
+    run = jax.eval_shape(lambda: _prefill(transform, room=12))
+    exact = jax.eval_shape(lambda: _prefill(larger(T + 12), room=12))
+    assert kvjax.nbytes(run.cache) == kvjax.nbytes(exact.cache) < 1.2 * kvjax.nbytes(_abstract("full").cache)
+    jax.eval_shape(lambda run: _generate(run, 12, transform), run)
+    with pytest.raises(ValueError, match="room for 12 tokens after the prompt, got 13 more"):
+        jax.eval_shape(lambda run: _generate(run, 13, transform), run)
