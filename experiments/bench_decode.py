@@ -114,7 +114,7 @@ def prefill_flops(config: DecoderConfig, tokens: int) -> int:
 
 def weight_bytes(model: Model) -> int:
     """Bytes of weights that one token reads: all but an embedding of which it needs a single row."""
-    unread = 0 if model.config.tied_embeddings else model.params["embed"].nbytes
+    unread = 0 if model.params.head is None else model.params.embed.nbytes
     return kvjax.nbytes(model.params) - unread
 
 
@@ -136,7 +136,7 @@ class Ours:
                 method.transform,
                 tokens,
                 jnp.array([T]),
-                prompt_cache(config, 1, params["embed"].dtype),
+                prompt_cache(config, 1, params.embed.dtype),
                 room=new_tokens,
                 chunk=method.prefill_chunk,
             )

@@ -46,8 +46,8 @@ def fingerprint(model: Model) -> str:
     shape = {name: getattr(model.config, name) for name, field in fields.items()}
     shape = {name: value for name, value in shape.items() if value != fields[name].default}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    layers = [jax.tree.leaves(layer) for layer in model.params["layers"]]
-    rest = [x for name, x in sorted(model.params.items()) if name != "layers"]
+    rest = model.params.to_dict()
+    layers = [jax.tree.leaves(layer) for layer in rest.pop("layers")]
     for weights in (*layers, *([x] for x in jax.tree.leaves(rest))):
         digest.update(_sum_of_bits(weights).to_bytes(8, "little"))
     return digest.hexdigest()[:16]

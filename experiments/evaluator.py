@@ -178,4 +178,4 @@ class Evaluator:
         return run, logits
 
     def _dtype(self):
-        return self._model.params["embed"].dtype
+        return self._model.params.embed.dtype

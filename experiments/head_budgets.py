@@ -62,7 +62,7 @@ def compare(model: Model, method: Method, ids: list[int]) -> tuple[list[Stored],
     lengths = jnp.array([T - 1])
 
     def read(transform, room):
-        cache = prompt_cache(model.config, 1, model.params["embed"].dtype)
+        cache = prompt_cache(model.config, 1, model.params.embed.dtype)
         return kvjax.prefill(step, transform, prompt, lengths, cache, room=room, chunk=method.prefill_chunk)
 
     def logits(cache):

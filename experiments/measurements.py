@@ -27,7 +27,7 @@ from models import Model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache
 from models.int8 import dense
-from models.weights import split_qkv
+from models.params import split_qkv
 
 Calibration = Mapping[str, jax.Array]
 """The arrays that a method reads, by name."""
@@ -151,8 +151,8 @@ def attention_directions(model: Model, settings: Settings) -> Calibration:
             moments.append((Moments.of(segment.k, segment.pos), seen_by(seen.queries.rotated), seen_by(outputs)))
         sums = moments if sums is None else [[a + b for a, b in zip(*each)] for each in zip(sums, moments)]
     found = {name: [] for name in ("key_axes", "key_inverse", "value_axes", "value_inverse")}
-    for weights, (keys, queries, outputs) in zip(model.params["layers"], sums, strict=True):
-        wo = dense(weights["wo"]).astype(jnp.float32).reshape(K, N // K, H, -1)
+    for weights, (keys, queries, outputs) in zip(model.params.layers, sums, strict=True):
+        wo = dense(weights.wo).astype(jnp.float32).reshape(K, N // K, H, -1)
         pairs = {"key": (keys.second, queries.second), "value": (outputs.second, jnp.einsum("kghd,kgid->khi", wo, wo))}
         for name, (second, metric) in pairs.items():
             for part, array in zip(("axes", "inverse"), weighted_components(second, metric)):
@@ -170,8 +170,8 @@ def weight_directions(model: Model, settings: Settings) -> Calibration:
         found = [jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=(0, 1)) for x in read]
         inputs = found if inputs is None else [a + b for a, b in zip(inputs, found)]
     axes = {"key": [], "value": []}
-    for weights, mean_abs in zip(model.params["layers"], inputs, strict=True):
-        _, wk, wv = split_qkv(config, dense(weights["wqkv"]))
+    for weights, mean_abs in zip(model.params.layers, inputs, strict=True):
+        _, wk, wv = split_qkv(config, dense(weights.wqkv))
         for name, weight in (("key", wk), ("value", wv)):
             directions, _ = activation_aware_svd(weight.reshape(-1, K * H), mean_abs / settings.texts)
             axes[name].append(directions.reshape(K, H, -1))

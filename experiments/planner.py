@@ -187,9 +187,9 @@ class Planner:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self._setting.mesh, P()))
 
     def _bytes_read(self, run: kvjax.Run) -> int:
-        read = dict(self._params)
-        if not self._setting.config.tied_embeddings:
-            del read["embed"]  # one row of it
+        read = self._params
+        if read.head is not None:
+            read = read.replace(embed=None)  # one row of it
         return bytes_on_device((read, _slots_read(run.cache)))
 
     def _flops(self, run: kvjax.Run) -> float:
@@ -197,12 +197,11 @@ class Planner:
         c = self._setting.config
         of_experts = c.experts_per_token / c.num_experts if c.num_experts else 1.0
         flops = 0.0
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self._params["layers"]):
-            name = next(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for (_, weight, *_), leaf in jax.tree_util.tree_leaves_with_path(self._params.layers):
             if leaf.ndim >= 2:
-                chosen = name in ("w_gate", "w_up", "w_down") and leaf.ndim == 3
+                chosen = weight.name in ("w_gate", "w_up", "w_down") and leaf.ndim == 3
                 flops += 2 * _entries(leaf) * (of_experts if chosen else 1.0)
-        flops += 2 * _entries(self._params["embed" if c.tied_embeddings else "head"])
+        flops += 2 * _entries(self._params.output_head)
         split = sharding.layout({"batch": self._setting.batch})["batch"]
         flops *= self._setting.batch / sharding.shards(split)
         slots = 0

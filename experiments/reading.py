@@ -40,7 +40,7 @@ def read(
     index = jnp.arange(tokens.shape[1])
     positions = jnp.where(index < len(ids), index, -1)[None]
     start = time.perf_counter()
-    cache = prompt_cache(model.config, 1, model.params["embed"].dtype)
+    cache = prompt_cache(model.config, 1, model.params.embed.dtype)
     out = bind(model.params, model.config)(tokens, positions, cache, needs=needs, last_only=True)
     jax.block_until_ready(out)
     return out, time.perf_counter() - start

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.stopwatch import seconds
 from models import DecoderConfig, Model
-from models.weights import split_qkv
+from models.params import split_qkv
 
 _LLAMA_FIELDS = 12  # of a config, before those that make another family
 
@@ -79,22 +79,22 @@ def huggingface_tensors(model: Model) -> dict[str, np.ndarray]:
     """The params under Hugging Face's names, float32 and [out, in]: the way back from `models.weights`."""
     config = model.config
     tensors = {
-        "model.embed_tokens": model.params["embed"],
-        "model.norm": model.params["final_norm"],
-        "lm_head": model.params["embed" if config.tied_embeddings else "head"],
+        "model.embed_tokens": model.params.embed,
+        "model.norm": model.params.final_norm,
+        "lm_head": model.params.output_head,
     }
-    for i, layer in enumerate(model.params["layers"]):
-        q, k, v = (np.asarray(x).reshape(config.width, -1).T for x in split_qkv(config, layer["wqkv"]))
+    for i, layer in enumerate(model.params.layers):
+        q, k, v = (np.asarray(x).reshape(config.width, -1).T for x in split_qkv(config, layer.wqkv))
         parts = {
-            "input_layernorm": layer["attn_norm"],
+            "input_layernorm": layer.attn_norm,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": np.asarray(layer["wo"]).T,
-            "post_attention_layernorm": layer["mlp_norm"],
-            "mlp.gate_proj": np.asarray(layer["w_gate"]).T,
-            "mlp.up_proj": np.asarray(layer["w_up"]).T,
-            "mlp.down_proj": np.asarray(layer["w_down"]).T,
+            "self_attn.o_proj": np.asarray(layer.wo).T,
+            "post_attention_layernorm": layer.mlp_norm,
+            "mlp.gate_proj": np.asarray(layer.w_gate).T,
+            "mlp.up_proj": np.asarray(layer.w_up).T,
+            "mlp.down_proj": np.asarray(layer.w_down).T,
         }
         tensors |= {f"model.layers.{i}.{name}": value for name, value in parts.items()}
     return {f"{name}.weight": np.asarray(value, np.float32) for name, value in tensors.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import jax
 import tokenizers
@@ -14,6 +13,7 @@ from kvjax import orbax_folder
 from models.config import DecoderConfig
 from models.int8 import Int8Matrix
 from models.tokenizer import Tokenizer
+from models.params import DecoderParams
 from models.weights import Shardings, abstract_params, param_axes
 
 FILE = "kvjax_model.json"
@@ -21,7 +21,7 @@ _VERSION = 1
 
 
 def save_checkpoint(
-    folder: str | pathlib.Path, config: DecoderConfig, params: dict[str, Any], tokenizer: Tokenizer
+    folder: str | pathlib.Path, config: DecoderConfig, params: DecoderParams, tokenizer: Tokenizer
 ) -> None:
     """Writes a model; what was in the folder is replaced when everything is written."""
     about = {
@@ -36,12 +36,12 @@ def save_checkpoint(
         },
     }
     write_tokenizer = lambda staging: tokenizer.backend.save(str(staging / "tokenizer.json"))
-    orbax_folder.save(pathlib.Path(folder).absolute(), params, FILE, about, write_tokenizer)
+    orbax_folder.save(pathlib.Path(folder).absolute(), params.to_dict(), FILE, about, write_tokenizer)
 
 
 def load_checkpoint(
     folder: str | pathlib.Path, dtype, *, int8: bool = False, shardings: Shardings | None = None
-) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
+) -> tuple[DecoderConfig, DecoderParams, Tokenizer]:
     """Reads what `save_checkpoint` wrote.
 
     Args:
@@ -77,9 +77,9 @@ def load_checkpoint(
     if shardings is not None:
         placed = shardings(param_axes(config, int8=about["int8"]), like)
         like = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, placed)
-    return config, orbax_folder.load(folder, like), tokenizer
+    return config, DecoderParams.from_dict(orbax_folder.load(folder, like.to_dict())), tokenizer
 
 
-def _is_int8(params: dict[str, Any]) -> bool:
+def _is_int8(params: DecoderParams) -> bool:
     is_matrix = lambda x: isinstance(x, Int8Matrix)
     return any(map(is_matrix, jax.tree.leaves(params, is_leaf=is_matrix)))

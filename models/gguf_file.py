@@ -15,6 +15,7 @@ from models.config import DecoderConfig
 from models.families import read_config
 from models.leaf import Index, Tensor
 from models.names import NAMES
+from models.params import DecoderParams
 from models.rope_scaling import yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
@@ -135,7 +136,7 @@ def load_gguf(
     context: int | None = None,
     int8: bool = False,
     shardings: weights.Shardings | None = None,
-) -> tuple[DecoderConfig, dict[str, Any], tokenizer_lib.Tokenizer]:
+) -> tuple[DecoderConfig, DecoderParams, tokenizer_lib.Tokenizer]:
     """Loads a decoder, its weights dequantized, and its tokenizer.
 
     Args:

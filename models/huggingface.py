@@ -17,6 +17,7 @@ from models import sentencepiece, tekken, weights
 from models.config import DecoderConfig
 from models.families import TEXT_TOWERS, read_config
 from models.leaf import Index, Tensor
+from models.params import DecoderParams
 from models.tokenizer import Tokenizer, stop_ids
 
 # As safetensors calls them; what weights may not be is named in errors.
@@ -44,7 +45,7 @@ def load_directory(
     context: int | None = None,
     int8: bool = False,
     shardings: weights.Shardings | None = None,
-) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
+) -> tuple[DecoderConfig, DecoderParams, Tokenizer]:
     """Loads a decoder, its weights and its tokenizer.
 
     Args:

@@ -1,4 +1,4 @@
-"""One array of the params: which tensors of a file it is made of, and how any part of it is read from them."""
+"""The declaration of one array of the params, and how any part of it is read from the tensors of a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 _PIECE = 8 << 20  # bytes of a leaf that are read at a time
 _NEAR = 512  # rows that far apart are read with what lies between them
 
+Axes = tuple[str | None, ...]
 Index = tuple[slice, ...]
 """A part of an array: for every axis a slice with a start and a stop."""
 
@@ -27,21 +28,24 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array of the params.
+    """Declares an array of the params.
 
     Attributes:
       names: of the tensors it is made of.
       shapes: theirs.
       shape: its own.
+      axes: for every axis the name by which `kvjax.sharding` splits it, or None: whole on every shard.
       read: `(tensors, index) -> part`; the part may be a view of a tensor.
       by: the axis along which it is read piece by piece.
       untrained: what an untrained norm or bias is filled with; None: a matrix.
-      multiplied: whether it is a matrix that something is multiplied by, as `x @ leaf`.
+      multiplied: whether it is a matrix that something is multiplied by, as `x @ leaf`: where 8 bits are asked for, it
+        is stored in them; all else has the dtype of the params.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     shape: tuple[int, ...]
+    axes: Axes
     read: Callable[[Sequence[Tensor], Index], np.ndarray]
     by: int = 0
     untrained: float | None = None
@@ -61,29 +65,31 @@ class Leaf:
             yield place(slice(first, last)), tuple(inside)
 
 
-def plain(name: str, *shape: int, skipped: int = 0) -> Leaf:
-    """A tensor as it is, without its first rows."""
+def plain(name: str, shape: tuple[int, ...], axes: Axes, *, skipped: int = 0) -> Leaf:
+    """Declares a tensor as it is, without its first rows."""
 
     def read(tensors: Sequence[Tensor], index: Index) -> np.ndarray:
         first, *rest = index
         return tensors[0][(slice(first.start + skipped, first.stop + skipped), *rest)]
 
-    return Leaf((f"{name}.weight",), ((shape[0] + skipped, *shape[1:]),), shape, read)
+    return Leaf((f"{name}.weight",), ((shape[0] + skipped, *shape[1:]),), shape, axes, read)
 
 
 def matrix(
     names: Iterable[str],
     shapes: Iterable[tuple[int, int]],
+    axes: Axes,
     *,
     experts: int = 0,
     rows: np.ndarray | None = None,
     gain: np.ndarray | None = None,
 ) -> Leaf:
-    """Tensors [out, in] as one matrix [in, out], or [experts, in, out].
+    """Declares tensors [out, in] as one matrix [in, out], or [experts, in, out].
 
     Args:
       names: of the tensors, which stand one below the other; with `{}` for the expert.
       shapes: theirs.
+      axes: names of (in, out).
       experts: how many there are; 0: it is no matter of experts.
       rows: i32[out], which row of the tensors comes where; None: all as they are.
       gain: f32[out], what each is multiplied by then.
@@ -98,7 +104,7 @@ def matrix(
 
     if not experts:
         read = lambda tensors, index: one(tensors, *index)
-        return Leaf(names, shapes, (fan_in, out), read, by=1, multiplied=True)
+        return Leaf(names, shapes, (fan_in, out), axes, read, by=1, multiplied=True)
     count = len(names)
 
     def read_experts(tensors: Sequence[Tensor], index: Index) -> np.ndarray:
@@ -106,19 +112,21 @@ def matrix(
         return np.stack([one(tensors[e * count : (e + 1) * count], *rest) for e in range(which.start, which.stop)])
 
     of_experts = tuple(name.format(e) for e in range(experts) for name in names)
-    return Leaf(of_experts, shapes * experts, (experts, fan_in, out), read_experts, multiplied=True)
+    shape = (experts, fan_in, out)
+    return Leaf(of_experts, shapes * experts, shape, (None, *axes), read_experts, multiplied=True)
 
 
 def vector(
     names: Iterable[str],
     sizes: Iterable[int],
     untrained: float,
+    axis: str | None = None,
     *,
     rows: np.ndarray | None = None,
     gain: np.ndarray | None = None,
     offset: float = 0.0,
 ) -> Leaf:
-    """Vectors one behind the other, as `matrix` has rows, with a number added."""
+    """Declares vectors one behind the other, rows and gain as of `matrix`, with `offset` added."""
     sizes = tuple(sizes)
 
     def read(tensors: Sequence[Tensor], index: Index) -> np.ndarray:
@@ -128,11 +136,11 @@ def vector(
         return found.astype(np.float32) + np.float32(offset) if offset else found
 
     shape = (sum(sizes) if rows is None else len(rows),)
-    return Leaf(tuple(names), tuple((size,) for size in sizes), shape, read, untrained=untrained)
+    return Leaf(tuple(names), tuple((size,) for size in sizes), shape, (axis,), read, untrained=untrained)
 
 
 def up_projection(name: str, heads: int, channels: slice, rank: int, of_head: int, *, turned: bool) -> Leaf:
-    """Some channels of every head of a tensor [heads * of_head, rank].
+    """Declares some channels of every head of a tensor [heads * of_head, rank], split by heads.
 
     Args:
       name: of the tensor.
@@ -152,7 +160,8 @@ def up_projection(name: str, heads: int, channels: slice, rank: int, of_head: in
 
     count = channels.stop - channels.start
     shape = (heads, rank, count) if turned else (heads, count, rank)
-    return Leaf((f"{name}.weight",), ((heads * of_head, rank),), shape, read, multiplied=True)
+    axes = ("heads", None, None)
+    return Leaf((f"{name}.weight",), ((heads * of_head, rank),), shape, axes, read, multiplied=True)
 
 
 def _rows(tensors: Sequence[Tensor], wanted: np.ndarray, *columns: slice) -> np.ndarray:

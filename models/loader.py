@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,6 +12,7 @@ from models import assets, checkpoint
 from models.config import DecoderConfig
 from models.gguf_file import load_gguf
 from models.huggingface import load_directory
+from models.params import DecoderParams
 from models.tokenizer import Tokenizer
 from models.weights import Shardings
 
@@ -40,12 +40,12 @@ class Model:
 
     Attributes:
       config: its shape.
-      params: its weights, as `models.weights` lays them out.
+      params: its weights.
       tokenizer: its vocabulary and chat template.
     """
 
     config: DecoderConfig
-    params: dict[str, Any]
+    params: DecoderParams
     tokenizer: Tokenizer
 
 

@@ -52,7 +52,7 @@ def train_lococo(
     def loss(config, trained, frozen, batch, key):
         method, positions = lococo(_scaled(trained), budget, recent=recent), context_positions(batch)
         B, P = batch.context.shape
-        cache, state = prompt_cache(config, B, frozen.params["embed"].dtype), None
+        cache, state = prompt_cache(config, B, frozen.params.embed.dtype), None
         for first in range(0, P, chunk):
             tokens, at = (x[:, first : first + chunk] for x in (batch.context, positions))
             how = dict(needs=method.needs, last_only=True)

@@ -73,7 +73,7 @@ def read_context(
     remat: bool = False,
 ) -> kvjax.StepOutput:
     """The contexts, read exactly, from an empty cache or what `before` makes of it."""
-    cache = before(prompt_cache(config, batch.context.shape[0], params["embed"].dtype))
+    cache = before(prompt_cache(config, batch.context.shape[0], params.embed.dtype))
     positions = context_positions(batch)
     return step(params, config, batch.context, positions, cache, needs=needs, last_only=True, remat=remat)
 

@@ -15,7 +15,8 @@ from experiments.methods import load_method
 from models import Model, load_model
 from models.decoder import layer_inputs
 from models.families import read_config
-from models.weights import build_params, split_qkv
+from models.params import split_qkv
+from models.weights import build_params
 from tests.experiments import in_process, tiny_checkpoint
 from tests.golden.tiny_weights import weights
 from tests.models.test_families import CHECKPOINTS
@@ -80,7 +81,7 @@ def test_key_means_are_those_of_the_key_projection(model):
     config = model.config
     K, H = config.num_kv_heads, config.head_dim
     read = [layer_inputs(model.params, config, tokens)[1] for tokens in measurements._texts(model, SMALL)]
-    wk = np.asarray(split_qkv(config, model.params["layers"][1]["wqkv"])[1], np.float64).reshape(-1, K * H)
+    wk = np.asarray(split_qkv(config, model.params.layers[1].wqkv)[1], np.float64).reshape(-1, K * H)
     want = np.mean(np.concatenate(read, axis=1), axis=(0, 1), dtype=np.float64) @ wk
     # Keys are read from the cache and rotated back: two rotations in float32.
     np.testing.assert_allclose(data["key_mean"][1], want.reshape(K, H), rtol=1e-3, atol=1e-4 * np.abs(want).max())
@@ -90,7 +91,7 @@ def test_weight_directions_of_all_ranks_span_the_projection(model):
     data = measurements.weight_directions(model, SMALL)
     config = model.config
     K, H = config.num_kv_heads, config.head_dim
-    wk = np.asarray(split_qkv(config, model.params["layers"][0]["wqkv"])[1]).reshape(-1, K * H)
+    wk = np.asarray(split_qkv(config, model.params.layers[0].wqkv)[1]).reshape(-1, K * H)
     V = np.asarray(data["key_axes"][0]).reshape(K * H, -1)
     np.testing.assert_allclose(wk @ V @ V.T, wk, atol=1e-4 * np.abs(wk).max())
     # Half of the directions explain more of the weighted projection than any other half would: the SVD's promise.
@@ -210,16 +211,16 @@ def test_a_fingerprint_is_of_the_model_and_not_of_its_name_or_layout(model):
     changed = lambda **how: dataclasses.replace(model, config=dataclasses.replace(config, **how))
     assert of(changed(name="another")) == of(model)
     assert len({of(model), of(changed(rope_base=77.0)), of(changed(num_layers=1))}) == 3
-    for layer in range(config.num_layers):
+    with_params = lambda **how: dataclasses.replace(model, params=params.replace(**how))
+    for index, of_layer in enumerate(params.layers):
         for name in ("wqkv", "w_down", "attn_norm"):
-            layers = [dict(other) for other in params["layers"]]
-            layers[layer][name] = layers[layer][name] * 1.01
-            assert of(dataclasses.replace(model, params=params | {"layers": tuple(layers)})) != of(model), (layer, name)
+            changed_layer = of_layer.replace(**{name: getattr(of_layer, name) * 1.01})
+            layers = (*params.layers[:index], changed_layer, *params.layers[index + 1 :])
+            assert of(with_params(layers=layers)) != of(model), (index, name)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert of(dataclasses.replace(model, params=rounded)) == of(model)
-    with_params = lambda **how: dataclasses.replace(model, params=params | how)
-    assert of(with_params(embed=params["embed"] + 1.0)) != of(model)
-    turned = tuple(layer | {"wqkv": layer["wqkv"][:, ::-1]} for layer in params["layers"])
+    assert of(with_params(embed=params.embed + 1.0)) != of(model)
+    turned = tuple(layer.replace(wqkv=layer.wqkv[:, ::-1]) for layer in params.layers)
     assert of(with_params(layers=turned)) == of(model)
 
 

@@ -23,7 +23,7 @@ def test_converted_model_is_the_model(tmp_path):
     assert code == 2 and "is not empty; pass --replace" in err
     code, out, _ = convert(f"--model={source}", f"--output_dir={folder}", "--int8", "--replace")
     assert code == 0 and "float32, matrices in 8 bits" in out
-    assert load_model(folder).params["layers"][0]["wqkv"].codes.dtype == np.int8
+    assert load_model(folder).params.layers[0].wqkv.codes.dtype == np.int8
 
 
 def test_where_it_goes_must_be_said():

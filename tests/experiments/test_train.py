@@ -99,7 +99,7 @@ def test_a_recipe_trains_its_part_alone_and_its_method_runs_with_the_result(
     code, out, err = train(*flags(name, checkpoint, text, folder, f"--gin_bindings=Training.dtype = '{dtype}'"))
     assert code == 0, err
     (trainer,) = trainers
-    assert trainer._model.params["embed"].dtype == dtype
+    assert trainer._model.params.embed.dtype == dtype
     assert {x.dtype for x in jax.tree.leaves(trainer.first[0])} == {np.dtype("float32")}
     assert trainer.compiled._cache_size() == 1  # one program for all steps
     assert calibrations.fingerprint(trainer._model) == before

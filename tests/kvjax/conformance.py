@@ -314,8 +314,8 @@ def check_hostile_inputs(h: Harness, kind: str) -> None:
     elif kind == "constant":
         tokens = jnp.full_like(tokens, 7)
     elif kind == "huge":
-        large = lambda layer: layer | {"wqkv": layer["wqkv"] * 1e4}
-        params = params | {"layers": tuple(map(large, params["layers"]))}
+        large = lambda layer: layer.replace(wqkv=layer.wqkv * 1e4)
+        params = params.replace(layers=tuple(map(large, params.layers)))
     for how in ("one_shot", "chunked"):
         run = h.prefill(how, tokens, lengths, params)
         last = h.decode(run, tiny_model.prompt(B, 6, seed=6), params)[-1]

@@ -74,12 +74,12 @@ def test_weights_are_split_and_norms_are_not():
     mesh = mesh_of("seq:2,model:4")
     params = abstract_params(tiny_model.CONFIG, jnp.float32)
     placed = sharding.shardings(param_axes(tiny_model.CONFIG), params, mesh)
-    layer = jax.tree.map(lambda s, x: s.shard_shape(x.shape), placed, params)["layers"][0]
-    assert layer["wqkv"] == (32, 32) and layer["wo"] == (16, 32)  # (4 + 2 x 2) x 16 columns over 4
-    assert layer["w_gate"] == (32, 12) and layer["w_down"] == (12, 32) and layer["attn_norm"] == (32,)
+    layer = jax.tree.map(lambda s, x: s.shard_shape(x.shape), placed, params).layers[0]
+    assert layer.wqkv == (32, 32) and layer.wo == (16, 32)  # (4 + 2 x 2) x 16 columns over 4
+    assert layer.w_gate == (32, 12) and layer.w_down == (12, 32) and layer.attn_norm == (32,)
     both = sharding.shardings(param_axes(tiny_model.CONFIG), params, mesh, sharding.WEIGHTS_OVER_SEQUENCE)
-    assert both["layers"][0]["w_gate"].shard_shape((32, 48)) == (32, 6)
-    whole = param_axes(tiny_model.CONFIG, int8=True)["layers"][0]["w_gate"]
+    assert both.layers[0].w_gate.shard_shape((32, 48)) == (32, 6)
+    whole = param_axes(tiny_model.CONFIG, int8=True).layers[0].w_gate
     assert whole.codes == P(None, "ffn") and whole.scale == P("ffn")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from models import decoder
 from models.config import DecoderConfig
 from models.decoder import prompt_cache
+from models.params import DecoderParams
 from models.weights import random_params
 
 CONFIG = DecoderConfig(
@@ -27,13 +28,13 @@ CONFIG = DecoderConfig(
 
 
 @functools.cache
-def params(config: DecoderConfig = CONFIG) -> dict:
+def params(config: DecoderConfig = CONFIG) -> DecoderParams:
     """The same random float32 weights at every call."""
     with jax.ensure_compile_time_eval():  # kept beyond the program that asks first
         return random_params(config, jax.random.key(0), jnp.float32)
 
 
-def bind(weights: dict, config: DecoderConfig = CONFIG):
+def bind(weights: DecoderParams, config: DecoderConfig = CONFIG):
     """The decoder over weights that may be traced."""
     return decoder.bind(weights, config)
 

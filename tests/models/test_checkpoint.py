@@ -23,7 +23,7 @@ def test_config_params_and_tokenizer_come_back(tiny, tmp_path, int8):
     for field in ("chat_template", "bos_id", "eos_ids", "opening"):
         assert getattr(read.tokenizer, field) == getattr(written[2], field)
     narrow = models.load_model(tmp_path / "saved", dtype="bfloat16")
-    assert narrow.params["embed"].dtype == jnp.bfloat16
+    assert narrow.params.embed.dtype == jnp.bfloat16
 
 
 def test_damaged_and_unfit_checkpoints_are_refused(tiny, tmp_path):

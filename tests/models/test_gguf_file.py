@@ -25,7 +25,7 @@ def test_without_output_tensor_the_embeddings_are_tied(tiny, tmp_path):
     del tiny.tensors["lm_head.weight"]
     config, params, _ = load_gguf(tiny.write_gguf(tmp_path / "tiny.gguf"), jnp.bfloat16)
     assert config == dataclasses.replace(tiny.config, tied_embeddings=True)
-    assert "head" not in params and params["embed"].dtype == jnp.bfloat16
+    assert params.head is None and params.embed.dtype == jnp.bfloat16
 
 
 def test_smollm2_has_its_published_shape(smollm2):
@@ -117,7 +117,7 @@ def test_missing_and_misshapen_tensors_are_named(tiny, tmp_path):
 def test_quantized_tensors_are_dequantized(tiny, tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
     _, params, _ = load_gguf(tiny.write_gguf(tmp_path / "tiny.gguf", q8=name), jnp.float32)
-    exact, got = tiny.tensors[name].T, np.array(params["layers"][0]["w_down"])
+    exact, got = tiny.tensors[name].T, np.array(params.layers[0].w_down)
     assert not np.array_equal(got, exact)
     # Q8_0 rounds a block of 32 to multiples of max|block| / 127, stored in half precision: half a step, and 2^-11.
     np.testing.assert_allclose(got, exact, rtol=2**-11, atol=0.5 * np.abs(exact).max() / 127)

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from models import weights
 from models.huggingface import load_directory
-from models.weights import split_qkv
+from models.params import split_qkv
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -31,28 +31,28 @@ def test_bfloat16_files_load_exactly_in_both_dtypes(tiny, tmp_path):
     path = tiny.write_directory(tmp_path / "tiny")
     _, narrow, _ = load_directory(path, jnp.bfloat16)
     _, wide, _ = load_directory(path, jnp.float32)
-    np.testing.assert_array_equal(narrow["embed"], tiny.tensors["model.embed_tokens.weight"])
-    assert narrow["embed"].dtype == jnp.bfloat16 and wide["embed"].dtype == jnp.float32
+    np.testing.assert_array_equal(narrow.embed, tiny.tensors["model.embed_tokens.weight"])
+    assert narrow.embed.dtype == jnp.bfloat16 and wide.embed.dtype == jnp.float32
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(jnp.float32), y), narrow, wide)
 
 
 @pytest.mark.slow
 def test_smollm2_as_safetensors_equals_its_gguf(smollm2, tmp_path):
     c, params = smollm2.config, smollm2.params
-    tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
-    for i, layer in enumerate(params["layers"]):
+    tensors = {"model.embed_tokens.weight": params.embed, "model.norm.weight": params.final_norm}
+    for i, layer in enumerate(params.layers):
         at = f"model.layers.{i}"
-        q, k, v = (np.asarray(x).reshape(c.width, -1) for x in split_qkv(c, layer["wqkv"]))
+        q, k, v = (np.asarray(x).reshape(c.width, -1) for x in split_qkv(c, layer.wqkv))
         tensors |= {
-            f"{at}.input_layernorm.weight": layer["attn_norm"],
-            f"{at}.post_attention_layernorm.weight": layer["mlp_norm"],
+            f"{at}.input_layernorm.weight": layer.attn_norm,
+            f"{at}.post_attention_layernorm.weight": layer.mlp_norm,
             f"{at}.self_attn.q_proj.weight": q.T,
             f"{at}.self_attn.k_proj.weight": k.T,
             f"{at}.self_attn.v_proj.weight": v.T,
-            f"{at}.self_attn.o_proj.weight": layer["wo"].T,
-            f"{at}.mlp.gate_proj.weight": layer["w_gate"].T,
-            f"{at}.mlp.up_proj.weight": layer["w_up"].T,
-            f"{at}.mlp.down_proj.weight": layer["w_down"].T,
+            f"{at}.self_attn.o_proj.weight": layer.wo.T,
+            f"{at}.mlp.gate_proj.weight": layer.w_gate.T,
+            f"{at}.mlp.up_proj.weight": layer.w_up.T,
+            f"{at}.mlp.down_proj.weight": layer.w_down.T,
         }
     safetensors.numpy.save_file(
         {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, tmp_path / "model.safetensors"

@@ -41,7 +41,7 @@ def test_decoder_with_experts_computes_with_the_rounded_weights(name, leaves):
     config = read_config("tiny", CHECKPOINTS[name]["config"])
     tensors = weights(CHECKPOINTS[name]["shapes"])
     packed = build_params(config, tensors.__getitem__, jnp.float32, int8=True)
-    kinds = {name: type(leaf) for name, leaf in packed["layers"][1].items()}
+    kinds = {name: type(leaf) for name, leaf in packed.to_dict()["layers"][1].items()}
     assert {name for name, kind in kinds.items() if kind is Int8Matrix} == EXPERTS | leaves
     rounded = jax.tree.map(dense, packed, is_leaf=lambda x: isinstance(x, Int8Matrix))
     tokens = jnp.int32([ROWS[0][:12]])

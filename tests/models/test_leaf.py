@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.families import read_config
-from models.weights import declare
+from models.params import declare
 from tests.golden.tiny_weights import weights
 from tests.models.test_families import CHECKPOINTS
 
@@ -45,7 +45,7 @@ def test_a_part_is_that_of_the_whole(name):
 
 
 def test_pieces_make_up_a_part():
-    leaf = declare(read_config("tiny", CHECKPOINTS["mixtral"]["config"]))["layers"][0]["w_down"]
+    leaf = declare(read_config("tiny", CHECKPOINTS["mixtral"]["config"])).layers[0].w_down
     index = (slice(1, 4), slice(5, 40), slice(0, 30))
     of_leaf = [tensors("mixtral")[key] for key in leaf.names]
     whole, found = leaf.read(of_leaf, index), np.full((3, 35, 30), np.nan, np.float32)
@@ -58,7 +58,7 @@ def test_pieces_make_up_a_part():
 
 def test_a_kv_head_reads_only_its_rows():
     config = read_config("tiny", CHECKPOINTS["qwen2"]["config"])
-    leaf = declare(config)["layers"][0]["wqkv"]
+    leaf = declare(config).layers[0].wqkv
     counted = [Counted(tensors("qwen2")[key]) for key in leaf.names]
     columns = leaf.shape[1] // config.num_kv_heads
     leaf.read(counted, (slice(0, config.width), slice(columns, 2 * columns)))

@@ -25,8 +25,8 @@ def test_file_directory_and_dtype(tiny, tmp_path):
     from_file = models.load_model(tiny.write_gguf(tmp_path / "tiny.gguf"), dtype="bfloat16")
     from_directory = models.load_model(str(tiny.write_directory(tmp_path / "tiny")))
     assert from_file.config == from_directory.config == tiny.config
-    assert from_file.params["embed"].dtype == jnp.bfloat16
-    assert from_directory.params["embed"].dtype == jnp.float32
+    assert from_file.params.embed.dtype == jnp.bfloat16
+    assert from_directory.params.embed.dtype == jnp.float32
 
 
 def test_repository_is_downloaded_by_name_and_only_what_is_needed(tiny, tmp_path, monkeypatch):

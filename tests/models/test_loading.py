@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from models.families import read_config
 from models.huggingface import load_directory
-from models.weights import declare
+from models.params import declare
 from tests.models.conftest import backend
 from tests.models.test_families import CHECKPOINTS
 
@@ -55,8 +55,9 @@ def test_beside_the_params_memory_for_little_more_than_the_largest_leaf_is_enoug
     finally:
         tracemalloc.stop()
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert largest == params["embed"].nbytes >= 24 << 20
-    assert 0.3 * largest < peak - after < 1.3 * largest
+    assert largest == params.embed.nbytes >= 24 << 20
+    piece = 8 << 20  # of a tensor, while its leaf is being filled
+    assert 0.3 * largest < peak - after < 1.05 * largest + piece
 
 
 def test_four_devices_hold_what_one_would(tmp_path):
