@@ -149,7 +149,6 @@ class Ours:
                 max_new_tokens=new_tokens,
                 sampler=kvjax.Greedy(),
                 key=jax.random.key(0),
-                prompt_slots=T,
             )
 
         shared = prompt is not None and not method.reads_alone

@@ -61,21 +61,21 @@ class Evaluator:
         return run, time.perf_counter() - start
 
     def answer(
-        self, method: Method, run: kvjax.Run, question: Sequence[int], example: tasks.Example, slots: int
+        self, method: Method, run: kvjax.Run, question: Sequence[int], example: tasks.Example
     ) -> tuple[jax.Array, float | None]:
         """Feeds the question and the answer: f32[answer, V] log-probabilities, and tokens per second."""
-        run, _ = self._feed(method, run, question, slots)
+        run, _ = self._feed(method, run, question)
         log_probs = [jax.nn.log_softmax(run.logits)]
         answer = example.answer_ids
         if not answer:
             return jnp.zeros((0, run.logits.shape[-1])), None
         if not example.scored:
-            _, logits = self._feed(method, run, answer[:-1], slots)
+            _, logits = self._feed(method, run, answer[:-1])
             return jnp.concatenate([*log_probs, *map(jax.nn.log_softmax, logits)]), None
         jax.block_until_ready(run)
         start = time.perf_counter()
         for token in answer[:-1]:
-            run, _ = self._feed(method, run, (token,), slots, calls_of=1)
+            run, _ = self._feed(method, run, (token,), calls_of=1)
             log_probs.append(jax.nn.log_softmax(run.logits))
         jax.block_until_ready(log_probs)
         seconds = time.perf_counter() - start
@@ -99,7 +99,7 @@ class Evaluator:
         cache_bytes = kvjax.nbytes((run.cache, run.state))
         kept, budgeted = (float(kvjax.kept_tokens(cache)[0]) for cache in (run.cache, self._budgeted(run.cache)))
         self._check_finite(method, example, run.logits)
-        log_probs, speed = self.answer(method, run, question, example, slots or len(prompt))
+        log_probs, speed = self.answer(method, run, question, example)
         self._check_finite(method, example, log_probs)
         answer = jnp.asarray(example.answer_ids, jnp.int32)
         nll = match = kl = None
@@ -158,7 +158,7 @@ class Evaluator:
         return self._alone[method.name]
 
     def _feed(
-        self, method: Method, run: kvjax.Run, ids: Sequence[int], slots: int, calls_of: int | None = None
+        self, method: Method, run: kvjax.Run, ids: Sequence[int], calls_of: int | None = None
     ) -> tuple[kvjax.Run, list[jax.Array]]:
         """Feeds tokens in calls of a fixed size, and returns the logits after each of them, by call."""
         size = calls_of or self._call_tokens
@@ -172,7 +172,6 @@ class Evaluator:
                 run,
                 tokens,
                 jnp.asarray([len(part)]),
-                prompt_slots=slots,
             )
             logits.append(after[0, : len(part)])
         return run, logits

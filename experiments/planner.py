@@ -157,7 +157,7 @@ class Planner:
     def decode(self, method: Method, run: kvjax.Run) -> tuple[Program, str]:
         """A decoding step after `run`, and the text of its program; inside `use_mesh`."""
         token = self._replicated(self._setting.batch, 1)
-        step = functools.partial(self._extend, method, self._setting.context)
+        step = functools.partial(self._extend, method)
         return compile_program(jax.jit(step, donate_argnums=1), self._params, run, token)
 
     @property
@@ -175,13 +175,17 @@ class Planner:
         s = self._setting
         cache = prompt_cache(s.config, s.batch, self._dtype)
         chunk = method.prefill_chunk or s.chunk
-        step = bind(params, s.config, max_positions=tokens.shape[1] + s.room)  # what it would cost, whatever it knows
+        step = self._decoder(params, tokens.shape[1])
         return kvjax.prefill(step, method.transform, tokens, lengths, cache, room=s.room, chunk=chunk)
 
-    def _extend(self, method: Method, context: int, params, run, tokens) -> kvjax.Run:
-        s = self._setting
-        one = jnp.ones((s.batch,), jnp.int32)
-        return kvjax.extend(bind(params, s.config), method.transform, run, tokens, one, prompt_slots=context)[0]
+    def _extend(self, method: Method, params, run, tokens) -> kvjax.Run:
+        one = jnp.ones((self._setting.batch,), jnp.int32)
+        step = self._decoder(params, run.room.prompt_slots)
+        return kvjax.extend(step, method.transform, run, tokens, one)[0]
+
+    def _decoder(self, params, context: int):
+        """What a context would cost, also one that the model was not trained for."""
+        return bind(params, self._setting.config, max_positions=context + self._setting.room)
 
     def _replicated(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self._setting.mesh, P()))

@@ -58,7 +58,7 @@ class Run(NamedTuple):
     cache: Cache
     state: Any  # of the transform
     prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
-    room: Room  # static: what may follow
+    room: Room  # static: the prompt's slots, and what may follow
 
     def specs(self) -> Run:
         """For every leaf, the `PartitionSpec` over the axes of the mesh in use."""
@@ -189,11 +189,11 @@ def start(
 
 
 def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens) -> Run:
-    slots, left = Room.reserved(room, call_tokens, transform.frees_in_decode)
+    slots, left = Room.reserved(prompt_slots, room, call_tokens, transform.frees_in_decode)
     if transform.budget is not None:
         budget = budget_slots(transform.budget, prompt_slots, transform.at_least)
         if budget > prompt_slots + room:  # more would come into fewer slots than the budget asks for
-            left = Room(total=room)
+            left = Room(prompt_slots, total=room)
     return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left)
 
 
@@ -277,8 +277,6 @@ def extend(
     run: Run,
     tokens: jax.Array,
     lengths: jax.Array,
-    *,
-    prompt_slots: int,
 ) -> tuple[Run, jax.Array]:
     """Feeds T given tokens in one call: a question, a forced answer.
 
@@ -288,7 +286,6 @@ def extend(
       run: the sequence so far.
       tokens: i32[B, T], padded at the end with any ids.
       lengths: i32[B], real tokens of each row, 0 for a row that rests.
-      prompt_slots: the longest prompt of the batch, as at `prefill`.
 
     Returns:
       The run after them, and f32[B, T, V], the logits after each of them.
@@ -299,10 +296,10 @@ def extend(
     """
     check_tokens(tokens, lengths, run.cache)
     run.room.check_call(tokens.shape[1])
-    return _extend(step, transform, run, tokens, lengths, prompt_slots)
+    return _extend(step, transform, run, tokens, lengths)
 
 
-def _extend(step, transform, run, tokens, lengths, prompt_slots) -> tuple[Run, jax.Array]:
+def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     left = _left(run)
     right = readable(limits_of(step), tokens, lengths, run.cache.length, least=0, left=left)
     lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
@@ -310,7 +307,7 @@ def _extend(step, transform, run, tokens, lengths, prompt_slots) -> tuple[Run, j
         tokens, _positions(run.cache, lengths, tokens.shape[1]), run.cache, needs=transform.needs, last_only=False
     )
     seen = Observation(
-        out.layers, new=lengths, prompt=run.prompt, prompt_slots=prompt_slots, phase="decode"
+        out.layers, new=lengths, prompt=run.prompt, prompt_slots=run.room.prompt_slots, phase="decode"
     )
     cache, state = transform.step(out.cache, run.state, seen)
     cache = cache.constrained()
@@ -345,7 +342,6 @@ def generate(
     sampler: Sampler,
     key: jax.Array,
     stop_tokens: tuple[int, ...] = (),
-    prompt_slots: int,
 ) -> Generated:
     """Draws tokens one by one in a `lax.while_loop`, until every row has stopped.
 
@@ -360,7 +356,6 @@ def generate(
       key: PRNG key. Each draw has its own, made of it, the row and the position, so a second call goes on with other
         numbers under the same key.
       stop_tokens: a row ends with any of these.
-      prompt_slots: the longest prompt of the batch, as at `prefill`.
 
     Raises:
       ValueError: `max_new_tokens` is below 0, or more than the cache has room or the decoder positions for; where
@@ -393,7 +388,7 @@ def generate(
         alive = (~done & (token >= 0)).astype(jnp.int32)
         lengths = lengths + alive
         done = done | (token < 0) | jnp.any(token[:, None] == stops, axis=-1)
-        run, _ = _extend(step, transform, run, token[:, None], alive, prompt_slots)
+        run, _ = _extend(step, transform, run, token[:, None], alive)
         return index + 1, done, tokens, lengths, run
 
     start = (jnp.zeros((), jnp.int32), jnp.zeros((B,), bool), *nothing, run)

@@ -33,33 +33,38 @@ def limits_of(step: Any) -> Limits:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """How many tokens may follow a prompt: part of the structure of a `Run`, so that calls are checked when traced.
+    """The tokens that a run has slots for: part of the structure of a `Run`, so that calls are checked when traced.
 
     Attributes:
+      prompt_slots: those of the longest prompt of the batch; fractions of it are budgets.
       total: tokens of all calls together; None: any number, the method frees slots as they come.
       call: the most tokens of one call where any number may come; None where `total` bounds it.
       spent: of `total`, what `generate` may have used. What a call brings is counted in the cache alone: its padding
         takes no room, and every step of a loop would be a program of its own.
     """
 
+    prompt_slots: int
     total: int | None
     call: int | None = None
     spent: int = 0
 
     @classmethod
-    def reserved(cls, tokens: int, call_tokens: int, interval: int | None) -> tuple[int, Room]:
+    def reserved(
+        cls, prompt_slots: int, tokens: int, call_tokens: int, interval: int | None
+    ) -> tuple[int, Room]:
         """Returns the slots to reserve for `tokens` more tokens, and what they have room for.
 
         Args:
+          prompt_slots: tokens of the longest prompt.
           tokens: that will follow, over all calls.
           call_tokens: the most tokens that one call brings.
           interval: the method frees slots at least every so many tokens; None: never.
         """
         if interval is None:
-            return tokens, cls(total=tokens)
+            return tokens, cls(prompt_slots, total=tokens)
         slots = min(tokens, interval - 1 + call_tokens)
         call = slots - (interval - 1)
-        return slots, cls(total=None, call=call) if call > 0 else cls(total=tokens)
+        return slots, cls(prompt_slots, total=None, call=call) if call > 0 else cls(prompt_slots, total=tokens)
 
     def check_call(self, tokens: int) -> None:
         """Checks that there is room for a call of so many tokens.

@@ -137,7 +137,7 @@ def method_loss(method, batch, chunk=None):
         step, cache, asked = tiny_model.bind(params), tiny_model.empty(2), jnp.full(2, room)
         how = dict(room=room, call_tokens=room, chunk=chunk)
         run = kvjax.prefill(step, method, batch.context, batch.lengths, cache, **how)
-        logits = kvjax.extend(step, method, run, batch.follow, asked, prompt_slots=batch.context.shape[1])[1]
+        logits = kvjax.extend(step, method, run, batch.follow, asked)[1]
         return cross_entropy(logits, batch)
 
     return quick_jit(run)(tiny_model.params())

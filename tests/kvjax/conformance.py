@@ -86,7 +86,7 @@ class Harness:
         )
 
     def _extend(self, params, run, tokens, lengths):
-        return kvjax.extend(tiny_model.bind(params), self.transform, run, tokens, lengths, prompt_slots=T)[0]
+        return kvjax.extend(tiny_model.bind(params), self.transform, run, tokens, lengths)[0]
 
     def _generate(self, params, run):
         return kvjax.generate(
@@ -96,7 +96,6 @@ class Harness:
             max_new_tokens=ROOM,
             sampler=kvjax.Greedy(),
             key=jax.random.key(0),
-            prompt_slots=T,
         )
 
     def prefill(self, how: str, tokens=None, lengths=None, params=None) -> kvjax.Run:
@@ -255,7 +254,7 @@ def _read_and_ask(transform: kvjax.CacheTransform):
     def program(params, tokens, question, cache):
         step = tiny_model.bind(params)
         run = kvjax.prefill(step, transform, tokens, jnp.array(LENGTHS), cache, room=ROOM, call_tokens=6)
-        return kvjax.extend(step, transform, run, question, jnp.array([6, 4]), prompt_slots=T)
+        return kvjax.extend(step, transform, run, question, jnp.array([6, 4]))
 
     return quick_jit(program)(
         tiny_model.params(), tiny_model.prompt(B, T), tiny_model.prompt(B, 6, seed=4), tiny_model.empty(B)

@@ -98,9 +98,9 @@ def _program(transform):
         step = tiny_model.bind(params)
         lengths = jnp.array([T, 13])
         run = kvjax.prefill(step, transform, tokens, lengths, cache, room=ROOM, call_tokens=3)
-        run, _ = kvjax.extend(step, transform, run, question, jnp.array([3, 2]), prompt_slots=T)
+        run, _ = kvjax.extend(step, transform, run, question, jnp.array([3, 2]))
         for t in range(2):
-            run, _ = kvjax.extend(step, transform, run, question[:, t : t + 1], jnp.ones(2, jnp.int32), prompt_slots=T)
+            run, _ = kvjax.extend(step, transform, run, question[:, t : t + 1], jnp.ones(2, jnp.int32))
         return run
 
     args = tiny_model.params(), tiny_model.prompt(B, T), tiny_model.prompt(B, 3, seed=4), tiny_model.empty(B)

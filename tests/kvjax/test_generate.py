@@ -30,7 +30,6 @@ def _generate(stop_tokens=(), sampler=kvjax.Greedy(), seed=0, transform=methods.
             sampler=sampler,
             key=key,
             stop_tokens=stop_tokens,
-            prompt_slots=T,
         )
 
     return quick_jit(program)(_prompt(), table_decoder.empty(2), jax.random.key(seed))
@@ -85,7 +84,7 @@ def test_the_key_decides_what_is_drawn(free):
 def _read(transform):
     """A run with room for four tokens, and what feeds it some."""
     read = lambda cache: kvjax.prefill(STEP, transform, _prompt(), jnp.array(LENGTHS), cache, room=4)
-    extend = lambda run, tokens, lengths: kvjax.extend(STEP, transform, run, tokens, lengths, prompt_slots=T)
+    extend = lambda run, tokens, lengths: kvjax.extend(STEP, transform, run, tokens, lengths)
     return quick_jit(read)(table_decoder.empty(2)), quick_jit(extend)
 
 

@@ -48,11 +48,11 @@ def _prefill(transform=FULL, tokens=None, lengths=LENGTHS, room=12, step=None, c
 def _extend(run, tokens, transform=FULL, lengths=None, step=None):
     tokens = tiny_model.prompt(2, tokens, seed=1) if isinstance(tokens, int) else tokens
     lengths = jnp.full(2, tokens.shape[1]) if lengths is None else jnp.asarray(lengths)
-    return kvjax.extend(step or _step(), transform, run, tokens, lengths, prompt_slots=T)[0]
+    return kvjax.extend(step or _step(), transform, run, tokens, lengths)[0]
 
 
 def _generate(run, count, transform=FULL, step=None, sampler=kvjax.Greedy()):
-    how = dict(sampler=sampler, key=jax.random.key(0), prompt_slots=T)
+    how = dict(sampler=sampler, key=jax.random.key(0))
     return kvjax.generate(step or _step(), transform, run, max_new_tokens=count, **how)
 
 

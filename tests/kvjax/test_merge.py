@@ -77,7 +77,7 @@ def _follow(transform, policy, *, chunk=None):
     )
     run = quick_jit(read)(table_decoder.empty(2))
     extend = quick_jit(
-        lambda run, tokens: kvjax.extend(STEP, transform, run, tokens, jnp.ones(2, jnp.int32), prompt_slots=T)[0]
+        lambda run, tokens: kvjax.extend(STEP, transform, run, tokens, jnp.ones(2, jnp.int32))[0]
     )
     for t in range(DECODED + 1):
         if t:

@@ -95,7 +95,7 @@ def test_a_split_and_a_balance_by_themselves_change_nothing(where):
         return kvjax.at_prefill_end(kvjax.chain(split, balance) if where == "written" else balance)
 
     extend = lambda transform: quick_jit(
-        lambda run, new: kvjax.extend(STEP, transform, run, new, jnp.full(2, 3), prompt_slots=T)[1]
+        lambda run, new: kvjax.extend(STEP, transform, run, new, jnp.full(2, 3))[1]
     )
     new = jnp.int32(TOKENS[:, :3])
     got = extend(balanced())(_run(balanced), new)

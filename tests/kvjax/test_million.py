@@ -42,7 +42,7 @@ def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decodi
         lambda prompt, cache: kvjax.prefill(STEP, method, prompt, jnp.array(LENGTHS), cache, room=NEW)
     )(jnp.int32(tokens[:, :T]), table_decoder.empty(2))
     extend = quick_jit(
-        lambda run, new: kvjax.extend(STEP, method, run, new, jnp.ones(2, jnp.int32), prompt_slots=T)[0]
+        lambda run, new: kvjax.extend(STEP, method, run, new, jnp.ones(2, jnp.int32))[0]
     )
     for t in range(NEW + 1):
         if t:

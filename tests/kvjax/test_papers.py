@@ -59,7 +59,7 @@ def _follow(transform, policy, *, chunk=None, reindex=False, decoded=DECODED) ->
             )
         )
     extend = quick_jit(
-        lambda run, tokens: kvjax.extend(STEP, transform, run, tokens, jnp.ones(2, jnp.int32), prompt_slots=T)[0]
+        lambda run, tokens: kvjax.extend(STEP, transform, run, tokens, jnp.ones(2, jnp.int32))[0]
     )
     run = _prefill(transform, chunk=chunk, room=decoded)
     for t in range(decoded + 1):
@@ -147,7 +147,7 @@ def test_streamingllm_reads_a_question_of_several_tokens(reindex):
     method = methods.streamingllm(BUDGET, sinks=3, reindex=reindex)
     run = _prefill(method, call_tokens=5)
     question = jnp.int32(np.stack([_tokens(row, LENGTHS[row] + 5)[-5:] for row in range(2)]))
-    run, logits = kvjax.extend(STEP, method, run, question, jnp.array([5, 3]), prompt_slots=T)
+    run, logits = kvjax.extend(STEP, method, run, question, jnp.array([5, 3]))
     for row, asked in enumerate((5, 3)):
         length = LENGTHS[row]
         for first in range(1, asked + 1):  # the trace shows a call's last token: ask for every prefix
@@ -325,7 +325,7 @@ def test_reasoncache_of_a_texts_keys_and_values_is_that_text_read_before(chunk, 
     method = kvjax.chain(methods.reasoncache(slots), *then)
     run = _prefill(method, chunk=chunk, room=1)
     asked = [_tokens(row, length + 1)[-1:] for row, length in enumerate(LENGTHS)]
-    after, _ = kvjax.extend(STEP, method, run, jnp.int32(np.stack(asked)), jnp.ones(2, jnp.int32), prompt_slots=T)
+    after, _ = kvjax.extend(STEP, method, run, jnp.int32(np.stack(asked)), jnp.ones(2, jnp.int32))
     for row, length in enumerate(LENGTHS):
         tokens = np.concatenate([demonstration, _tokens(row, length + 1)])
         prompt, token = table_decoder.simulate(TABLES, tokens, [m + length, 1], 1, papers.KeepAll)

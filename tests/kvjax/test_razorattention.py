@@ -66,7 +66,7 @@ def test_the_others_read_sinks_a_window_and_the_mean_of_the_rest(fraction):
 
     run = quick_jit(read)(jnp.int32(text[:, :T]), jnp.array(LENGTHS), table_decoder.empty(2))
     extend = quick_jit(
-        lambda run, tokens, lengths: kvjax.extend(STEP, method, run, tokens, lengths, prompt_slots=T)[0]
+        lambda run, tokens, lengths: kvjax.extend(STEP, method, run, tokens, lengths)[0]
     )
     held = np.array(LENGTHS)
     for call in CALLS:
@@ -131,8 +131,8 @@ def test_full_heads_may_be_quantized_beside_compensated_rings():
 
     def program(prompt, cache):
         run = kvjax.prefill(STEP, method, prompt, jnp.array(LENGTHS), cache, room=4, call_tokens=3)
-        run = kvjax.extend(STEP, method, run, prompt[:, :3], jnp.array([3, 2]), prompt_slots=T)[0]
-        return kvjax.extend(STEP, method, run, prompt[:, :1], jnp.ones(2, jnp.int32), prompt_slots=T)[0]
+        run = kvjax.extend(STEP, method, run, prompt[:, :3], jnp.array([3, 2]))[0]
+        return kvjax.extend(STEP, method, run, prompt[:, :1], jnp.ones(2, jnp.int32))[0]
 
     prompt = jnp.int32(table_decoder.distinct_tokens(2, T))
     run = quick_jit(program)(prompt, table_decoder.empty(2))

@@ -48,11 +48,11 @@ def _programs(name):
     def read(tokens, lengths, cache, chunk):
         return kvjax.prefill(STEP, transform, tokens, lengths, cache, room=2, chunk=chunk)
 
-    def more(run, token, prompt_slots):
+    def more(run, token):
         ones = jnp.ones(token.shape[0], jnp.int32)
-        return kvjax.extend(STEP, transform, run, token, ones, prompt_slots=prompt_slots)[0]
+        return kvjax.extend(STEP, transform, run, token, ones)[0]
 
-    return quick_jit(read, static_argnames="chunk"), quick_jit(more, static_argnames="prompt_slots")
+    return quick_jit(read, static_argnames="chunk"), quick_jit(more)
 
 
 def _runs(name, rows, slots, chunk):
@@ -60,7 +60,7 @@ def _runs(name, rows, slots, chunk):
     rows = np.array(rows)
     lengths = jnp.int32(LENGTHS)[rows]
     run = read(TOKENS[rows, :slots], lengths, table_decoder.empty(len(rows)), chunk=chunk)
-    return run, more(run, TOKENS[rows, 7:8], prompt_slots=slots)
+    return run, more(run, TOKENS[rows, 7:8])
 
 
 @pytest.mark.parametrize("chunk", [None, 16])
@@ -84,9 +84,9 @@ def test_every_row_of_a_ring_has_its_own_size(sinks, reindex):
     transform = methods.streamingllm(0.25, sinks=sinks, reindex=reindex)
     sizes = [max(n // 4, sinks + 1) for n in LENGTHS]
     run = quick_jit(
-        lambda: kvjax.prefill(STEP, transform, TOKENS, jnp.int32(LENGTHS), table_decoder.empty(3), room=9)
+        lambda: kvjax.prefill(STEP, transform, TOKENS, jnp.int32(LENGTHS), table_decoder.empty(3), room=9, call_tokens=5)
     )()
-    more = quick_jit(lambda run, t: kvjax.extend(STEP, transform, run, t, jnp.full(3, t.shape[1]), prompt_slots=64)[0])
+    more = quick_jit(lambda run, t: kvjax.extend(STEP, transform, run, t, jnp.full(3, t.shape[1]))[0])
     read = np.array(LENGTHS)
     for new in (0, 1, 1, 5, 1, 1):
         if new:

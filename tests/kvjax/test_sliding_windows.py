@@ -30,7 +30,7 @@ def run(transform, chunk=None, config=CONFIG, compiled=quick_jit):
         )
 
         def one(after, token):
-            after, logits = kvjax.extend(step, transform, after, token[:, None], jnp.ones(2, int), prompt_slots=PROMPT)
+            after, logits = kvjax.extend(step, transform, after, token[:, None], jnp.ones(2, int))
             return after, logits[:, 0]
 
         after, logits = jax.lax.scan(one, after, TOKENS[:, PROMPT:].T)

@@ -38,7 +38,7 @@ def main(path: str, folder: pathlib.Path, name: str, process: int | None, port: 
         return kvjax.prefill(step(params), method.transform, tokens, lengths, cache, room=2 * NEW)
 
     def write(params, run):
-        how = dict(max_new_tokens=NEW, sampler=kvjax.Greedy(), key=jax.random.key(0), prompt_slots=PROMPT)
+        how = dict(max_new_tokens=NEW, sampler=kvjax.Greedy(), key=jax.random.key(0))
         drawn = kvjax.generate(step(params), method.transform, run, **how)
         return jax.lax.with_sharding_constraint(drawn.tokens, jax.sharding.PartitionSpec()), drawn.run
 

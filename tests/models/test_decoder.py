@@ -74,5 +74,5 @@ def test_generation_continues_the_prompt_and_stops(smollm2):
     tokens = []
     while len(tokens) < 24 and (token := int(run.logits[0].argmax())) not in smollm2.tokenizer.eos_ids:
         tokens.append(token)
-        run, _ = kvjax.extend(step, method, run, jnp.array([[token]]), jnp.array([1]), prompt_slots=len(ids))
+        run, _ = kvjax.extend(step, method, run, jnp.array([[token]]), jnp.array([1]))
     assert len(tokens) < 24 and "Paris" in smollm2.tokenizer.decode(tokens)

@@ -61,7 +61,7 @@ def logits_after_prompt(params, config, transform, tokens, lengths):
 
     def one(run, i):
         token = jnp.take_along_axis(tokens, lengths[:, None] + i, axis=1)
-        run, logits = kvjax.extend(step, transform, run, token, jnp.ones(2, int), prompt_slots=T)
+        run, logits = kvjax.extend(step, transform, run, token, jnp.ones(2, int))
         return run, logits[:, 0]
 
     run, logits = jax.lax.scan(one, run, jnp.arange(AFTER))

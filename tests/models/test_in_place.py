@@ -29,7 +29,6 @@ def test_the_loop_of_generation_updates_a_donated_cache_in_place(name):
             max_new_tokens=8,
             sampler=kvjax.Greedy(),
             key=jax.random.key(0),
-            prompt_slots=24,
         )
 
     def read(params, tokens, cache):

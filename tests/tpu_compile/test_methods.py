@@ -96,7 +96,6 @@ def compile_for(device, config, method, prompt, *, programs=("prefill", "decode"
             max_new_tokens=NEW_TOKENS,
             sampler=kvjax.Greedy(),
             key=jax.random.key(0),
-            prompt_slots=prompt,
         )
 
     run = jax.eval_shape(read, params, tokens, lengths)
