@@ -25,6 +25,8 @@ class Generation:
       gigabytes_per_second: of HBM.
       hbm_gibibytes: capacity.
       teraflops: peak of bfloat16 products.
+      gigahertz: clock of its cores: the peak over what their matrix units do in a cycle.
+      devices: that JAX sees in a chip: cores that share its memory without being one device.
     """
 
     name: str
@@ -32,16 +34,23 @@ class Generation:
     gigabytes_per_second: float
     hbm_gibibytes: float
     teraflops: float
+    gigahertz: float
+    devices: int = 1
+
+    @property
+    def device_gigabytes_per_second(self) -> float:
+        """Bandwidth of one JAX device: its share of the chip's."""
+        return self.gigabytes_per_second / self.devices
 
 
 # Google Cloud's pages "TPU v5e", "TPU v6e", "TPU v5p", "TPU7x (Ironwood)" and "TPU v4", system architecture.
 GENERATIONS = (
-    Generation("v5e", "v5e:2x2", 819.0, 16, 197.0),
-    Generation("v6e", "v6e:2x2", 1640.0, 32, 918.0),
-    Generation("v5p", "v5p:2x2x1", 2765.0, 95, 459.0),
-    Generation("tpu7x", "tpu7x:2x2x1", 7370.0, 192, 2307.0),
+    Generation("v5e", "v5e:2x2", 819.0, 16, 197.0, 1.5),
+    Generation("v6e", "v6e:2x2", 1640.0, 32, 918.0, 1.75),
+    Generation("v5p", "v5p:2x2x1", 2765.0, 95, 459.0, 1.75),
+    Generation("tpu7x", "tpu7x:2x2x1", 7370.0, 192, 2307.0, 2.2, devices=2),
 )
-V4 = Generation("v4", "v4:2x2x1", 1228.0, 32, 275.0)
+V4 = Generation("v4", "v4:2x2x1", 1228.0, 32, 275.0, 1.05)
 
 # libtpu asks the machine what it is, unless told.
 LIBTPU_ENVIRONMENT = {

@@ -1,0 +1,92 @@
+"""How long the TPU compilers' schedules say that the decode kernels take, beside the time of their bytes."""
+
+import functools
+import json
+
+import pytest
+
+from experiments import bench_kernels, kernel_estimates, tpu_compiler
+from experiments.kernel_cases import CASES
+from experiments.tpu_compiler import GENERATIONS
+from pallas_kernels.shapes import LLAMA_8B
+from tests.experiments import in_process
+
+pytestmark = pytest.mark.tpu_compile
+
+MOST = {
+    "dense": (1.3, 2.8, 1.9, 5.2),
+}
+"""By kernel, the longest estimate over HBM time for v5e, v6e, v5p and tpu7x, at 32,768 slots of the 8B shape."""
+
+
+@pytest.fixture(autouse=True)
+def libtpu_settings(monkeypatch):
+    for name, value in tpu_compiler.LIBTPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@functools.cache
+def estimates(names: tuple[str, ...], generations: tuple[str, ...]) -> dict:
+    chosen = lambda known, names: [x for x in known if x.name in names]
+    rows = kernel_estimates.estimates(chosen(CASES, names), LLAMA_8B, chosen(GENERATIONS, generations))
+    return {(row.kernel, row.generation): row for row in rows}
+
+
+def _over_hbm(names, generations):
+    rows = estimates(tuple(names), generations)
+    assert set(rows) == {(name, generation) for name in names for generation in generations}
+    for (name, generation), row in rows.items():
+        most = MOST[name][[g.name for g in GENERATIONS].index(generation)]
+        assert row.vector_us <= row.issue_us <= row.latency_us
+        # Slower than this is a loss; much faster is a kernel that does not do its work, or a bound to tighten.
+        assert 0.5 * most < row.latency_us / row.hbm_us <= most, (name, generation)
+
+
+def test_no_change_slows_a_kernel_unnoticed():
+    _over_hbm(["dense"], ("v5e",))
+
+
+@pytest.mark.slow
+def test_no_change_slows_any_kernel_unnoticed():
+    _over_hbm(MOST, tuple(g.name for g in GENERATIONS))
+
+
+def test_the_program_prints_what_schedules_say(tmp_path):
+    which = ["--estimate", "--kernels=dense,fp8", "--generations=v5e", "--contexts=1024"]
+    code, out, err = in_process.call(bench_kernels, *which, f"--output_dir={tmp_path}")
+    assert code == 0, err
+    rows = {row["kernel"]: row for row in json.loads((tmp_path / "kernel_estimates.json").read_text())["estimates"]}
+    assert set(rows["fp8"]) == {"kernel", "generation", "hbm_us", "vector_us", "issue_us", "latency_us"}
+    # Keys, values and positions of 1,024 slots, and queries.
+    assert rows["dense"]["hbm_us"] == pytest.approx(8 * 1024 * (2 * 256 + 4) / 819e3, rel=0.01)
+    (line,) = (line for line in out.splitlines() if line.startswith("fp8"))
+    assert line.split()[1:3] == ["v5e", f"{rows['fp8']['hbm_us']:.1f}"]
+    assert "No figure was checked on a chip" in out
+
+
+def test_json_is_a_list():
+    which = ["--estimate", "--kernels=dense", "--generations=v5e", "--contexts=256", "--json"]
+    code, out, err = in_process.call(bench_kernels, *which)
+    assert code == 0, err
+    (row,) = json.loads(out)
+    assert (row["kernel"], row["generation"]) == ("dense", "v5e") and row["latency_us"] > row["issue_us"] > 0
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--contexts=256,512", "--estimate takes one of --contexts, got '256,512'"),
+        ("--compile_only", "--estimate and --compile_only are two programs"),
+        ("--channels=0", "--channels must be at least 1, got 0"),
+    ],
+)
+def test_bad_flags_are_named(flag, message):
+    code, _, err = in_process.call(bench_kernels, "--estimate", flag)
+    assert code == 2 and message in err
+
+
+def test_a_device_has_its_share_of_a_chip():
+    (chip,) = (g for g in GENERATIONS if g.name == "tpu7x")
+    devices = tpu_compiler.compile_only_devices(chip.topology)
+    assert len(devices) == 4 * chip.devices  # 2 x 2 x 1 chips
+    assert chip.device_gigabytes_per_second == pytest.approx(7370 / 2)
