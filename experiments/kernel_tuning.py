@@ -36,13 +36,13 @@ class Trial:
     problem: str | None = None
 
 
-def left_open(case: KernelCase, shape: DecodeShape, implementation: str) -> Choice:
-    """What the kernel of a case leaves open at a shape.
+def left_open(case: KernelCase, shape: DecodeShape, implementation: str, kind: str | None = None) -> Choice:
+    """What the kernel of a case leaves open at a shape, on a kind of device or on that of this process.
 
     Raises:
       NotImplementedError: the kernel does not take the shape.
     """
-    table, arrays = Table(asked=[]), case.abstract(shape)
+    table, arrays = Table(asked=[], kind=kind), case.abstract(shape)
     with block_sizes.use(table):
         jax.eval_shape(case.program(shape, implementation), *arrays)
     (choice,) = {(choice.kernel, choice.key): choice for choice in table.asked}.values()
@@ -93,7 +93,7 @@ def compile_only(case: KernelCase, shape: DecodeShape, topology: str) -> Iterato
     device = compile_only_device(topology)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
     arguments = jax.tree.map(place, case.abstract(shape))
-    for sizes, table in _tables(left_open(case, shape, "mosaic_tpu")):
+    for sizes, table in _tables(left_open(case, shape, "mosaic_tpu", device.device_kind), device.device_kind):
         with block_sizes.use(table):
             try:
                 compiled = jax.jit(case.program(shape, "mosaic_tpu")).lower(*arguments).compile()
@@ -120,7 +120,8 @@ def refusal(error: Exception) -> str:
     return text.strip().splitlines()[0][:100]
 
 
-def _tables(choice: Choice) -> Iterator[tuple[Sizes, Table]]:
+def _tables(choice: Choice, kind: str | None = None) -> Iterator[tuple[Sizes, Table]]:
     """Candidates with the tables that make the kernel take them."""
     for sizes in candidates(choice):
-        yield sizes, Table({} if sizes is choice.default else {(choice.kernel, choice.key): sizes})
+        entries = {} if sizes is choice.default else {(choice.kernel, choice.key): sizes}
+        yield sizes, Table(entries, kind=kind)

@@ -43,11 +43,13 @@ class Table:
     Attributes:
       sizes: by kernel and key.
       source: the file, for errors.
+      kind: of the device whose sizes these are; None: that which a program is traced for.
       asked: takes down the choices of the kernels that are traced, where it is a list.
     """
 
     sizes: dict[tuple[str, str], Sizes] = dataclasses.field(default_factory=dict)
     source: str = "a table"
+    kind: str | None = None
     asked: list[Choice] | None = None
 
 
@@ -102,6 +104,12 @@ def device_kind() -> str:
     return jax.devices(default)[0].device_kind
 
 
+def kind_in_use() -> str:
+    """The kind of the table in use, or of the device that programs are traced for here."""
+    table = _in_use.value
+    return device_kind() if table is None or table.kind is None else table.kind
+
+
 def path_of(kind: str, folder: pathlib.Path | None = None) -> pathlib.Path:
     """The file of a device, in `FOLDER` or another."""
     return (folder or FOLDER) / f"{file_name(kind)}.json"
@@ -115,15 +123,17 @@ def file_name(kind: str) -> str:
 def read(kind: str) -> Table:
     """The table of a device; an empty one if nothing was measured on it."""
     path = path_of(kind)
-    return _read(path) if path.is_file() else _NOTHING
-
-
-_NOTHING = Table()
+    return _read(path, kind) if path.is_file() else _nothing(kind)
 
 
 @functools.cache
-def _read(path: pathlib.Path) -> Table:
-    return parse(path.read_text("utf-8"), str(path))
+def _nothing(kind: str) -> Table:
+    return Table(kind=kind)
+
+
+@functools.cache
+def _read(path: pathlib.Path, kind: str) -> Table:
+    return dataclasses.replace(parse(path.read_text("utf-8"), str(path)), kind=kind)
 
 
 def parse(text: str, source: str) -> Table:

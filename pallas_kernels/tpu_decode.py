@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import result_like
 from pallas_kernels.partial import Partial, combine
-from pallas_kernels.tpu_decode_blocks import Blocks
+from pallas_kernels.tpu_decode_blocks import Blocks, heads_together
+from pallas_kernels.tpu_device import tpu_device
 from pallas_kernels.tpu_tiles import SUBLANES
 from pallas_kernels.visibility import visible
 
@@ -22,22 +23,21 @@ MOST_ROWS = 128
 
 LEAST_SLOTS = 8  # Mosaic has no layout for a single one, and XLA fuses few of them with what is around
 
-_ROWS = 16  # a register of bfloat16
-
-
 class Stored(NamedTuple):
     """An array of which every tile of slots needs a part: [B, K or 1, ...]."""
 
     array: jax.Array
     axis: int | None  # along which slots lie; None: it belongs to the head
     slots: int = 1  # that an entry along `axis` stands for
+    mixed: bool = False  # keys: whether a number of one slot reaches the logits of others, which NaN may not
 
 
 class Keys(NamedTuple):
     """Keys in some representation."""
 
     stored: tuple[Stored, ...]
-    logits: Callable[..., jax.Array]  # (q [R, H], pos i32[1, s], *tiles) -> f32[R, s]
+    logits: Callable[..., jax.Array]  # (queries, pos i32[1, s], *tiles) -> f32[R, s]
+    queries: Callable[..., Any] = lambda q, pos, *tiles: q  # (q [R, H], pos, *tiles) -> what `logits` begins with
 
 
 class Values(NamedTuple):
@@ -67,6 +67,7 @@ def attend(
 
     The grid walks rows, heads, parts of the slots and, innermost, tiles of a part, over which an online softmax keeps
     its maximum, its sum and the weighted values. A last tile that reaches over the end is masked, never padded in HBM.
+    The queries of a KV head are rows of whole registers; fewer than a register holds are there several times.
 
     Args:
       q: [B, T, N, H].
@@ -75,8 +76,9 @@ def attend(
       q_pos: i32[B, T].
       k_pos: i32[B, K or 1, S].
       bias: f32[B, K or 1, S] or None.
-      within: (i32[B], i32[B]), the first slot of every row and the one behind its last. The grid then has as many tiles
-        as the longest run touches, and nothing is read beyond a row's own. None: all S.
+      within: (i32[B], i32[B]), the first slot of every row and the one behind its last; what lies beyond S does not
+        count. The grid then has as many tiles as the longest run touches, and nothing is read beyond a row's own. None:
+        all S.
       sizes: heads, slots and splits of the grid.
       window: tokens, or None.
       scale: None: `H ** -0.5`.
@@ -88,16 +90,17 @@ def attend(
     scale = H**-0.5 if scale is None else scale
     rows = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     row_pos = jnp.repeat(q_pos, G, axis=1)[..., None]
-    R = padded_rows(q, K)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
-    row_pos = jnp.pad(row_pos, ((0, 0), (0, R - T * G), (0, 0)), constant_values=-1)
+    R, period = padded_rows(q, K), repeated_rows(q, K)
+    missing = (0, period - T * G)
+    rows = jnp.tile(jnp.pad(rows, ((0, 0), (0, 0), missing, (0, 0))), (1, 1, R // period, 1))
+    row_pos = jnp.tile(jnp.pad(row_pos, ((0, 0), missing, (0, 0)), constant_values=-1), (1, R // period, 1))
     per_slot = [number_per_slot(k_pos)] + ([] if bias is None else [number_per_slot(bias.astype(jnp.float32))])
     stored = [*per_slot, *keys.stored, *values.stored]
 
     tiles = -(-S // sizes.slots)
     splits, bounds = sizes.splits, ()
     if within is not None:
-        begin, end = (x.astype(jnp.int32) for x in within)
+        begin, end = (jnp.clip(x.astype(jnp.int32), 0, S) for x in within)
         last = jnp.maximum(end - 1, begin) // sizes.slots
         part = jnp.max(last - begin // sizes.slots) // splits + 1
         bounds = begin, end, part[None]
@@ -135,6 +138,7 @@ def attend(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=tpu_device().vmem_bytes,
         ),
         name="decode_attention",
     )(*bounds, rows, row_pos, *(x.array for x in stored))
@@ -212,59 +216,77 @@ def _kernel(*refs, keys, values, slots, window, biased, bounded):
     elif overhang:
         begin, end = 0, slots
 
-    def attend_to_head(head):
+    def of_head(ref, head):
+        if ref.ndim == 3:  # numbers of slots: [1, s]
+            return ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
+        return ref[0, head if ref.shape[1] > 1 else 0]
 
-        def of_head(ref):
-            if ref.ndim == 3:  # numbers of slots: [1, s]
-                return ref[0, pl.ds(head, 1)] if ref.shape[1] > 1 else ref[0]
-            return ref[0, head if ref.shape[1] > 1 else 0]
-
-        pos = of_head(pos_ref)  # [1, s]
-        if bounded or overhang:
-            slot = start + jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1)
-            pos = jnp.where((slot >= begin) & (slot < end), pos, -1)
-        logits = keys.logits(of_head(q_ref), pos, *map(of_head, key_refs))
-        if biased:
-            logits += of_head(bias_ref)
-        logits = jnp.where(_visible(row_pos_ref[0], pos, window), logits, -jnp.inf)
-        before = m_ref[head]
-        m = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
-        shift = jnp.where(m == -jnp.inf, 0.0, m)
-        p, kept = jnp.exp(logits - shift), jnp.exp(before - shift)
-        m_ref[head] = m
-        l_ref[head] = kept * l_ref[head] + jnp.sum(p, axis=1, keepdims=True)
+    def attend_to_heads(heads):
+        """Step by step for all of them: what one waits for is hidden behind the work of the others."""
         # What lies beyond the end may be NaN, which a probability of zero does not remove.
-        value_tiles = [
-            _within(of_head(ref), slots - start, stored) if overhang else of_head(ref)
-            for ref, stored in zip(value_refs, values.stored)
+        clean = lambda tile, x: _within(tile, slots - start, x) if overhang else tile
+        key_tiles = [
+            [clean(of_head(ref, h), x) if x.mixed else of_head(ref, h) for ref, x in zip(key_refs, keys.stored)]
+            for h in heads
         ]
-        for ref, added in zip(sum_refs, values.weigh(p, *value_tiles)):
-            ref[head] = kept[None] * ref[head] + added
+        positions = [of_head(pos_ref, head) for head in heads]
+        if bounded or overhang:
+            slot = start + jax.lax.broadcasted_iota(jnp.int32, positions[0].shape, 1)
+            positions = [jnp.where((slot >= begin) & (slot < end), pos, -1) for pos in positions]
+        queries = [of_head(q_ref, head) for head in heads]
+        queries = [keys.queries(*x) for x in _listed(queries, positions, key_tiles)]
+        logits = [keys.logits(*x) for x in _listed(queries, positions, key_tiles)]
+        if biased:
+            logits = [x + of_head(bias_ref, head) for x, head in zip(logits, heads)]
+        logits = [jnp.where(_visible(row_pos_ref[0], pos, window), x, -jnp.inf) for x, pos in zip(logits, positions)]
+        before = [m_ref[head] for head in heads]
+        most = [jnp.maximum(m, jnp.max(x, axis=1, keepdims=True)) for m, x in zip(before, logits)]
+        shift = [jnp.where(m == -jnp.inf, 0.0, m) for m in most]
+        kept = [jnp.exp(m - x) for m, x in zip(before, shift)]
+        p = [jnp.exp(x - y) for x, y in zip(logits, shift)]
+        sums = [jnp.sum(x, axis=1, keepdims=True) for x in p]
+        value_tiles = [[clean(of_head(ref, h), x) for ref, x in zip(value_refs, values.stored)] for h in heads]
+        added = [values.weigh(x, *tiles) for x, tiles in zip(p, value_tiles)]
+        for i, head in enumerate(heads):
+            m_ref[head] = most[i]
+            l_ref[head] = kept[i] * l_ref[head] + sums[i]
+            for ref, more in zip(sum_refs, added[i]):
+                ref[head] = kept[i][None] * ref[head] + more
+
+    def attend_to_all():
+        together = heads_together(q_ref.shape[1], size, q_ref.shape[2])
+        _for_every(q_ref.shape[1] // together)(
+            lambda i: attend_to_heads([i * together + j for j in range(together)])
+        )
 
     if bounded:
-        pl.when(start < end)(lambda: _for_every_head(q_ref.shape[1])(attend_to_head))
+        pl.when(start < end)(attend_to_all)
     else:
-        _for_every_head(q_ref.shape[1])(attend_to_head)
+        attend_to_all()
 
     @pl.when(step == steps - 1)
     def _():
 
-        @_for_every_head(q_ref.shape[1])
+        @_for_every(q_ref.shape[1])
         def _(head):
-            total = l_ref[head]
-            out = values.output(*(ref[head] for ref in sum_refs))
-            out_ref[0, 0, head] = out / jnp.where(total == 0.0, 1.0, total)
-            m = m_ref[head]
-            lse_ref[0, 0, head] = jnp.where(m == -jnp.inf, 0.0, m) + jnp.log(total)
+            total, m = l_ref[head], m_ref[head]
+            empty = total == 0.0
+            total = jnp.where(empty, 1.0, total)  # the logarithm of zero is the hardware's business
+            out_ref[0, 0, head] = values.output(*(ref[head] for ref in sum_refs)) / total
+            lse_ref[0, 0, head] = jnp.where(empty, -jnp.inf, m + jnp.log(total))
 
 
-def _for_every_head(heads: int):
-    """Runs a function of the head's index: a loop, so that the program does not grow with the heads."""
+def _listed(first, positions, tiles):
+    return [(x, pos, *rest) for x, pos, rest in zip(first, positions, tiles)]
+
+
+def _for_every(count: int):
+    """Runs a function of an index: a loop, so that the program does not grow with the heads."""
 
     def run(body):
-        if heads == 1:
+        if count == 1:
             return body(0)
-        jax.lax.fori_loop(0, heads, lambda head, _: body(head), None)
+        jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
 
     return run
 
@@ -297,9 +319,23 @@ def logits_bytes(q: jax.Array, heads: int) -> float:
     return 16.0 * padded_rows(q, heads)
 
 
+def repeated_rows(q: jax.Array, heads: int) -> int:
+    """Rows after which the queries of a KV head begin again: 1, 2, 4, or whole registers of 8."""
+    rows = q.shape[1] * q.shape[2] // heads
+    return next((n for n in (1, 2, 4) if n >= rows), -(-rows // SUBLANES) * SUBLANES)
+
+
 def padded_rows(q: jax.Array, heads: int) -> int:
-    """Queries of a KV head in whole registers, which VMEM holds anyway, so that loaders may stack them."""
-    return -(-q.shape[1] * q.shape[2] // heads // _ROWS) * _ROWS
+    """Queries of a KV head in whole registers, which few of them fill by being there several times."""
+    return -(-repeated_rows(q, heads) // SUBLANES) * SUBLANES
+
+
+def sum_of_copies(x: jax.Array, period: int) -> jax.Array:
+    """f32[R, X]: the sum over the rows that hold the same query, in each of them."""
+    while period < SUBLANES:
+        x += pltpu.roll(x, period, 0)
+        period *= 2
+    return x
 
 
 def row_limit(q: jax.Array, heads: int, slots: int) -> str | None:

@@ -7,12 +7,18 @@ from typing import NamedTuple
 
 from pallas_kernels import block_sizes
 from pallas_kernels.block_sizes import Sizes
+from pallas_kernels.tpu_device import tpu_device
 
-_TILE_BYTES = 4 << 20
-"""Of what one step reads and expands. Two tiles are in flight: within the 16 MB of VMEM that the compilers of all
-generations grant a kernel. A step of 4 MB takes 5 us at 819 GB/s (v5e), so what a step costs by itself is small."""
+_TILE_BYTES = 5 << 20
+"""Of what one step reads. That takes 6 us at 819 GB/s (v5e), so what a step costs by itself is small, and so is what the
+first tile of a row takes, during which nothing is computed."""
 
-_MOST_SLOTS = 2048  # of a tile: logits and expanded slots of one head stay below 2 MB each
+_MOST_SLOTS = 4096  # of a tile
+_TOGETHER = 1 << 14
+"""Slots, of eight queries each and counted for every head, that are attended to as one: enough to hide what one head
+waits for, and few enough for the compiler to take a second or two."""
+
+_SHARE = 0.75  # of VMEM; the rest is for queries, results, sums and what the compiler sets aside
 _LANES = 128
 _TRIED = 4  # times the heuristic's most slots of a tile are worth a try
 
@@ -33,6 +39,7 @@ def blocks(
     slot_bytes: float,
     expanded_bytes: float = 0.0,
     *,
+    rows: int = 8,
     step: int = 1,
     most: int | None = None,
 ) -> Blocks | None:
@@ -44,9 +51,10 @@ def blocks(
       heads: KV heads that are stored.
       slots: [S].
       slot_bytes: bytes that a slot of one KV head takes in VMEM.
-      expanded_bytes: what is made of a slot there; it exists for one head at a time.
+      expanded_bytes: what is made of a slot there; it exists for as many heads as are attended to together.
+      rows: queries of a KV head.
       step: slots that cannot be parted: of words and of groups, with the rows that a block must have of both.
-      most: slots of a tile. None: 2,048.
+      most: slots of a tile. None: 4,096.
 
     Returns:
       None where not even the smallest tile fits.
@@ -54,8 +62,18 @@ def blocks(
     step = math.lcm(step, _LANES)
     most = most or _MOST_SLOTS
     ways = (heads, 8) if heads > 8 and heads % 8 == 0 else (heads,)
-    fits = {some: min(int(_TILE_BYTES / (some * slot_bytes + expanded_bytes)), most) for some in ways}
-    some = next((some for some in ways if fits[some] >= min(slots, step)), None)
+    device = tpu_device()
+
+    def fits(some: int, tile: int) -> bool:
+        read, expanded = some * slot_bytes * tile, heads_together(some, tile, rows) * expanded_bytes * tile
+        smallest = some == ways[-1] and tile <= step
+        return 2 * read + expanded <= _SHARE * device.vmem_bytes and (read <= _TILE_BYTES or smallest)
+
+    found = {}  # by heads, the largest tile of whole steps; of all slots where they are fewer than a step
+    for some in ways:
+        tiles = [tile for tile in (*range(max(most // step, 1) * step, 0, -step), slots) if fits(some, tile)]
+        found[some] = next((tile for tile in tiles if tile >= min(slots, step)), 0)
+    some = next((some for some in ways if found[some]), None)
     if some is None:
         return None
     candidates = [
@@ -64,10 +82,22 @@ def blocks(
         for slots in block_sizes.doublings(step, _TRIED * most)
         for splits in (1, 2)
     ]
-    # Two cores share the slots of a single row; where there is one core, a second part costs nothing.
-    default = dict(heads=some, slots=fits[some], splits=2)
+    # Several cores share the slots of a single row.
+    default = dict(heads=some, slots=found[some], splits=device.cores)
     fit = lambda sizes: _fitted(sizes, slots, step)
     return block_sizes.choose(kernel, key, default=default, candidates=candidates, fit=fit)
+
+
+def heads_together(heads: int, slots: int, rows: int) -> int:
+    """How many heads of a tile are attended to as one.
+
+    Args:
+      heads: of the tile.
+      slots: of the tile.
+      rows: queries of a KV head.
+    """
+    most = _TOGETHER * 8 // (slots * max(rows, 8))
+    return next(n for n in range(min(heads, max(most, 1)), 0, -1) if heads % n == 0)
 
 
 def _fitted(sizes: Sizes, slots: int, step: int) -> Blocks:

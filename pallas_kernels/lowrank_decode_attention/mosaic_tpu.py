@@ -24,9 +24,10 @@ from pallas_kernels.tpu_decode import (
     row_limit,
 )
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
+from pallas_kernels.tpu_rotation import cosine_and_sine, turns_per_token
 
 _SUBLANES = 8
-_EXPANDED = 6  # float32 arrays [H, s] of a head: keys, rotated keys, angles, cosines, sines, and one more
+_EXPANDED = 3  # float32 arrays [H, s] of a head: keys, rotated keys, cosines and sines; the rest is in registers
 
 
 def expanded_keys(
@@ -40,27 +41,36 @@ def expanded_keys(
     """Keys `rotate(basis c + mean)` of coordinates c, or of keys without a basis."""
     stored, half = as_laid_out(k), len(inv_freq)
 
-    def logits(q, pos, tile, inv_freq, *rest):
+    def logits(q, pos, tile, turns, *rest):
         basis, mean, at = _given_back(given, rest)
-        if basis is None:
-            x = tile.astype(jnp.float32)
-            x = x.T if stored.axis == 2 else x  # [H, s]
-        else:
-            x = product(basis, widened(tile, dtype).astype(dtype), (1, 1 if stored.axis == 2 else 0))
+        x = expanded(tile, basis)
         if mean is not None:
             x += mean
-        angle = inv_freq * (pos if at is None else at).astype(jnp.float32)  # [H / 2, s]
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        cos, sin = cosine_and_sine(pos if at is None else at, turns, dtype)  # [H / 2, s]
         a, b = x[:half], x[half:]
         rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=0)
         return product(q.astype(dtype), rotated.astype(dtype))
+
+    def expanded(tile, basis):
+        """f32[H, s]."""
+        by_slot = (1, 1 if stored.axis == 2 else 0)
+        if basis is not None:
+            return product(basis, widened(tile, dtype).astype(dtype), by_slot)
+        if stored.axis == 3:
+            return tile.astype(jnp.float32)
+        if tile.dtype != jnp.bfloat16:
+            return tile.astype(jnp.float32).T
+        # Transposed by the matrix unit, which has nothing else to do.
+        shape = tile.shape[1], tile.shape[1]
+        same = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        return product(same.astype(jnp.float32).astype(tile.dtype), tile, by_slot)
 
     given = (
         None if basis is None else Stored(basis.astype(dtype), None),
         None if mean is None else Stored(mean.astype(jnp.float32)[None, ..., None], None),
         None if at is None else number_per_slot(at),
     )
-    of_all = Stored(inv_freq.astype(jnp.float32)[None, None, :, None], None)
+    of_all = Stored(turns_per_token(inv_freq)[None, None, :, None], None)
     return Keys((stored, of_all, *(x for x in given if x is not None)), logits)
 
 
@@ -93,7 +103,7 @@ def _sizes(q, k, v, basis, k_pos, at) -> Blocks | None:
         v=v.dtype,
     )
     sizes = stored + (4 if at is None else 8), widened + _EXPANDED * H * 4 + logits_bytes(q, K)
-    return blocks("lowrank_decode_attention.mosaic_tpu", key, K, k_pos.shape[2], *sizes)
+    return blocks("lowrank_decode_attention.mosaic_tpu", key, K, k_pos.shape[2], *sizes, rows=padded_rows(q, K))
 
 
 def _unsupported(

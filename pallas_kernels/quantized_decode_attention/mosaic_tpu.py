@@ -11,86 +11,195 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Packed
-from pallas_kernels.tpu_decode import Keys, Stored, Values, attend, logits_bytes, padded_rows, product, row_limit
+from pallas_kernels.tpu_decode import (
+    Keys,
+    Stored,
+    Values,
+    attend,
+    logits_bytes,
+    padded_rows,
+    product,
+    repeated_rows,
+    row_limit,
+    sum_of_copies,
+)
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 
 _MOST_GROUPS = 16  # of channels
+_CHUNK = 256  # slots that are multiplied by the same queries: those that the largest matrix unit holds
+_MOST_FOLDED = 64  # queries of a chunk
+_INTEGER = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
 _MOST_SUMS = 512  # rows of sums of a KV head, one for every query and group of channels
 
 
 def unpacked(words: jax.Array, bits: int, H: int, dtype) -> jax.Array:
-    """u32[w, n * H] -> codes [s, H]: every word is broadcast to the rows of its slots, and shifted by row."""
+    """u32[w, n * H] -> codes - 2**(bits - 1) as [s, H].
+
+    The words of 32 / bits slots are what a register of narrow integers holds of these slots, so nothing is moved: with
+    the sign bit of every code inverted the unit that widens integers does the rest.
+    """
     w, width = words.shape
-    per, in_row = WORD_BITS // bits, width // H
-    shape = (w, in_row * per, H)
-    slot = jax.lax.broadcasted_iota(jnp.uint32, shape, 1)
-    words = words[:, None]
-    word = jnp.broadcast_to(words[..., :H], shape)
-    for i in range(1, in_row):  # what lies in further lanes belongs to further slots
-        word = jnp.where(slot >= i * per, words[..., i * H : (i + 1) * H], word)
-    code = (word >> (slot & (per - 1)) * bits) & (2**bits - 1)
-    return code.astype(jnp.int32).astype(jnp.float32).reshape(-1, H).astype(dtype)
+    if width > H:  # what lies in further lanes belongs to further slots
+        in_row = width // H
+        row = jax.lax.broadcasted_iota(jnp.int32, (w, in_row, H), 1)
+        apart = jnp.broadcast_to(words[:, None, :H], row.shape)
+        for i in range(1, in_row):
+            apart = jnp.where(row == i, words[:, None, i * H : (i + 1) * H], apart)
+        words = apart.reshape(w * in_row, H)
+    sign = sum(1 << i for i in range(bits - 1, WORD_BITS, bits))
+    return pltpu.bitcast(words ^ jnp.uint32(sign), _INTEGER[bits]).astype(dtype)
 
 
-def keys_per_channel(k: Packed, bits: int, slots: int, dtype) -> Keys:
-    """Scales and zeros [B, K, S / g, 2 * H]: groups of g slots are restored in float32, as in the reference."""
+def keys_per_channel(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Keys:
+    """Scales and zeros [B, K, S / g, 2 * H].
+
+    Scales multiply the queries: of a chunk of slots every group has its own, all of which are multiplied by all slots
+    of the chunk, where the matrix unit has nothing else to do. Where that makes too many queries groups are restored in
+    float32, as in the reference.
+    """
     group, H = slots // k.affine.shape[2], k.affine.shape[3] // 2
+    half, dtype = 2.0 ** (bits - 1), q.dtype
+    chunk, per, period = _chunk(q, kv_heads, group)
+    base = max(period, SUBLANES)
 
-    def logits(q, pos, words, affine):
-        n, affine = affine.shape[0], affine.astype(jnp.float32)
-        code = unpacked(words, bits, H, jnp.float32).reshape(n, group, H)
-        x = code * affine[:, None, :H] + affine[:, None, H:]
-        return product(q, x.reshape(n * group, H).astype(dtype), (1, 1))
+    def folds(pos):
+        return chunk > 0 and pos.shape[1] % chunk == 0
 
-    return Keys((_words(k, slots), Stored(k.affine, 2, group)), logits)
+    def queries(q, pos, words, affine):
+        """(scaled f32[n * period, H], offsets f32[n * period, 1]) of n groups, or the queries as they are."""
+        if not folds(pos):
+            return q
+        rows = affine.shape[0] * period
+        affine = product(_one_hot(rows, period, affine.dtype), affine)  # a row of each is picked, so it is exact
+        scale, zero = affine[:, :H].reshape(-1, base, H), affine[:, H:].reshape(-1, base, H)
+        own = q[:base].astype(jnp.float32)[None]
+        scaled = (own * scale).astype(dtype)
+        # What codes are multiplied by is rounded; what the zeros and the codes' offset add is not.
+        offsets = jnp.sum(own * (zero + half * scale), axis=2, keepdims=True)
+        return scaled.astype(jnp.float32).reshape(rows, H), offsets.reshape(rows, 1)
+
+    def logits(queries, pos, words, affine):
+        if not folds(pos):
+            n, affine = affine.shape[0], affine.astype(jnp.float32)
+            scale = affine[:, :H]
+            code = unpacked(words, bits, H, jnp.float32).reshape(n, group, H)
+            x = code * scale[:, None] + (affine[:, H:] + half * scale)[:, None]
+            return product(queries, x.reshape(n * group, H).astype(dtype), (1, 1))
+        (scaled, offsets), rows = queries, per * period
+        code = unpacked(words, bits, H, dtype)
+        of_slot = _index((base, chunk), 1, group)
+        found = []
+        for i in range(pos.shape[1] // chunk):
+            mine = slice(i * rows, (i + 1) * rows)
+            part = product(scaled[mine].astype(dtype), code[i * chunk : (i + 1) * chunk], (1, 1)) + offsets[mine]
+            part = part.reshape(-1, base, chunk)
+            x = part[0]
+            for first in range(1, len(part)):
+                x = jnp.where(of_slot >= first * (base // period), part[first], x)
+            if period < SUBLANES:
+                copy = _index((base, chunk), 0, period)
+                x = jnp.where(jax.lax.rem(of_slot, jnp.int32(base // period)) == copy, x, 0.0)
+            found.append(x)
+        return sum_of_copies(jnp.concatenate(found, axis=1), period)
+
+    return Keys((_words(k, slots), Stored(k.affine, 2, group, mixed=True)), logits, queries)
 
 
-def keys_per_token(k: Packed, bits: int, slots: int, dtype) -> Keys:
+def _chunk(q: jax.Array, kv_heads: int, group: int) -> tuple[int, int, int]:
+    """(slots of a chunk, groups of it, rows of the queries of a group); (0, 0, 0) where scales multiply the keys."""
+    chunk = max(_CHUNK, group)
+    per = chunk // group
+    period = max(repeated_rows(q, kv_heads), SUBLANES // per)
+    folds = chunk % group == 0 and chunk % LANES == 0 and per * period <= _MOST_FOLDED
+    return (chunk, per, period) if folds else (0, 0, 0)
+
+
+def keys_per_token(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Keys:
     """Scales and zeros [B, K, 2 * n, S]: `sum_i scale[i, s] <q_i, code_i[s]> + zero[i, s] sum(q_i)`, i of n groups."""
+    period, dtype, half = repeated_rows(q, kv_heads), q.dtype, 2.0 ** (bits - 1)
 
     def logits(q, pos, words, affine):
         n, (R, H) = affine.shape[0] // 2, q.shape
-        own = _group_of_channel((n, R, H), n, 2) == jax.lax.broadcasted_iota(jnp.int32, (n, R, H), 0)
+        scale, zero = _of_rows(affine, R, period)
+        own = _own_channels((len(scale), R, H), n, period)
         parts = jnp.where(own, q.astype(jnp.float32)[None], 0.0)
-        sums = jnp.sum(parts, axis=2, keepdims=True)  # [n, R, 1]
-        product_ = product(parts.reshape(n * R, H).astype(dtype), unpacked(words, bits, H, dtype), (1, 1))
-        affine = affine.astype(jnp.float32)[:, None]
-        return jnp.sum(product_.reshape(n, R, -1) * affine[:n] + sums * affine[n:], axis=0)
+        sums = jnp.sum(parts, axis=2, keepdims=True)  # [n', R, 1]
+        found = product(parts.reshape(-1, H).astype(dtype), unpacked(words, bits, H, dtype), (1, 1))
+        found = found.reshape(*scale.shape) + half * sums
+        return sum_of_copies(jnp.sum(found * scale + sums * zero, axis=0), period)
 
     return Keys((_words(k, slots), Stored(k.affine, 3)), logits)
 
 
-def values_per_token(v: Packed, bits: int, slots: int, dtype) -> Values:
+def values_per_token(v: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Values:
     """Scales and zeros [B, K, 2 * n, S]: `sum_s p[s] scale[i, s] code_i[s] + sum_s p[s] zero[i, s]`, i of n groups."""
     n, H = v.affine.shape[2] // 2, v.channels(bits, slots)
+    period, dtype, half = repeated_rows(q, kv_heads), q.dtype, 2.0 ** (bits - 1)
+    sums = -(-n * period // max(period, SUBLANES))
 
     def weigh(p, words, affine):
-        R, affine = p.shape[0], affine.astype(jnp.float32)
-        scaled = p[None] * affine[:n, None]  # [n, R, s]
-        codes = product(scaled.reshape(n * R, -1).astype(dtype), unpacked(words, bits, H, dtype))
-        return codes.reshape(n, R, H), product(p, affine[n:], (1, 1))[None]
+        scale, zero = _of_rows(affine, p.shape[0], period)
+        scaled = p[None] * scale  # [n', R, s]
+        codes = product(scaled.reshape(-1, p.shape[1]).astype(dtype), unpacked(words, bits, H, dtype))
+        zeros = jnp.sum(p[None] * zero + half * scaled, axis=2, keepdims=True)
+        return codes.reshape(sums, -1, H), zeros
 
     def output(codes, zeros):
-        mine = _group_of_channel(codes.shape[1:], n, 1)
-        return sum(jnp.where(mine == i, codes[i] + zeros[0, :, i : i + 1], 0.0) for i in range(n))
+        own = _own_channels(codes.shape, n, period)
+        return sum_of_copies(jnp.sum(jnp.where(own, codes + zeros, 0.0), axis=0), period)
 
-    return Values((_words(v, slots), Stored(v.affine, 3)), ((n, H), (1, n)), weigh, output, H)
+    return Values((_words(v, slots), Stored(v.affine, 3)), ((sums, H), (sums, 1)), weigh, output, H)
+
+
+def _of_rows(affine: jax.Array, rows: int, period: int) -> tuple[jax.Array, jax.Array]:
+    """Scales and zeros f32[n', R, s] of [2 * n, s]: copy c of the queries gets group c, and n' * copies are >= n."""
+    n, copies = affine.shape[0] // 2, max(SUBLANES // period, 1)
+    affine = affine.astype(jnp.float32)
+    shape = (rows, affine.shape[1])
+    copy = _index(shape, 0, period)
+
+    def of(first):
+        found = []
+        for i in range(0, n, copies):
+            x = jnp.broadcast_to(affine[first + i : first + i + 1], shape)
+            for c in range(1, min(copies, n - i)):
+                x = jnp.where(copy == c, affine[first + i + c : first + i + c + 1], x)
+            found.append(x)
+        return jnp.stack(found)
+
+    return of(0), of(n)
+
+
+def _own_channels(shape, groups: int, period: int) -> jax.Array:
+    """bool[n', R, H]: whether a channel is of the group of a row's copy of the queries."""
+    copies = max(SUBLANES // period, 1)
+    of_row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * copies
+    if copies > 1:
+        of_row += _index(shape, 1, period)
+    return _index(shape, 2, shape[2] // groups) == of_row
+
+
+def _one_hot(rows: int, step: int, dtype) -> jax.Array:
+    """[rows, rows / step], of which row r has a one at r / step."""
+    shape = rows, rows // step
+    return (_index(shape, 0, step) == _index(shape, 1, 1)).astype(jnp.float32).astype(dtype)
+
+
+def _index(shape, axis: int, step: int) -> jax.Array:
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    # `//` asks for the sign, whose lowering asks the device which generation it is: none when compiling ahead.
+    return jax.lax.div(index, jnp.int32(step)) if step > 1 else index
 
 
 def _words(x: Packed, slots: int) -> Stored:
     return Stored(x.words, 2, slots // x.words.shape[2])
-
-
-def _group_of_channel(shape, groups: int, axis: int) -> jax.Array:
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    # `//` asks for the sign, whose lowering asks the device which generation it is: none when compiling ahead.
-    return jax.lax.div(index, jnp.int32(shape[axis] // groups))
 
 
 def sizes(
@@ -113,7 +222,8 @@ def sizes(
     for x, axis in ((k, key_axis), (v, "token")):
         in_row = S // x.words.shape[2]  # slots
         slot_bytes += 4 * in_lanes(x.words.shape[3]) / in_row
-        expanded += 2 * in_lanes(x.channels(bits, S)) * 4  # codes, and what they stand for
+        restored = axis == "channel" and not _chunk(q, K, S // x.affine.shape[2])[0]
+        expanded += in_lanes(x.channels(bits, S)) * (8 if restored else q.dtype.itemsize)  # codes, and what they are
         step = math.lcm(step, SUBLANES * in_row)
         if axis == "token":
             slot_bytes += x.affine.shape[2] * x.affine.dtype.itemsize
@@ -135,7 +245,7 @@ def sizes(
         scale=k.affine.dtype,
         unit=unit,
     )
-    return blocks(name, key, K, S, slot_bytes, expanded, step=step)
+    return blocks(name, key, K, S, slot_bytes, expanded, rows=padded_rows(q, K), step=step)
 
 
 def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> str | None:
@@ -168,8 +278,8 @@ def _quantized_decode_attention(q, k, v, q_pos, k_pos, bias=None, *, bits, key_a
     keys, S = keys_per_channel if key_axis == "channel" else keys_per_token, k_pos.shape[2]
     return attend(
         q,
-        keys(k, bits, S, q.dtype),
-        values_per_token(v, bits, S, q.dtype),
+        keys(k, bits, S, q, k.words.shape[1]),
+        values_per_token(v, bits, S, q, k.words.shape[1]),
         q_pos,
         k_pos,
         bias,

@@ -50,10 +50,16 @@ class Pages(NamedTuple):
         """Slots of a tile, of which owners fill whole lanes in every tile but a single one."""
         return LANES * self.unit
 
+    def whole(self, sizes: Blocks | None) -> Blocks | None:
+        """Blocks whose owners fill whole lanes, or that are one step at most."""
+        if sizes is None or sizes.slots % self.step == 0 or sizes.slots < self.step:
+            return sizes
+        return Blocks(sizes.heads, self.step, 1)
+
     @property
     def expanded_bytes(self) -> int:
-        """Of one slot: the matrix that spreads the owners has a row for each."""
-        return 8 * LANES
+        """Of one slot: owners and masks."""
+        return 64
 
     def owned(self, keys: Keys, heads: int) -> Keys:
         """Keys of the list, each of which the queries of its owner alone see; T * N queries of N `heads`."""
@@ -62,13 +68,15 @@ class Pages(NamedTuple):
 
         def logits(q, pos, *tiles):
             *tiles, owner = tiles
-            n, s = owner.shape[1], pos.shape[1]
-            # Owners of slots from owners of units: a product with zeros and ones.
-            slot = jax.lax.broadcasted_iota(jnp.int32, (n, s), 1)
-            first = jax.lax.broadcasted_iota(jnp.int32, (n, s), 0) * unit
+            # Owners of slots from owners of units: a product with zeros and ones, of as many units as lanes.
+            n = min(LANES, owner.shape[1])
+            owner = owner.astype(jnp.float32)
+            rows = jnp.concatenate([owner[:, i : i + n] for i in range(0, owner.shape[1], n)], axis=0)
+            slot = jax.lax.broadcasted_iota(jnp.int32, (n, n * unit), 1)
+            first = jax.lax.broadcasted_iota(jnp.int32, (n, n * unit), 0) * unit
             spread = ((slot >= first) & (slot < first + unit)).astype(jnp.float32).astype(jnp.bfloat16)
-            owner = owner.astype(jnp.float32).astype(jnp.bfloat16)
-            of_slot = jnp.dot(owner, spread, preferred_element_type=jnp.float32)  # [1, s]
+            of_slot = jnp.dot(rows.astype(jnp.bfloat16), spread, preferred_element_type=jnp.float32)
+            of_slot = jnp.concatenate([of_slot[i : i + 1] for i in range(rows.shape[0])], axis=1)  # [1, s]
             query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), jnp.int32(heads))
             head = jax.lax.div(query, jnp.int32(group)).astype(jnp.float32)
             return jnp.where(of_slot == head, keys.logits(q, pos, *tiles), -jnp.inf)
@@ -108,7 +116,8 @@ def _sizes(q, k, v, pages: Pages) -> Blocks | None:
     )
     sizes = sum(map(vmem_bytes, one_head)) + 4, widened + logits_bytes(q, 1) + pages.expanded_bytes
     name = "ragged_decode_attention.mosaic_tpu"
-    return blocks(name, key, 1, pages.slots, *sizes, step=pages.step, most=pages.step)
+    fitted = blocks(name, key, 1, pages.slots, *sizes, rows=padded_rows(q, 1), step=pages.step, most=8 * pages.step)
+    return pages.whole(fitted)
 
 
 def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> str | None:

@@ -14,7 +14,7 @@ _UNIT = 4  # slots that one entry of the owners stands for, at most: a tile of t
 def _sizes(q, k, v, pages, bits, key_axis):
     name = "ragged_quantized_decode_attention.mosaic_tpu"
     how = dict(name=name, unit=pages.unit, step=pages.step, expanded=pages.expanded_bytes)
-    return quantized.sizes(q, k, v, pages.slots, bits, key_axis, **how)
+    return pages.whole(quantized.sizes(q, k, v, pages.slots, bits, key_axis, **how))
 
 
 def _unsupported(
@@ -37,8 +37,8 @@ def _ragged_quantized_decode_attention(
     keys = quantized.keys_per_channel if key_axis == "channel" else quantized.keys_per_token
     return attend(
         q,
-        pages.owned(keys(k, bits, pages.slots, q.dtype), q.shape[2]),
-        quantized.values_per_token(v, bits, pages.slots, q.dtype),
+        pages.owned(keys(k, bits, pages.slots, q, 1), q.shape[2]),
+        quantized.values_per_token(v, bits, pages.slots, q, 1),
         q_pos,
         k_pos[:, None],
         None if bias is None else bias[:, None],

@@ -45,7 +45,7 @@ def test_every_candidate_that_differs_is_tried_once():
     found = kernel_tuning.candidates(kernel_tuning.left_open(DENSE, TINY, "mosaic_tpu"))
     # The heuristic takes all 300 slots at once. There are three tiles of 128, or two of 256, which two parts can share.
     assert found == [
-        {"heads": 1, "slots": 2048, "splits": 2},
+        {"heads": 1, "slots": 4096, "splits": 2},
         {"heads": 1, "slots": 128, "splits": 1},
         {"heads": 1, "slots": 256, "splits": 1},
         {"heads": 1, "slots": 256, "splits": 2},
@@ -138,7 +138,7 @@ def test_compilers_say_which_candidates_fit(tmp_path, monkeypatch):
     assert code == 0, err
     (row,) = json.loads((tmp_path / "block_size_candidates.json").read_text())["generations"]["v5e"]
     heuristic, small, large = row["candidates"]
-    assert heuristic["sizes"]["slots"] < 256 and heuristic["problem"] is None and heuristic["temporary_bytes"] >= 0
+    assert heuristic["sizes"]["slots"] <= 256 and heuristic["problem"] is None and heuristic["temporary_bytes"] >= 0
     assert small["sizes"] == sizes(128) and small["problem"] is None
     # 16 heads of 8,192 slots of 2 x 256 channels are 128 MB.
     assert large["sizes"] == sizes(8192) and large["problem"] == "does not fit VMEM"

@@ -53,8 +53,8 @@ def test_8_bit_floats_and_values_of_another_width():
 
 
 def test_more_heads_than_a_tile_holds(monkeypatch):
-    # Of 128 slots with float32 keys and values of 64 channels, and the logits of 16 rows.
-    monkeypatch.setattr(tpu_decode_blocks, "_TILE_BYTES", 128 * (8 * (2 * 128 * 4 + 4) + 16 * 16))
+    # Of 8 heads: 128 slots with float32 keys and values of 64 channels.
+    monkeypatch.setattr(tpu_decode_blocks, "_TILE_BYTES", 128 * 8 * (2 * 128 * 4 + 4))
     shape = DecodeShape(K=16, S=128, H=64)
     assert mosaic_tpu._sizes(*shape.abstract()[:3], shape.abstract()[4]).heads == 8
     check(shape.draw(3))

@@ -51,7 +51,10 @@ def test_window_bias_and_scale():
         (QuantizedShape(DecodeShape(S=48), 8, key_group=12), "groups of a multiple of 8 tokens, got 12"),
         (QuantizedShape(DecodeShape(T=65, S=32), 8, value_group=16), r"T \* G \* 8 = 520"),
         (QuantizedShape(DecodeShape(S=32), 8, value_group=4), "up to 16 groups of channels, got 32"),
-        (QuantizedShape(DecodeShape(S=4096), 8, key_group=2048), r"\[K, S, H\] = \[1, 4096, 128\] in groups of 2048"),
+        (
+            QuantizedShape(DecodeShape(S=65536), 8, key_group=32768),
+            r"\[K, S, H\] = \[1, 65536, 128\] in groups of 32768",
+        ),
     ],
 )
 def test_unsupported_shapes_are_named(shape, reason):
