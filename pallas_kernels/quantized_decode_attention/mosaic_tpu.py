@@ -17,6 +17,7 @@ from pallas_kernels import block_sizes
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import WORD_BITS, Packed
+from pallas_kernels.quantized_decode_attention.word_rows import BLOCK, halves, in_order, of_half
 from pallas_kernels.tpu_decode import (
     Keys,
     Stored,
@@ -39,22 +40,31 @@ _INTEGER = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
 _MOST_SUMS = 512  # rows of sums of a KV head, one for every query and group of channels
 
 
-def unpacked(words: jax.Array, bits: int, H: int, dtype) -> jax.Array:
-    """u32[w, n * H] -> codes - 2**(bits - 1) as [s, H].
+def unpacked(words: jax.Array, bits: int, dtype) -> jax.Array:
+    """u32[w, X] -> codes - 2**(bits - 1) as [w * 32 / bits, X].
 
     The words of 32 / bits slots are what a register of narrow integers holds of these slots, so nothing is moved: with
     the sign bit of every code inverted the unit that widens integers does the rest.
     """
-    w, width = words.shape
-    if width > H:  # what lies in further lanes belongs to further slots
-        in_row = width // H
-        row = jax.lax.broadcasted_iota(jnp.int32, (w, in_row, H), 1)
-        apart = jnp.broadcast_to(words[:, None, :H], row.shape)
-        for i in range(1, in_row):
-            apart = jnp.where(row == i, words[:, None, i * H : (i + 1) * H], apart)
-        words = apart.reshape(w * in_row, H)
     sign = sum(1 << i for i in range(bits - 1, WORD_BITS, bits))
     return pltpu.bitcast(words ^ jnp.uint32(sign), _INTEGER[bits]).astype(dtype)
+
+
+def _in_slots(words: jax.Array, H: int) -> jax.Array:
+    """u32[w, n * H] -> [n * w, H]: what lies in further lanes belongs to further slots."""
+    w, width = words.shape
+    if width == H:
+        return words
+    row = jax.lax.broadcasted_iota(jnp.int32, (w, width // H, H), 1)
+    apart = jnp.broadcast_to(words[:, None, :H], row.shape)
+    for i in range(1, width // H):
+        apart = jnp.where(row == i, words[:, None, i * H : (i + 1) * H], apart)
+    return apart.reshape(-1, H)
+
+
+def _halved(words: jax.Array, H: int, slots: int) -> bool:
+    """Whether two words lie side by side, of slots that fill registers."""
+    return 2 * H == words.shape[1] == LANES and slots % BLOCK == 0
 
 
 def keys_per_channel(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Keys:
@@ -65,49 +75,67 @@ def keys_per_channel(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: i
     float32, as in the reference.
     """
     group, H = slots // k.affine.shape[2], k.affine.shape[3] // 2
-    half, dtype = 2.0 ** (bits - 1), q.dtype
+    half, dtype, per_word = 2.0 ** (bits - 1), q.dtype, WORD_BITS // bits
     chunk, per, period = _chunk(q, kv_heads, group)
     base = max(period, SUBLANES)
 
-    def folds(pos):
-        return chunk > 0 and pos.shape[1] % chunk == 0
+    def folds(pos, words):
+        return chunk > 0 and pos.shape[1] % chunk == 0 and (words.shape[1] == H or _halved(words, H, pos.shape[1]))
 
     def queries(q, pos, words, affine):
-        """(scaled f32[n * period, H], offsets f32[n * period, 1]) of n groups, or the queries as they are."""
-        if not folds(pos):
+        """(scaled f32[n * period, X] for every part of a row, offsets f32[n * period, 1]), or the queries as they are."""
+        if not folds(pos, words):
             return q
         rows = affine.shape[0] * period
         affine = product(_one_hot(rows, period, affine.dtype), affine)  # a row of each is picked, so it is exact
-        scale, zero = affine[:, :H].reshape(-1, base, H), affine[:, H:].reshape(-1, base, H)
         own = q[:base].astype(jnp.float32)[None]
-        scaled = (own * scale).astype(dtype)
+        if words.shape[1] == H:
+            scale, zero = affine[:, :H].reshape(-1, base, H), affine[:, H:].reshape(-1, base, H)
+            scaled = [own * scale]
+            offsets = own * (zero + half * scale)
+        else:  # scales lie in the first half of the lanes, zeros in the second
+            affine = affine.reshape(-1, base, LANES)
+            swapped = pltpu.roll(affine, H, 2)
+            own = jnp.concatenate([own, own], axis=2)
+            left = _index(affine.shape, 2, 1) < H
+            scaled = [jnp.where(left, own * affine, 0.0), jnp.where(left, 0.0, own * swapped)]
+            offsets = jnp.where(left, 0.0, own * (affine + half * swapped))
         # What codes are multiplied by is rounded; what the zeros and the codes' offset add is not.
-        offsets = jnp.sum(own * (zero + half * scale), axis=2, keepdims=True)
-        return scaled.astype(jnp.float32).reshape(rows, H), offsets.reshape(rows, 1)
+        offsets = jnp.sum(offsets, axis=2, keepdims=True).reshape(rows, 1)
+        return [x.reshape(rows, -1) for x in scaled], offsets
+
+    def of_groups(part, of_slot):
+        """f32[rows of a chunk, s] -> [base, s]: of every slot the queries of its own group."""
+        part = part.reshape(-1, base, part.shape[1])
+        x = part[0]
+        for first in range(1, len(part)):
+            x = jnp.where(of_slot >= first * (base // period), part[first], x)
+        if period < SUBLANES:
+            x = jnp.where(jax.lax.rem(of_slot, base // period) == _index(x.shape, 0, period), x, 0.0)
+        return x
 
     def logits(queries, pos, words, affine):
-        if not folds(pos):
+        if not folds(pos, words):
             n, affine = affine.shape[0], affine.astype(jnp.float32)
             scale = affine[:, :H]
-            code = unpacked(words, bits, H, jnp.float32).reshape(n, group, H)
+            code = unpacked(_in_slots(words, H), bits, jnp.float32).reshape(n, group, H)
             x = code * scale[:, None] + (affine[:, H:] + half * scale)[:, None]
             return product(queries, x.reshape(n * group, H).astype(dtype), (1, 1))
         (scaled, offsets), rows = queries, per * period
-        code = unpacked(words, bits, H, dtype)
-        of_slot = _index((base, chunk), 1, group)
-        found = []
+        code, parts = unpacked(words, bits, dtype), len(scaled)
+        size = chunk // parts  # rows of codes of a chunk
+        row = _index((base, size), 1, 1)
+        run, at = (jax.lax.div(row, per_word), jax.lax.rem(row, per_word)) if parts > 1 else (row, 0)
+        found = [[] for _ in scaled]
         for i in range(pos.shape[1] // chunk):
             mine = slice(i * rows, (i + 1) * rows)
-            part = product(scaled[mine].astype(dtype), code[i * chunk : (i + 1) * chunk], (1, 1)) + offsets[mine]
-            part = part.reshape(-1, base, chunk)
-            x = part[0]
-            for first in range(1, len(part)):
-                x = jnp.where(of_slot >= first * (base // period), part[first], x)
-            if period < SUBLANES:
-                copy = _index((base, chunk), 0, period)
-                x = jnp.where(jax.lax.rem(of_slot, jnp.int32(base // period)) == copy, x, 0.0)
-            found.append(x)
-        return sum_of_copies(jnp.concatenate(found, axis=1), period)
+            stacked = jnp.concatenate([x[mine] for x in scaled], axis=0).astype(dtype)
+            part = product(stacked, code[i * size : (i + 1) * size], (1, 1))
+            for j, x in enumerate(found):
+                slot = (run * parts + j) * per_word + at if parts > 1 else row
+                x.append(of_groups(part[j * rows : (j + 1) * rows] + offsets[mine], jax.lax.div(slot, group)))
+        found = [jnp.concatenate(x, axis=1) for x in found]
+        return sum_of_copies(in_order(*found, per_word, dtype) if parts > 1 else found[0], period)
 
     return Keys((_words(k, slots), Stored(k.affine, 2, group, mixed=True)), logits, queries)
 
@@ -131,7 +159,13 @@ def keys_per_token(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int
         own = _own_channels((len(scale), R, H), n, period)
         parts = jnp.where(own, q.astype(jnp.float32)[None], 0.0)
         sums = jnp.sum(parts, axis=2, keepdims=True)  # [n', R, 1]
-        found = product(parts.reshape(-1, H).astype(dtype), unpacked(words, bits, H, dtype), (1, 1))
+        parts = parts.reshape(-1, H)
+        if _halved(words, H, pos.shape[1]):
+            stacked = jnp.concatenate([of_half(parts, 0), of_half(parts, 1)], axis=0).astype(dtype)
+            found = product(stacked, unpacked(words, bits, dtype), (1, 1))
+            found = in_order(found[: len(parts)], found[len(parts) :], WORD_BITS // bits, dtype)
+        else:
+            found = product(parts.astype(dtype), unpacked(_in_slots(words, H), bits, dtype), (1, 1))
         found = found.reshape(*scale.shape) + half * sums
         return sum_of_copies(jnp.sum(found * scale + sums * zero, axis=0), period)
 
@@ -142,20 +176,29 @@ def values_per_token(v: Packed, bits: int, slots: int, q: jax.Array, kv_heads: i
     """Scales and zeros [B, K, 2 * n, S]: `sum_s p[s] scale[i, s] code_i[s] + sum_s p[s] zero[i, s]`, i of n groups."""
     n, H = v.affine.shape[2] // 2, v.channels(bits, slots)
     period, dtype, half = repeated_rows(q, kv_heads), q.dtype, 2.0 ** (bits - 1)
-    sums = -(-n * period // max(period, SUBLANES))
+    width = v.words.shape[3] if 2 * H == LANES else H  # of sums: what halves of rows add is kept apart
+    groups = -(-n * period // max(period, SUBLANES))  # of registers of rows, a group of channels for each copy
 
     def weigh(p, words, affine):
         scale, zero = _of_rows(affine, p.shape[0], period)
         scaled = p[None] * scale  # [n', R, s]
-        codes = product(scaled.reshape(-1, p.shape[1]).astype(dtype), unpacked(words, bits, H, dtype))
         zeros = jnp.sum(p[None] * zero + half * scaled, axis=2, keepdims=True)
-        return codes.reshape(sums, -1, H), zeros
+        scaled = scaled.reshape(-1, p.shape[1])
+        if _halved(words, H, p.shape[1]):
+            stacked = jnp.concatenate(halves(scaled, WORD_BITS // bits, dtype), axis=0).astype(dtype)
+            first, second = jnp.split(product(stacked, unpacked(words, bits, dtype)), 2, axis=0)
+            codes = jnp.where(_index(first.shape, 1, 1) < H, first, second)
+        else:
+            codes = product(scaled.astype(dtype), unpacked(_in_slots(words, H), bits, dtype))
+            codes = of_half(codes, 0) if width > H else codes
+        return codes.reshape(groups, -1, codes.shape[1]), zeros
 
     def output(codes, zeros):
+        codes = sum(codes[..., i : i + H] for i in range(0, codes.shape[2], H))
         own = _own_channels(codes.shape, n, period)
         return sum_of_copies(jnp.sum(jnp.where(own, codes + zeros, 0.0), axis=0), period)
 
-    return Values((_words(v, slots), Stored(v.affine, 3)), ((sums, H), (sums, 1)), weigh, output, H)
+    return Values((_words(v, slots), Stored(v.affine, 3)), ((groups, width), (groups, 1)), weigh, output, H)
 
 
 def _of_rows(affine: jax.Array, rows: int, period: int) -> tuple[jax.Array, jax.Array]:

@@ -66,22 +66,23 @@ class Pages(NamedTuple):
         unit, group = self.unit, heads // self.kv_heads
         units = Stored(_repeated(self.owner, self.page // unit)[:, None, None], 3, unit)
 
-        def logits(q, pos, *tiles):
+        def logits(queries, pos, *tiles):
             *tiles, owner = tiles
             # Owners of slots from owners of units: a product with zeros and ones, of as many units as lanes.
             n = min(LANES, owner.shape[1])
             owner = owner.astype(jnp.float32)
-            rows = jnp.concatenate([owner[:, i : i + n] for i in range(0, owner.shape[1], n)], axis=0)
+            parts = jnp.concatenate([owner[:, i : i + n] for i in range(0, owner.shape[1], n)], axis=0)
             slot = jax.lax.broadcasted_iota(jnp.int32, (n, n * unit), 1)
             first = jax.lax.broadcasted_iota(jnp.int32, (n, n * unit), 0) * unit
             spread = ((slot >= first) & (slot < first + unit)).astype(jnp.float32).astype(jnp.bfloat16)
-            of_slot = jnp.dot(rows.astype(jnp.bfloat16), spread, preferred_element_type=jnp.float32)
-            of_slot = jnp.concatenate([of_slot[i : i + 1] for i in range(rows.shape[0])], axis=1)  # [1, s]
-            query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), jnp.int32(heads))
+            of_slot = jnp.dot(parts.astype(jnp.bfloat16), spread, preferred_element_type=jnp.float32)
+            of_slot = jnp.concatenate([of_slot[i : i + 1] for i in range(parts.shape[0])], axis=1)  # [1, s]
+            found = keys.logits(queries, pos, *tiles)
+            query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (found.shape[0], 1), 0), jnp.int32(heads))
             head = jax.lax.div(query, jnp.int32(group)).astype(jnp.float32)
-            return jnp.where(of_slot == head, keys.logits(q, pos, *tiles), -jnp.inf)
+            return jnp.where(of_slot == head, found, -jnp.inf)
 
-        return Keys((*keys.stored, units), logits)
+        return Keys((*keys.stored, units), logits, lambda q, pos, *tiles: keys.queries(q, pos, *tiles[:-1]))
 
     def within(self, run: PageRun | None) -> tuple[jax.Array, jax.Array] | None:
         """The slots of a run of pages, for `attend`."""
