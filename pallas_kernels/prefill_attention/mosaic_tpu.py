@@ -105,7 +105,7 @@ def _prefill_attention(q, k, v, pos, *, window=None, scale=None) -> Partial:
             result_like((B, T, N * H), jnp.float32, q, k, v, pos),
             result_like((B, N, T), jnp.float32, q, k, v, pos),
         ],
-        scratch_shapes=[pltpu.VMEM((queries, heads * G), jnp.float32)] * 2,
+        scratch_shapes=[pltpu.VMEM((heads * G, queries, LANES), jnp.float32)] * 2,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
@@ -139,8 +139,8 @@ def _kernel(
     k_pos_ref,  # i32[1, 1, s]
     out_ref,  # f32[1, t, heads * G * H]: the sum of weighted values, normalised at the end
     lse_ref,  # f32[1, heads * G, t]
-    m_ref,  # f32[t, heads * G] scratch: the largest logit so far
-    total_ref,  # f32[t, heads * G] scratch: the sum of the weights
+    m_ref,  # f32[heads * G, t, 128] scratch: the largest logit so far, in every lane, where it is asked for
+    total_ref,  # f32[heads * G, t, 128] scratch: the sum of the weights, alike
     *,
     tiles,
     total: int,
@@ -181,24 +181,31 @@ def _kernel(
                 q = q * jnp.asarray(scale, q.dtype)
                 logits = product(q, k, (1, channels))
                 logits = jnp.where(mask, logits, -math.inf)
-                before = m_ref[:, n : n + 1]
+                before = m_ref[n]
                 m = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
-                m_ref[:, n : n + 1] = m
+                m_ref[n] = m
                 m = jnp.where(m == -math.inf, 0.0, m)
-                p = jnp.exp(logits - m)
+                p = jnp.exp(logits - _wide(m, keys))
                 shrink = jnp.exp(before - m)
-                total_ref[:, n : n + 1] = shrink * total_ref[:, n : n + 1] + jnp.sum(p, axis=1, keepdims=True)
+                total_ref[n] = shrink * total_ref[n] + jnp.sum(p, axis=1, keepdims=True)
                 mixed = product(p.astype(v.dtype), v, (1, slots))
-                out_ref[0, :, of_head(n)] = shrink * out_ref[0, :, of_head(n)] + mixed
+                out_ref[0, :, of_head(n)] = _wide(shrink, head_dim) * out_ref[0, :, of_head(n)] + mixed
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
-        weights = total_ref[...]
-        inverse = 1.0 / jnp.where(weights == 0.0, 1.0, weights)
         for n in range(heads * group):
-            out_ref[0, :, of_head(n)] = out_ref[0, :, of_head(n)] * inverse[:, n : n + 1]
-        lse = jnp.where(weights == 0.0, -math.inf, m_ref[...] + jnp.log(weights))
-        lse_ref[0] = lse.T
+            weights = total_ref[n]
+            empty = weights == 0.0
+            weights = jnp.where(empty, 1.0, weights)
+            out_ref[0, :, of_head(n)] = out_ref[0, :, of_head(n)] * _wide(1.0 / weights, head_dim)
+            lse_ref[0, n : n + 1] = jnp.where(empty, -math.inf, m_ref[n] + jnp.log(weights)).T[:1]
+
+
+def _wide(x: jax.Array, width: int) -> jax.Array:
+    """[t, 128] of equal lanes -> [t, width]."""
+    if width <= LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * (width // LANES), axis=1) if width % LANES == 0 else x[:, :1]
 
 
 kernel = Kernel(_prefill_attention, _unsupported)
