@@ -207,13 +207,14 @@ def _one_shape(shapes: Sequence[DecodeShape]) -> DecodeShape:
 
 
 _TRUST = """
-Of one JAX device, from the final schedules of the TPU compilers. HBM: the arguments read once at the published bandwidth.
-vector: arithmetic slots of the vector unit, all of them in use; issue: one bundle of instructions a cycle; no program
-takes less than these two. latency: bundles with the waits that the compiler expects. of bandwidth: HBM over the longer
-of HBM and latency, plus the shorter of one tile, which nothing hides. Counted as if every tile were attended to: what a
-prefill skips is not. No figure was checked on a chip. Not counted: XLA's operations before and behind a kernel, starts of
-copies, HBM that gives less than published (about 85 % in practice). Predictors of this form, cycles beside bytes, are
-said to be within 6 % on most kernels; latencies that follow from one another across a loop's turns they count too low.
+Of one JAX device, from the final schedules of the TPU compilers. HBM: the arguments read once at the published
+bandwidth. vector: arithmetic slots of the vector unit, all of them in use; issue: one bundle of instructions a cycle;
+no program takes less than these two. latency: bundles with the waits that the compiler expects. of bandwidth: HBM over
+the longer of HBM and latency, plus the shorter of one tile, which nothing hides. Every tile counts as attended to,
+those that a prefill skips too.
+No figure was checked on a chip. Not counted: XLA's operations before and behind a kernel, starts of copies, HBM that
+gives less than published (about 85 % in practice). Predictors of this form, cycles beside bytes, are said to be within
+6 % on most kernels; latencies that follow from one another across a loop's turns they count too low.
 """
 
 

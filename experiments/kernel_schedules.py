@@ -81,8 +81,8 @@ class Schedule:
     def cycles(self) -> Cycles:
         """The whole kernel on one core.
 
-        A loop counts as often as it turns. What a branch skips in the kernel's part of a step counts at every step if it
-        copies from HBM or multiplies matrices; else it is what only the first or the last tile of a result does.
+        A loop counts as often as it turns. What a branch skips in the kernel's part of a step counts at every step if
+        it copies from HBM or multiplies matrices; else it is what only the first or the last tile of a result does.
         """
         turns, slots = self.turns(), self.capacity["VALU"]
         each = zip(turns, self.bundles, self.units, strict=True)

@@ -10,8 +10,8 @@ from pallas_kernels.block_sizes import Sizes
 from pallas_kernels.tpu_device import tpu_device
 
 _TILE_BYTES = 5 << 20
-"""Of what one step reads. That takes 6 us at 819 GB/s (v5e), so what a step costs by itself is small, and so is what the
-first tile of a row takes, during which nothing is computed."""
+"""Of what one step reads. That takes 6 us at 819 GB/s (v5e), so what a step costs by itself is small, and so is what
+the first tile of a row takes, during which nothing is computed."""
 
 _MOST_SLOTS = 4096  # of a tile
 _TOGETHER = 1 << 14

@@ -1,8 +1,9 @@
 """`quantized_decode_attention` on TPU: the decode skeleton over words that are unpacked in VMEM.
 
-What varies along what a product keeps apart is taken out of it. Scales per token of the values multiply the
-probabilities, those of the keys multiply the logits, and codes, which bfloat16 holds exactly, go to the matrix unit as
-they are. With n groups of channels there are n times as many rows, which cost nothing while all of them fit its height.
+Codes, which bfloat16 holds exactly, go to the matrix unit as they are; scales multiply what they are multiplied by.
+Those of keys per channel multiply the queries of a group of slots, those per token the logits, those of the values the
+probabilities; zeros are summed beside the product in float32. With n groups there are n times as many rows, which cost
+little while all of them fit the matrix unit, and nothing where they take the place of copies in one register.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def keys_per_channel(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: i
         return chunk > 0 and pos.shape[1] % chunk == 0 and (words.shape[1] == H or _halved(words, H, pos.shape[1]))
 
     def queries(q, pos, words, affine):
-        """(scaled f32[n * period, X] for every part of a row, offsets f32[n * period, 1]), or the queries as they are."""
+        """(scaled f32[n * period, X] for every part of a row, offsets f32[n * period, 1]), or what was given."""
         if not folds(pos, words):
             return q
         rows = affine.shape[0] * period

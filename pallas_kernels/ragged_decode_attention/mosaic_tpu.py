@@ -19,7 +19,16 @@ from pallas_kernels.decode_attention.mosaic_tpu import dense_keys, dense_values,
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial
 from pallas_kernels.ragged_decode_attention.page_run import PageRun
-from pallas_kernels.tpu_decode import LEAST_SLOTS, MOST_ROWS, Keys, Stored, attend, logits_bytes, padded_rows
+from pallas_kernels.tpu_decode import (
+    LEAST_SLOTS,
+    MOST_ROWS,
+    Keys,
+    Stored,
+    attend,
+    logits_bytes,
+    padded_rows,
+    repeated_rows,
+)
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 from pallas_kernels.tpu_tiles import LANES
 
@@ -61,9 +70,10 @@ class Pages(NamedTuple):
         """Of one slot: owners and masks."""
         return 64
 
-    def owned(self, keys: Keys, heads: int) -> Keys:
-        """Keys of the list, each of which the queries of its owner alone see; T * N queries of N `heads`."""
-        unit, group = self.unit, heads // self.kv_heads
+    def owned(self, keys: Keys, q: jax.Array) -> Keys:
+        """Keys of the list, each of which the queries of its owner alone see, of all [B, T, N, H]."""
+        unit, heads, period = self.unit, q.shape[2], repeated_rows(q, 1)
+        group = heads // self.kv_heads
         units = Stored(_repeated(self.owner, self.page // unit)[:, None, None], 3, unit)
 
         def logits(queries, pos, *tiles):
@@ -78,7 +88,8 @@ class Pages(NamedTuple):
             of_slot = jnp.dot(parts.astype(jnp.bfloat16), spread, preferred_element_type=jnp.float32)
             of_slot = jnp.concatenate([of_slot[i : i + 1] for i in range(parts.shape[0])], axis=1)  # [1, s]
             found = keys.logits(queries, pos, *tiles)
-            query = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (found.shape[0], 1), 0), jnp.int32(heads))
+            row = jax.lax.broadcasted_iota(jnp.int32, (found.shape[0], 1), 0)
+            query = jax.lax.rem(jax.lax.rem(row, jnp.int32(period)), jnp.int32(heads))
             head = jax.lax.div(query, jnp.int32(group)).astype(jnp.float32)
             return jnp.where(of_slot == head, found, -jnp.inf)
 
@@ -134,7 +145,7 @@ def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, run=None, 
     pages, one_head = Pages(owner, k.shape[1], kv_heads), lambda x: x[:, None]
     return attend(
         q,
-        pages.owned(dense_keys(one_head(k), q.dtype), q.shape[2]),
+        pages.owned(dense_keys(one_head(k), q.dtype), q),
         dense_values(one_head(v), q.dtype),
         q_pos,
         one_head(k_pos),

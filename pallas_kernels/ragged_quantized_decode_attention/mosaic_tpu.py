@@ -37,7 +37,7 @@ def _ragged_quantized_decode_attention(
     keys = quantized.keys_per_channel if key_axis == "channel" else quantized.keys_per_token
     return attend(
         q,
-        pages.owned(keys(k, bits, pages.slots, q, 1), q.shape[2]),
+        pages.owned(keys(k, bits, pages.slots, q, 1), q),
         quantized.values_per_token(v, bits, pages.slots, q, 1),
         q_pos,
         k_pos[:, None],

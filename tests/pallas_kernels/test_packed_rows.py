@@ -45,10 +45,12 @@ def test_shapes(shape, monkeypatch):
     np.testing.assert_allclose(got.lse, want.lse, **tolerance(shape.decode.dtype))
 
 
-def test_pages_whose_queries_fill_one_register():
-    decode = DecodeShape(K=2, G=4, dtype="bfloat16")
+@pytest.mark.parametrize("K, G", [(2, 4), (3, 1), (1, 2)])
+def test_pages_whose_queries_fill_one_register(K, G):
+    """Eight of them, and few that are there several times, padding included."""
+    decode = DecodeShape(K=K, G=G, dtype="bfloat16")
     shape = RaggedQuantizedShape(RaggedShape(decode, 32, page=32), QuantizedShape(DecodeShape(), 4))
-    op = functools.partial(ragged_quantized_decode_attention, kv_heads=2, bits=4)
+    op = functools.partial(ragged_quantized_decode_attention, kv_heads=K, bits=4)
     args = shape.draw(0)
     with pltpu.force_tpu_interpret_mode():
         got = quick_jit(functools.partial(op, implementation="mosaic_tpu"))(*args)
