@@ -1,9 +1,9 @@
 """Rows in which the words of two runs of slots lie side by side, as they do where heads have 64 channels.
 
 Such a row holds the words of slots `0 .. per - 1` in its first half and those of `per .. 2 per - 1` in its second.
-Codes are left where they are: what multiplies them is parted by halves of the lanes, and what is counted by slots is brought
-into their order, all first halves before all second ones, or back. The matrix unit does that, as a product with zeros
-and ones; moving lanes takes several times as long.
+Codes are left where they are: what multiplies them is parted by halves of the lanes, and what is counted by slots is
+brought into their order, all first halves before all second ones, or back. The matrix unit does that, as a product with
+zeros and ones; moving lanes takes several times as long.
 """
 
 from __future__ import annotations
