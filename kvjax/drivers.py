@@ -189,11 +189,11 @@ def start(
 
 
 def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens) -> Run:
-    slots, left = Room.reserved(prompt_slots, room, call_tokens, transform.frees_in_decode)
+    slots, left = Room.reserved(prompt_slots, transform.described, room, call_tokens, transform.frees_in_decode)
     if transform.budget is not None:
         budget = budget_slots(transform.budget, prompt_slots, transform.at_least)
         if budget > prompt_slots + room:  # more would come into fewer slots than the budget asks for
-            left = Room(prompt_slots, total=room)
+            left = Room(prompt_slots, transform.described, total=room)
     return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left)
 
 
@@ -295,13 +295,15 @@ def extend(
         `kvjax.limits`.
     """
     check_tokens(tokens, lengths, run.cache)
-    run.room.check_call(tokens.shape[1])
+    run.room.check_method(transform.described)
+    run.room.check_call(longest_row(lengths, tokens.shape[1]))
     return _extend(step, transform, run, tokens, lengths)
 
 
 def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     left = _left(run)
     right = readable(limits_of(step), tokens, lengths, run.cache.length, least=0, left=left)
+    right &= ~jnp.any(jnp.isnan(run.logits), axis=-1)  # a row that was refused once stays so
     lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
     out = step(
         tokens, _positions(run.cache, lengths, tokens.shape[1]), run.cache, needs=transform.needs, last_only=False
@@ -363,6 +365,7 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+    run.room.check_method(transform.described)
     run = run._replace(room=run.room.after(max_new_tokens))
     B = run.logits.shape[0]
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros((B,), jnp.int32)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import LayerObservation
-from kvjax.scores import without_rounding
 from kvjax.segments.dense import DenseSegment, unrotated
+from kvjax.segments.slots import without_rounding
 from kvjax.transforms.evict import Scorer
 from pallas_kernels.decode_attention import decode_attention
 

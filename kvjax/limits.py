@@ -37,6 +37,7 @@ class Room:
 
     Attributes:
       prompt_slots: those of the longest prompt of the batch; fractions of it are budgets.
+      method: what the transform that made the run calls itself, so that no other goes on with it.
       total: tokens of all calls together; None: any number, the method frees slots as they come.
       call: the most tokens of one call where any number may come; None where `total` bounds it.
       spent: of `total`, what `generate` may have used. What a call brings is counted in the cache alone: its padding
@@ -44,27 +45,38 @@ class Room:
     """
 
     prompt_slots: int
+    method: str
     total: int | None
     call: int | None = None
     spent: int = 0
 
     @classmethod
     def reserved(
-        cls, prompt_slots: int, tokens: int, call_tokens: int, interval: int | None
+        cls, prompt_slots: int, method: str, tokens: int, call_tokens: int, interval: int | None
     ) -> tuple[int, Room]:
         """Returns the slots to reserve for `tokens` more tokens, and what they have room for.
 
         Args:
           prompt_slots: tokens of the longest prompt.
+          method: what the transform calls itself.
           tokens: that will follow, over all calls.
           call_tokens: the most tokens that one call brings.
           interval: the method frees slots at least every so many tokens; None: never.
         """
         if interval is None:
-            return tokens, cls(prompt_slots, total=tokens)
+            return tokens, cls(prompt_slots, method, total=tokens)
         slots = min(tokens, interval - 1 + call_tokens)
         call = slots - (interval - 1)
-        return slots, cls(prompt_slots, total=None, call=call) if call > 0 else cls(prompt_slots, total=tokens)
+        return slots, cls(prompt_slots, method, *((None, call) if call > 0 else (tokens,)))
+
+    def check_method(self, method: str) -> None:
+        """Checks that a run goes on with the method that made it.
+
+        Raises:
+          ValueError: it is another.
+        """
+        if method != self.method:
+            raise ValueError(f"transform must be the one that made the run, {self.method}, got {method}.")
 
     def check_call(self, tokens: int) -> None:
         """Checks that there is room for a call of so many tokens.
@@ -109,8 +121,8 @@ def check_tokens(tokens: Any, lengths: Any, cache: Cache) -> None:
     if not integers(tokens, 2):
         raise ValueError(f"tokens must be an array of integers [B, T], got {_described(tokens)}.")
     B, T = tokens.shape
-    if T < 1:
-        raise ValueError(f"tokens must be at least 1 in every row, got shape {list(tokens.shape)}.")
+    if B < 1 or T < 1:
+        raise ValueError(f"tokens must be at least 1 row of at least 1 token, got shape {list(tokens.shape)}.")
     if not integers(lengths, 1) or lengths.shape[0] != B:
         raise ValueError(f"lengths must be an array of {B} integers, one for each row, got {_described(lengths)}.")
     if cache.length.shape[0] != B:
@@ -177,13 +189,15 @@ def readable(
         most = first + lengths
         rules.append((f"rows may have {limits.positions} tokens, the decoder's positions", most <= limits.positions, most))
     if left is not None:
-        rules.append(("tokens must fit the room that prefill made", lengths <= left, lengths))
+        rules.append(("lengths must fit the room that a row has left", lengths <= left, lengths))
     for said, right, value in rules:
         if not seen:
             checkify.debug_check(jnp.all(right), f"{said}, in row {{row}} are {{value}}", **_first(right, value))
         elif not right.all():
             row = int(np.argmin(right))
             more = _BEYOND if said.startswith("rows may") else ""
+            if said.endswith("left"):
+                more = f", which has room for {max(left[row], 0)} more"
             raise ValueError(f"{said}, got {value[row]} in row {row}{more}.")
     everything = xp.ones(lengths.shape, bool)
     for _, right, _ in rules:

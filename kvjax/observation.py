@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.segments.protocol import Queries
+from kvjax.segments.slots import without_rounding
 from pallas_kernels.logits import Scale
 
 ALL = -1
@@ -95,7 +96,8 @@ class LargestInputs(NamedTuple):
     def of(cls, inputs: jax.Array, pos: jax.Array, count: int) -> LargestInputs:
         """Of inputs [B, T, D] at positions i32[B, T]."""
         # Only the tokens with the `count` highest peaks can own any of the `count` largest entries.
-        x = jnp.where((pos >= 0)[..., None], jnp.abs(inputs.astype(jnp.float32)), -1.0)
+        x = without_rounding(jnp.abs(inputs.astype(jnp.float32)))  # equal tokens have equal entries
+        x = jnp.where((pos >= 0)[..., None], x, -1.0)
         _, token = jax.lax.top_k(jnp.max(x, axis=-1), min(count, x.shape[1]))
         token = jnp.sort(token, axis=1)  # of equal entries the first count, however the prompt came
         entries = jnp.take_along_axis(x, token[..., None], axis=1)  # [B, tokens, D]

@@ -60,7 +60,8 @@ class Sample:
         logits = logits.astype(jnp.float32)
         # The most likely token is at 0 whatever the temperature. Subnormal temperatures count as 0: 0 / 0 is NaN.
         warm = jnp.maximum(jnp.float32(self.temperature), jnp.finfo(jnp.float32).tiny)
-        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / warm
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        scaled = jnp.where(logits == highest, 0.0, logits - highest) / warm  # infinity is the highest, too
         ids, nucleus = None, self.top_p is not None and self.top_p < 1
         if self.top_k is not None or nucleus:
             V = logits.shape[-1]

@@ -60,6 +60,7 @@ def load_run(folder: str | os.PathLike[str], like: Run) -> Run:
         raise ValueError(f"{folder}: {FILE} cannot be used ({error}).") from error
     wanted = {path: _shape((x.dtype, *x.shape)) for path, x in _leaves(like).items()}
     wanted |= _static(like._replace(room=None))
+    there[".room.method"], wanted[".room.method"] = room.method, like.room.method
     for path in sorted(there.keys() | wanted.keys()):
         if there.get(path) != wanted.get(path):
             said = ", ".join(f"{name} {value}" for name, value in described["about"].items())

@@ -15,7 +15,7 @@ from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
 from kvjax.segments.dense import DenseSegment
-from kvjax.segments.slots import token_order
+from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
 from kvjax.transforms.evict_across_layers import LayerWeights
 from pallas_kernels.attention_mass import Reduce
@@ -55,7 +55,7 @@ def key_difference() -> Scorer:
         occupied = (segment.pos >= 0)[..., None]
         count = jnp.maximum(jnp.sum(occupied, axis=2, keepdims=True), 1)
         anchor = jnp.sum(jnp.where(occupied, unit, 0.0), axis=2, keepdims=True) / count
-        return -jnp.sum(unit * _unit(anchor), axis=-1)
+        return without_rounding(-jnp.sum(unit * _unit(anchor), axis=-1))
 
     return Scorer(score=score)
 
@@ -356,15 +356,6 @@ def massive_activations(entries: int = 20) -> Scorer:
         return jnp.max(jnp.where(owns, size, -jnp.inf), axis=-1)
 
     return Scorer(score=score, needs=Needs(largest_inputs=entries), aligned=True)
-
-
-def without_rounding(scores: jax.Array) -> jax.Array:
-    """Drops the digits of scores that float32 arithmetic does not know: what it keeps is good to 3e-5.
-
-    For scores that equal tokens share wherever they are: the order of a sum would choose among them, and that order
-    changes with the batch and the machine. Where they are a tie, position decides.
-    """
-    return jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=14)
 
 
 def _mass(segment: DenseSegment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:

@@ -28,6 +28,15 @@ _MOST_GATHERED = 8192  # slots that go from shard to shard at a time
 _UNROLL = 32  # rows * heads up to which writes are separate slices
 
 
+def without_rounding(scores: jax.Array) -> jax.Array:
+    """Drops the digits of scores that float32 arithmetic does not know: what it keeps is good to 3e-5.
+
+    For scores that equal tokens share wherever they are: the order of a sum would choose among them, and that order
+    changes with the batch and the machine. Where they are a tie, position decides.
+    """
+    return jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=14)
+
+
 def priority(scores: jax.Array, pos: jax.Array, protected: jax.Array | None = None) -> jax.Array:
     """Ranks slots by score: i32[..., S], of which only the order means anything; the highest are kept.
 

@@ -77,6 +77,11 @@ class CacheTransform(NamedTuple):
     takes: tuple[str, ...] = tuple(SLOTS)
     leaves: str | None = None
 
+    @property
+    def described(self) -> str:
+        """Its name and its budget: what tells a run which method made it."""
+        return self.name if self.budget is None else f"{self.name} with a budget of {self.budget}"
+
     def step(self, cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
         """What a driver runs after every call of the decoder: `observe`, then `update`."""
         cache, state = self.observe(cache, state, observation)

@@ -55,7 +55,7 @@ def evict(
       budget: tokens per KV head, as a count or as a fraction of each row's prompt; a fraction is never less than the
         sinks and the recent tokens.
       sinks: first tokens of the sequence that are always kept.
-      recent: newest tokens that are always kept: a count, or a fraction of the budget.
+      recent: newest tokens that are always kept: a count, or a fraction of the budget, as far as sinks leave room.
       layers: splits the budget of each row unevenly over the layers.
 
     Raises:
@@ -151,13 +151,14 @@ def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | floa
 
     Args:
       pos: i32[B, K, S].
-      rows: i32[B], budget of each row, of which a fractional `recent` is a part.
+      rows: i32[B], budget of each row, of which a fractional `recent` is a part: at most what the sinks leave.
       sinks: first tokens of the sequence.
       recent: newest tokens.
     """
     newest = jnp.max(pos, axis=-1, keepdims=True)
     if isinstance(recent, float):
-        recent = jnp.floor(recent * rows + 1e-3).astype(jnp.int32)[:, None, None]
+        share = jnp.floor(recent * rows + 1e-3).astype(jnp.int32)
+        recent = jnp.clip(share, 0, jnp.maximum(rows - sinks, 0))[:, None, None]
     return (pos >= 0) & ((pos > newest - recent) | (pos < sinks))
 
 

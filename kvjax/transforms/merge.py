@@ -177,8 +177,9 @@ def merge(
 def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
     """Adds slots to those that take them up, as `merge` says, and empties them."""
     B, K, S = segment.pos.shape
-    given = segment.take(moves.slots, moves.real)
+    given, gone = segment.take(moves.slots, moves.real), marked(moves.slots, moves.real, S)
     taken_up = moves.real & (moves.into < S)
+    taken_up &= ~jnp.take_along_axis(gone, jnp.minimum(moves.into, S - 1), axis=-1)  # what is given up takes up nothing
     weight = jnp.where(taken_up, moves.weight, 0.0)
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     into = jnp.where(taken_up, moves.into, S)
@@ -201,9 +202,9 @@ def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
         tokens = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
         merged = merged.replace(bias=jnp.log(tokens))
     if few:
-        left = segment.drop(marked(moves.slots, moves.real, S))
+        left = segment.drop(gone)
         for i in range(count):
             new = jax.tree.map(lambda x: x[:, :, i : i + 1], merged)
             left = left.put(jnp.minimum(into, S - 1)[..., i], new)
         return left
-    return merged.drop(marked(moves.slots, moves.real, S))
+    return merged.drop(gone)

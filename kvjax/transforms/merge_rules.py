@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.segments.slots import highest_first, highest_slot, marked, places, ranks, token_order
+from kvjax.segments.slots import highest_first, highest_slot, marked, places, ranks, token_order, without_rounding
 from kvjax.transforms.merge import MergeRule, Moves, Ranked
 
 _BLOCK = 256  # slots that are compared with all others at a time
@@ -74,6 +74,7 @@ def into_runs(threshold: float = 0.75, width: float = 5.0, heavy: float = 0.24) 
         free = sort(ranked.occupied & ~ranked.protected & ~_heaviest(ranked, heavy))
         norm = jnp.maximum(jnp.linalg.norm(keys, axis=-1), 1e-12)
         cosine = jnp.sum(keys[:, :, 1:] * keys[:, :, :-1], axis=-1) / (norm[..., 1:] * norm[..., :-1])
+        cosine = without_rounding(cosine)
         cosine = jnp.where(free[..., 1:] & free[..., :-1] & (cosine > threshold), cosine, -jnp.inf)
         cosine = jnp.pad(cosine, ((0, 0), (0, 0), (1, 0)), constant_values=-jnp.inf)
         linked = (cosine > -jnp.inf) & (ranks(-cosine) < ranked.excess[..., None])
@@ -126,6 +127,7 @@ def _nearest(keys: jax.Array, pos: jax.Array, slots: jax.Array, stays: jax.Array
         picked = jnp.take_along_axis(keys, index[..., None], axis=2)
         dot = jnp.einsum("bkeh,bksh->bkes", picked, keys, preferred_element_type=jnp.float32)
         cosine = dot / (jnp.take_along_axis(norm, index, axis=-1)[..., None] * norm[:, :, None])
+        cosine = without_rounding(cosine)
         return highest_slot(jnp.where(stays[:, :, None], cosine, -jnp.inf), pos[:, :, None])
 
     E = slots.shape[2]

@@ -118,7 +118,7 @@ def test_tokens_beyond_the_room_leave_a_row_as_it_was(room):
     for a, b in zip(jax.tree.leaves(last.cache), jax.tree.leaves(before.cache)):
         np.testing.assert_array_equal(a[0], b[0])
     # Outside jit, where values are seen, the same call is an error.
-    with pytest.raises(ValueError, match="tokens must fit the room that prefill made, got 1 in row 0"):
+    with pytest.raises(ValueError, match="lengths must fit the room that a row has left, got 1 in row 0, which has room for 0 more"):
         _extend(before, tokens[:, :1])
 
 
@@ -187,7 +187,7 @@ def test_padding_may_be_any_number(padding):
         (dict(lengths=[[24, 13]]), r"lengths must be an array of 2 integers.*got int32\[1, 2\]"),
         (dict(lengths=[24]), r"lengths must be an array of 2 integers.*got int32\[1\]"),
         (dict(lengths=[24.0, 13.0]), r"lengths must be an array of 2 integers.*got float32\[2\]"),
-        (dict(tokens=jnp.zeros((2, 0), jnp.int32)), r"tokens must be at least 1 in every row, got shape \[2, 0\]"),
+        (dict(tokens=jnp.zeros((2, 0), jnp.int32)), r"tokens must be at least 1 row of at least 1 token, got shape \[2, 0\]"),
         (dict(tokens=[[1, 2], [3, 4]]), r"tokens must be an array of integers \[B, T\], got list"),
         (dict(tokens=jnp.zeros(4, jnp.int32)), r"tokens must be an array of integers \[B, T\], got int32\[4\]"),
         (dict(tokens=jnp.zeros((2, 4))), r"tokens must be an array of integers \[B, T\], got float32\[2, 4\]"),
@@ -310,3 +310,38 @@ def test_budgets_beyond_prompt_and_room_take_no_more_slots_than_these(name):
     jax.eval_shape(lambda run: _generate(run, 12, transform), run)
     with pytest.raises(ValueError, match="room for 12 tokens after the prompt, got 13 more"):
         jax.eval_shape(lambda run: _generate(run, 13, transform), run)
+
+
+# --- one method, and what was refused once ------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_the_method_that_made_it():
+    run = jax.eval_shape(functools.partial(_prefill, methods.h2o(12)))
+    for other, name in ((FULL, "identity"), (methods.h2o(13), "evict with a budget of 13")):
+        for call in (lambda run: _extend(run, 1, other), lambda run: _generate(run, 1, other)):
+            with pytest.raises(ValueError, match=f"made the run, evict with a budget of 12, got {name}"):
+                jax.eval_shape(call, run)
+
+
+def test_a_row_that_was_refused_stays_refused():
+    prefill = quick_jit(lambda tokens, lengths: _prefill(tokens=tokens, lengths=lengths))
+    extend = quick_jit(lambda run, tokens: _extend(run, tokens))
+    tokens, question = tiny_model.prompt(2, T), tiny_model.prompt(2, 4, seed=1)
+    expected = extend(prefill(tokens, jnp.array(LENGTHS)), question)
+    for lengths, wrong in (([24, 0], 3), ([24, 25], 3), (LENGTHS, 800)):
+        run = extend(prefill(tokens.at[1, 3].set(wrong), jnp.array(lengths)), question)
+        assert np.isnan(run.logits[1]).all() and (_generate(run, 3).tokens[1] == -1).all()
+        np.testing.assert_array_equal(run.logits[0], expected.logits[0])
+    refused = extend(prefill(tokens, jnp.array(LENGTHS)), question.at[1, 0].set(-5))
+    again = extend(refused, question)
+    assert np.isnan(again.logits[1]).all() and again.cache.length.tolist() == [T + 8, LENGTHS[1]]
+
+
+def test_a_padded_call_needs_room_for_its_tokens_alone():
+    run = _prefill(room=2)
+    wide = jnp.pad(tiny_model.prompt(2, 2, seed=1), ((0, 0), (0, 6)))
+    np.testing.assert_allclose(
+        _extend(run, wide, lengths=[2, 1]).logits, _extend(run, wide[:, :2], lengths=[2, 1]).logits, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="room for 2 tokens after the prompt, got 3 more"):
+        _extend(run, wide, lengths=[3, 1])

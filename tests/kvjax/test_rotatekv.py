@@ -131,7 +131,8 @@ def test_largest_inputs_are_those_of_a_sort_and_add_up_over_calls():
     for row, length in enumerate((9, 7)):
         order = np.argsort(-np.abs(x[row, :length]), axis=None)[:5]
         np.testing.assert_array_equal(at_once.pos[row], order // 6)
-        np.testing.assert_array_equal(at_once.size[row], np.abs(x[row, :length]).ravel()[order])
+        # Entries keep fifteen bits, so that those of equal tokens are equal whatever the order of their sums.
+        np.testing.assert_allclose(at_once.size[row], np.abs(x[row, :length]).ravel()[order], rtol=2**-15)
     assert at_once.pos[0].tolist()[:2] == [3, 3]
     parts = [LargestInputs.of(jnp.asarray(x[:, part]), jnp.asarray(pos[:, part]), 5) for part in (np.s_[:8], np.s_[8:])]
     for a, b in zip(parts[0].plus(parts[1]), at_once):

@@ -118,3 +118,9 @@ def test_samplers_are_hashable_static_arguments():
 def test_impossible_settings_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sample(**arguments)
+
+
+def test_an_infinite_logit_is_the_most_likely():
+    logits = jnp.array([[0.0, 1.0, 2.0, jnp.inf, 1.0]] * 20)
+    for sampler in (Greedy(), Sample(), Sample(0.7, 3, 0.9)):
+        assert (sampler(logits, jax.random.key(0)) == 3).all()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Cache, DenseSegment, Rope, Scorer, scores
+from kvjax import Cache, DenseSegment, Rope, Scorer, methods, scores
 from kvjax.segments.slots import highest_slot, keep_highest, lowest, priority
 from kvjax.transforms.merge_layers import merge_layers
+from tests.kvjax import tiny_model
 from tests.kvjax.conformance import positions
 from tests.kvjax.slot_arrays import ROPE, H, K, T, seen_of, slots_cache
 from tests.quick_jit import quick_jit
@@ -230,3 +231,38 @@ def test_angles_that_only_rounding_tells_apart_are_a_tie():
     layers = [slots_cache(k, (T,), v).layers[0] for k, v in (parts(a), parts(b))]
     cache, _ = merge_layers(0, 3).init(Cache(tuple(layers), length=jnp.int32([T])), seen_of((T,), layers=2))
     assert cache.layers[0].segments[-1].pos[0].tolist() == [[0, 1, 2]] * K
+
+
+@pytest.mark.parametrize("budget, sinks, recent", [(6, 4, 0.5), (0.25, 4, 0.5), (6, 2, 1.0), (5, 0, 0.4)])
+def test_a_fraction_of_recent_tokens_leaves_the_sinks_their_place(budget, sinks, recent):
+    step, tokens = tiny_model.bind(tiny_model.params()), tiny_model.prompt(1, 12)
+    method = kvjax.at_prefill_end(kvjax.evict(scores.negative_key_norm(), budget, sinks=sinks, recent=recent))
+    run = kvjax.prefill(step, method, tokens, jnp.array([12]), tiny_model.empty(1), room=0)
+    size = max(budget if isinstance(budget, int) else int(budget * 12), sinks)
+    newest = min(int(recent * size), size - sinks)
+    for head in (head.tolist() for layer in kvjax.inspection.held_positions(run.cache, 0) for head in layer):
+        assert len(head) == size and {*range(sinks), *range(12 - newest, 12)} <= set(head)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: methods.keydiff(0.25),
+        lambda: methods.kvmerger(0.25, whole=()),
+        lambda: methods.kvmerger(1, whole=()),
+        lambda: methods.d2o(0.25, whole=()),
+    ],
+    ids=["keydiff", "kvmerger", "kvmerger_1", "d2o"],
+)
+def test_equal_tokens_are_chosen_alike_alone_and_beside_a_longer_row(method):
+    step, transform = tiny_model.bind(tiny_model.params()), method()
+
+    def positions_of(tokens, lengths):
+        def held():
+            run = kvjax.prefill(step, transform, tokens, jnp.array(lengths), tiny_model.empty(len(lengths)), room=4)
+            return [layer.segments[-1].pos for layer in run.cache.layers]
+
+        return [[sorted(x for x in head if x >= 0) for head in pos[0].tolist()] for pos in quick_jit(held)()]
+
+    for rows in (jnp.full((2, 20), 5), tiny_model.prompt(2, 20)):
+        assert positions_of(rows[:1, :7], [7]) == positions_of(rows, [7, 20])
