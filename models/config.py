@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+_BIASED = ("wqkv", "wo", "w_gate", "w_up", "w_down")
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -47,7 +49,7 @@ class DecoderConfig:
       parallel: attention and feed-forward read the same stream.
       activation: of the feed-forward layer.
       gated: `W_down (f(W_gate x) * W_up x)` instead of `W_down f(W_up x)`.
-      biases: which of wqkv, wo, w_up, w_down have one.
+      biases: which of wqkv, wo, w_gate, w_up, w_down have one.
       embed_scale: multiplies embeddings.
       learned_positions: rows of a table of positions that is added to embeddings; 0: none.
       num_experts: of each feed-forward layer; 0: it is one matrix for all.
@@ -107,6 +109,23 @@ class DecoderConfig:
     value_channels: int = 0
 
     def __post_init__(self):
+        for size in ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "ffn_width"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"{size} must be at least 1, got {getattr(self, size)}.")
+        if isinstance(self.biases, str) or (unknown := [name for name in self.biases if name not in _BIASED]):
+            raise ValueError(
+                f"biases must be a tuple of names among {', '.join(_BIASED)}, got "
+                f"{self.biases if isinstance(self.biases, str) else unknown[0]!r}."
+            )
+        absent = {
+            "wqkv": "latent attention" if self.latent_rank else "",
+            "w_gate": "a feed-forward layer that is not gated" if not self.gated else "",
+        }
+        if self.num_experts:
+            absent |= dict.fromkeys(("w_gate", "w_up", "w_down"), "experts")
+        for name in self.biases:
+            if absent.get(name):
+                raise ValueError(f"biases has {name!r}, which {absent[name]} cannot have.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {self.num_heads}."
