@@ -9,6 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from models import deepseek_words
+from models.gguf_lists import read_list
+from models.merges import check_lengths
 
 # llama.cpp's token types (gguf.TokenType) that are matched in text before BPE runs.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -103,11 +105,12 @@ def from_gguf(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
       ValueError: another pre-tokenizer, metadata missing, or merges of pieces that are not in the vocabulary.
     """
     words = words_of(metadata)
-    missing = [key for key in ("tokens", "merges", "token_type") if f"tokenizer.ggml.{key}" not in metadata]
-    if missing:
-        raise ValueError(f"tokenizer.ggml.{missing[0]} is missing, expected a list.")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokens, written = read_list(metadata, "tokens", str), read_list(metadata, "merges", str)
+    kinds = read_list(metadata, "token_type", int)
+    check_lengths(tokens=tokens, token_type=kinds)
+    merges = [tuple(merge.split(" ", 1)) for merge in written]
+    if alone := [merge for merge in written if " " not in merge]:
+        raise ValueError(f"tokenizer.ggml.merges has {alone[0]!r}, expected two pieces with a space between them.")
     try:
         vocab = {token: i for i, token in enumerate(tokens)}
         built = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words.whole))
@@ -126,7 +129,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     built.add_tokens(
         [
             tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
+            for token, kind in zip(tokens, kinds)
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )

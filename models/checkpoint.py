@@ -33,6 +33,8 @@ def save_checkpoint(
             "bos_id": tokenizer.bos_id,
             "eos_ids": tokenizer.eos_ids,
             "opening": tokenizer.opening,
+            "named_templates": dict(tokenizer.named_templates),
+            "template_tokens": tokenizer.template_tokens and dict(tokenizer.template_tokens),
         },
     }
     write_tokenizer = lambda staging: tokenizer.backend.save(str(staging / "tokenizer.json"))
@@ -68,6 +70,8 @@ def load_checkpoint(
             bos_id=given["bos_id"],
             eos_ids=tuple(given["eos_ids"]),
             opening=tuple(given["opening"]),
+            named_templates=given.get("named_templates", {}),  # not in checkpoints of before
+            template_tokens=given.get("template_tokens"),
         )
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder}: {FILE} or tokenizer.json cannot be used ({error}).") from error

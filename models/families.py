@@ -10,7 +10,7 @@ from typing import Any
 
 from models.config import DecoderConfig
 from models.config_defaults import DEFAULTS
-from models.rope_scaling import logit_gain, read_scaling
+from models.rope_scaling import logit_gain, positive, read_scaling
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -53,16 +53,22 @@ class Fields:
         value = self._fields.get(key)
         return default if value is None else value
 
-    def size(self, key: str, default: int | None = None) -> int:
-        """An integer."""
+    def size(self, key: str, default: int | None = None, *, least: int | None = 1) -> int:
+        """An integer that is not below the least."""
         value = self.get(key, default)
-        if not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{key} is {value!r}, expected an integer.")
+        if least is not None and value < least:
+            raise ValueError(f"{key} is {value}, expected at least {least}.")
         return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
+        return positive(key, self.get(key, default))
 
     def window(self) -> int | None:
         """Returns the tokens of a sliding window; none is written as null or as 0."""
-        window = self.size("sliding_window", 0)
+        window = self.size("sliding_window", 0, least=None)
         if window < 0:
             raise ValueError(f"sliding_window is {window}, expected at least 1 token, or null or 0 for none.")
         return window or None
@@ -80,11 +86,20 @@ class Fields:
             if self.get(key, value) != value:
                 raise ValueError(f"{key} is {self._fields[key]!r}, expected {value!r}.")
 
+    def section(self, key: str) -> Mapping[str, Any]:
+        """An object; absent: an empty one."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} is {value!r}, expected an object.")
+        return value
+
     def layer_types(self, default: Callable[[int], str]) -> tuple[int, ...]:
         """Indices of the local layers, from `layer_types` or from a rule."""
         kinds = self.get("layer_types") or [default(i) for i in range(self.size("num_hidden_layers"))]
-        if other := set(kinds) - {_LOCAL, _GLOBAL}:
-            raise ValueError(f"layer_types has {sorted(other)}, expected only {_GLOBAL!r} and {_LOCAL!r}.")
+        if not isinstance(kinds, list):
+            raise ValueError(f"layer_types is {kinds!r}, expected a list.")
+        if other := [kind for kind in kinds if kind not in (_LOCAL, _GLOBAL)]:
+            raise ValueError(f"layer_types has {other}, expected only {_GLOBAL!r} and {_LOCAL!r}.")
         return tuple(i for i, kind in enumerate(kinds) if kind == _LOCAL)
 
     def rope(self, kind: str | None = None) -> dict[str, Any]:
@@ -95,9 +110,11 @@ class Fields:
         """
         found = {"rope_theta": self.get("rope_theta")}
         for key in ("rope_scaling", "rope_parameters"):
-            rope = self.get(key) or {}
+            rope = self.section(key)
             if set(rope) <= {_LOCAL, _GLOBAL}:
                 rope = rope.get(kind) or {}
+                if not isinstance(rope, Mapping):
+                    raise ValueError(f"{kind} of {key} is {rope!r}, expected an object.")
             rope = {name: value for name, value in rope.items() if value is not None}
             if other := set(rope) - _ROPE_FIELDS:
                 raise ValueError(f"{key} is {self._fields[key]}, of which {sorted(other)} are not supported.")
@@ -117,15 +134,24 @@ def read_config(name: str, fields: Mapping[str, Any], context: int | None = None
     Raises:
       ValueError: an unknown architecture, or a field this decoder does not follow.
     """
-    architecture = (fields.get("architectures") or ["none"])[0]
+    text = fields.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config is {text!r}, expected an object.")
+    architecture = architecture_of(fields)
     if architecture in TEXT_TOWERS:
-        architecture, fields = TEXT_TOWERS[architecture], {**fields, **(fields.get("text_config") or {})}
+        architecture, fields = TEXT_TOWERS[architecture], {**fields, **text}
     if architecture not in FAMILIES:
         supported = ", ".join([*FAMILIES, *TEXT_TOWERS])
         raise ValueError(f"architectures is {fields.get('architectures')}, supported: {supported}.")
     given = Fields({**DEFAULTS.get(architecture, {}), **fields})
     given.expect(quantization_config=None)
     return DecoderConfig(name=name, **FAMILIES[architecture](given, context))
+
+
+def architecture_of(fields: Mapping[str, Any]) -> str | None:
+    """Returns the first name in `architectures` of a config.json, or None."""
+    names = fields.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def _common(f: Fields, context: int | None, *, rope_base: float = 10000.0, tied: bool = False) -> dict[str, Any]:
@@ -140,7 +166,7 @@ def _common(f: Fields, context: int | None, *, rope_base: float = 10000.0, tied:
         "num_kv_heads": f.size("num_key_value_heads", heads),
         "head_dim": head_dim,
         "ffn_width": f.size("intermediate_size"),
-        "norm_eps": float(f.get("rms_norm_eps", 1e-6)),
+        "norm_eps": f.number("rms_norm_eps", 1e-6),
         "activation": f.activation("hidden_act", "silu"),
         "tied_embeddings": bool(f.get("tie_word_embeddings", tied)),
         **_rotary(f, context, head_dim, rope_base),
@@ -150,8 +176,9 @@ def _common(f: Fields, context: int | None, *, rope_base: float = 10000.0, tied:
 def _rotary(f: Fields, context: int | None, head_dim: int, base: float, share: float = 1.0) -> dict[str, Any]:
     """Rotary positions of the global layers, of this share of a head's channels where the file does not say it."""
     rope, longest = f.rope(_GLOBAL), f.size("max_position_embeddings")
-    base = float(rope["rope_theta"] or base)
-    channels = int(head_dim * rope.get("partial_rotary_factor", f.get("partial_rotary_factor", share)))
+    base = positive("rope_theta", rope["rope_theta"] or base)
+    share = positive("partial_rotary_factor", rope.get("partial_rotary_factor", f.get("partial_rotary_factor", share)))
+    channels = int(head_dim * share)
     scaling = read_scaling(
         rope,
         base=base,
@@ -206,7 +233,7 @@ def _qwen3(f: Fields, context: int | None) -> dict[str, Any]:
 def _with_qwen_window(f: Fields, config: dict[str, Any]) -> dict[str, Any]:
     if not f.get("use_sliding_window", False):
         return config
-    first = f.size("max_window_layers", 28)
+    first = f.size("max_window_layers", 28, least=0)
     return _with_window(f, config, f.layer_types(lambda i: _LOCAL if i >= first else _GLOBAL))
 
 
@@ -234,7 +261,7 @@ def _gemma(f: Fields, context: int | None, *, rope_base: float) -> dict[str, Any
     return _common(f, context, rope_base=rope_base, tied=True) | {
         "names": "gemma",
         "activation": f.activation("hidden_activation", "gelu_pytorch_tanh"),
-        "query_scale": float(f.get("query_pre_attn_scalar", 256)) ** -0.5,
+        "query_scale": f.number("query_pre_attn_scalar", 256) ** -0.5,
         "embed_scale": float(f.size("hidden_size")) ** 0.5,
         "post_norms": True,
     }
@@ -243,8 +270,8 @@ def _gemma(f: Fields, context: int | None, *, rope_base: float) -> dict[str, Any
 def _gemma2(f: Fields, context: int | None) -> dict[str, Any]:
     local = f.layer_types(lambda i: _GLOBAL if i % 2 else _LOCAL)
     return _with_window(f, _gemma(f, context, rope_base=10000.0), local) | {
-        "attention_cap": float(f.get("attn_logit_softcapping", 50.0)),
-        "output_cap": float(f.get("final_logit_softcapping", 30.0)),
+        "attention_cap": f.number("attn_logit_softcapping", 50.0),
+        "output_cap": f.number("final_logit_softcapping", 30.0),
     }
 
 
@@ -253,15 +280,19 @@ def _gemma3(f: Fields, context: int | None) -> dict[str, Any]:
     every = f.size("sliding_window_pattern", 6)
     local = f.layer_types(lambda i: _LOCAL if (i + 1) % every else _GLOBAL)
     cap = f.get("final_logit_softcapping")
-    of_local = (f.get("rope_parameters") or {}).get(_LOCAL) or {}
+    of_local = f.section("rope_parameters").get(_LOCAL) or {}
+    if not isinstance(of_local, dict):
+        raise ValueError(f"{_LOCAL} of rope_parameters is {of_local!r}, expected an object.")
     if (kind := of_local.get("rope_type") or "default") != "default":
         raise ValueError(f"rope_type of {_LOCAL} is {kind!r}, expected 'default'.")
     # What its files call max_position_embeddings is the context after its linear scaling.
     longest = {"max_positions": f.size("max_position_embeddings")}
     return _with_window(f, _gemma(f, context, rope_base=1e6) | longest, local) | {
         "qk_norm": True,
-        "local_rope_base": float(of_local.get("rope_theta") or f.get("rope_local_base_freq", 10000.0)),
-        "output_cap": None if cap is None else float(cap),
+        "local_rope_base": positive(
+            f"rope_theta of {_LOCAL}", of_local.get("rope_theta") or f.number("rope_local_base_freq", 10000.0)
+        ),
+        "output_cap": None if cap is None else f.number("final_logit_softcapping"),
     }
 
 
@@ -283,7 +314,7 @@ def _gpt_neox(f: Fields, context: int | None) -> dict[str, Any]:
         "head_dim": head_dim,
         "ffn_width": f.size("intermediate_size"),
         "norm": "layer",
-        "norm_eps": float(f.get("layer_norm_eps", 1e-5)),
+        "norm_eps": f.number("layer_norm_eps", 1e-5),
         "activation": f.activation("hidden_act", "gelu"),
         "gated": False,
         "parallel": bool(f.get("use_parallel_residual", True)),
@@ -349,9 +380,9 @@ def _deepseek_v2(f: Fields, context: int | None) -> dict[str, Any]:
         "num_experts": f.size("n_routed_experts", 64),
         "experts_per_token": f.size("num_experts_per_tok"),
         "expert_weights_sum_to_one": normed,
-        "expert_scale": 1.0 if normed else float(f.get("routed_scaling_factor", 1.0)),
-        "shared_ffn_width": f.size("n_shared_experts", 2) * f.size("moe_intermediate_size", 1407),
-        "dense_layers": f.size("first_k_dense_replace", 0),
+        "expert_scale": 1.0 if normed else f.number("routed_scaling_factor", 1.0),
+        "shared_ffn_width": f.size("n_shared_experts", 2, least=0) * f.size("moe_intermediate_size", 1407),
+        "dense_layers": f.size("first_k_dense_replace", 0, least=0),
         "dense_ffn_width": f.size("intermediate_size"),
     }
 

@@ -13,10 +13,11 @@ from models import tokenizer as tokenizer_lib
 from models import weights
 from models.config import DecoderConfig
 from models.families import read_config
+from models.gguf_lists import read_list
 from models.leaf import Index, Tensor
 from models.names import NAMES
 from models.params import DecoderParams
-from models.rope_scaling import yarn_gain
+from models.rope_scaling import positive, yarn_gain
 
 # general.architecture -> the same in config.json. Mistral's files say llama, and so do Mixtral's, with experts.
 ARCHITECTURES = {
@@ -105,6 +106,7 @@ _INTEGERS = set(_FIELDS) - {
     "attn_logit_softcapping",
     "final_logit_softcapping",
 }
+_REQUIRED = ("context_length", "block_count", "embedding_length", "attention.head_count")
 _USED = {*_FIELDS, "attention.value_length", "rope.dimension_count"}
 _SCALING = {
     "rope.scaling.type",
@@ -228,13 +230,21 @@ def _config_fields(architecture: str, metadata: dict[str, Any], stored: dict[str
         if key not in used and (key not in neutral or value != neutral[key]):
             refuse(key)
     epsilon = f"attention.layer_norm{'' if architecture == 'gptneox' else '_rms'}_epsilon"
-    for key, kind in ((epsilon, "a float"), ("context_length", "an integer")):
+    for key, kind in ((epsilon, "a float"), *((key, "an integer") for key in _REQUIRED)):
         if key not in given:
             raise ValueError(f"{prefix}{key} is missing, expected {kind}.")
+    for key in (*_REQUIRED, "attention.key_length", "attention.value_length"):
+        if key in given and (not isinstance(given[key], int) or given[key] < 1):
+            refuse(key, "expected an integer of at least 1")
+    for key in ("rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        if key in given:
+            positive(f"{prefix}{key}", given[key])
+    if not isinstance(given.get("rope.dimension_count", 0), int):
+        refuse("rope.dimension_count", "expected an integer")
 
     fields = _DEFAULTS | {field: given[key] for key, field in _FIELDS.items() if key in given}
     fields["tie_word_embeddings"] = "output.weight" not in stored
-    fields.setdefault("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())))
+    fields.setdefault("vocab_size", len(read_list(metadata, "tokens", str)))
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
     if heads and width and not latent:
         head_dim = fields.setdefault("head_dim", width // heads)

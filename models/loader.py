@@ -29,6 +29,7 @@ _HUB_FILES = [
     "added_tokens.json",
     "tekken.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
 ]

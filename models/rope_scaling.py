@@ -54,10 +54,15 @@ def read_scaling(
         return Scaling()
     if kind not in KINDS:
         raise ValueError(f"rope_type is {kind!r}, supported: {', '.join(KINDS)}.")
+    if base == 1.0:
+        raise ValueError(f"rope scaling {kind!r} needs frequencies that differ; rope_theta is 1.")
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        if rope.get(name):
+            positive(f"{name} of rope scaling {kind!r}", rope[name])
 
     def number(name: str, default: float | None = None) -> float:
         value = rope.get(name, default)
-        if not isinstance(value, (int, float)) or value <= 0:
+        if not _is_positive(value):
             raise ValueError(f"rope scaling {kind!r} needs {name}, a positive number; got {value!r}.")
         return float(value)
 
@@ -69,6 +74,8 @@ def read_scaling(
         return Scaling((factor,) * len(pairs), max_positions=int(trained * factor))
     if kind == "llama3":
         factor, low, high = number("factor"), number("low_freq_factor"), number("high_freq_factor")
+        if low == high:
+            raise ValueError(f"rope scaling 'llama3' needs low_freq_factor unlike high_freq_factor; both are {low}.")
         turns = trained * frequency / (2 * math.pi)  # wavelengths in the context
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return Scaling(tuple(1.0 / (smooth + (1.0 - smooth) / factor)))
@@ -83,13 +90,32 @@ def read_scaling(
         divisors = tuple(1.0 / (ramp / factor + 1.0 - ramp))
         return Scaling(divisors, _yarn_gain(rope, factor), int(trained * factor))
     stretch = longest / trained
+    if stretch > 1 and trained < 2:
+        raise ValueError(f"original_max_position_embeddings is {trained}, expected at least 2 for 'longrope'.")
     gain = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     beyond = context is not None and context > trained
     divisors = rope.get("long_factor" if beyond else "short_factor")
     if not isinstance(divisors, (list, tuple)) or len(divisors) != len(pairs):
         raise ValueError(f"rope scaling 'longrope' needs {len(pairs)} numbers in short_factor and in long_factor.")
+    if not all(map(_is_positive, divisors)):
+        raise ValueError("rope scaling 'longrope' needs positive numbers in short_factor and in long_factor.")
     gain = float(rope.get("attention_factor") or gain)
     return Scaling(tuple(map(float, divisors)), gain, longest if beyond else trained)
+
+
+def positive(name: str, value: Any) -> float:
+    """Returns a finite number above 0.
+
+    Raises:
+      ValueError: it is none; the message names it.
+    """
+    if not _is_positive(value):
+        raise ValueError(f"{name} is {value!r}, expected a positive number.")
+    return float(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def logit_gain(rope: Mapping[str, Any]) -> float:

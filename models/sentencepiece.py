@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from models.gguf_lists import read_id, read_list
 from models.merges import check_lengths, merges_of
 
 # Kinds of pieces, the same numbers in llama.cpp and in SentencePiece's protocol buffer.
@@ -101,17 +102,13 @@ def from_gguf(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     Files do not say whether a space follows special tokens. As in transformers it does in Phi's files only: llama.cpp
     itself writes one, which the models that have `[INST]` as a token were not trained with.
     """
-    keys = ("tokens", "scores", "token_type")
-    missing = [key for key in keys if f"tokenizer.ggml.{key}" not in metadata]
-    if missing:
-        raise ValueError(f"tokenizer.ggml.{missing[0]} is missing, expected a list.")
-    lists = (metadata[f"tokenizer.ggml.{key}"] for key in keys)
+    lists = [read_list(metadata, *of) for of in (("tokens", str), ("scores", float), ("token_type", int))]
     return backend(
         Vocabulary(
             *lists,
             space_first=metadata.get("tokenizer.ggml.add_space_prefix", True),
             space_after_specials=metadata.get("general.architecture") == "phi3",
-            unknown=metadata.get("tokenizer.ggml.unknown_token_id"),
+            unknown=read_id(metadata, "unknown", len(lists[0])),
         )
     )
 

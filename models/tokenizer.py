@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from models import byte_level, chat_template, sentencepiece
+from models.gguf_lists import read_id
 
 # Ends of a turn or of a text under the names that the common formats give them: whichever of these a vocabulary has
 # stops generation, because files often declare only one of those that a model emits.
@@ -40,6 +41,9 @@ class Tokenizer:
       bos_id: the token that opens a text, or None.
       eos_ids: every token that ends a turn; the first is the one the model's files declare.
       opening: what every text must open with, where a model asks for it; a chat template writes it by itself.
+      named_templates: further chat templates by name; `tool_use` is taken where tools are given.
+      template_tokens: what templates read as `bos_token`, `eos_token` and so on; None: the tokens of `bos_id` and of
+        the first of `eos_ids`.
     """
 
     backend: tokenizers.Tokenizer
@@ -47,18 +51,39 @@ class Tokenizer:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     opening: tuple[int, ...] = ()
+    named_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    template_tokens: Mapping[str, str] | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text; special tokens written in it are recognised, none are added."""
+        """Returns the ids of a text; special tokens written in it are recognised, none are added.
+
+        Raises:
+          ValueError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = text[error.start]
+            raise ValueError(
+                f"text has {found!r} at {error.start}, half of a surrogate pair, expected what UTF-8 can write."
+            ) from error
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of some ids, special tokens included.
 
         `decode(encode(text))` is the text, but for what a vocabulary itself does not keep: the composed forms of
-        Unicode (Qwen, GPT-NeoX), white space after special tokens (Phi), a space at the start (SentencePiece).
+        Unicode (Qwen, GPT-NeoX), white space after special tokens (Phi), a space at the start (SentencePiece). Ids
+        above the vocabulary, of the rows that pad some embeddings, have no text.
+
+        Raises:
+          ValueError: an id is negative, as where `generate` had no logits for a row, or has more than 32 bits.
         """
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = [int(i) for i in ids]
+        if wrong := [i for i in ids if not 0 <= i < 1 << 32]:
+            size = self.backend.get_vocab_size()
+            raise ValueError(f"ids has {wrong[0]} at {ids.index(wrong[0])}, expected token ids from 0 to {size - 1}.")
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def chat(
         self,
@@ -71,7 +96,8 @@ class Tokenizer:
         """Renders a conversation as the prompt the model was trained on.
 
         Args:
-          messages: `{"role": "user", "content": ...}` and so on, in order.
+          messages: a list of `{"role": "user", "content": ...}` and so on, in order; a message with `tool_calls` may
+            have no content.
           add_generation_prompt: end with the opening of the assistant's turn.
           tools: JSON schemas of the functions that the model may call.
           **variables: more that this model's template reads, such as `enable_thinking=False`.
@@ -80,23 +106,66 @@ class Tokenizer:
           The prompt; `encode` it as it is.
 
         Raises:
-          ValueError: there is no chat template, or it fails or refuses these messages.
+          ValueError: there is no chat template, it fails or refuses these messages, or these are no messages or tools.
         """
-        if self.chat_template is None:
+        template = self.chat_template
+        if tools is not None:
+            tools = _listed("tools", tools)
+            template = self.named_templates.get("tool_use", template)
+        if template is None and self.named_templates:
+            names = ", ".join(sorted(self.named_templates))
+            raise ValueError(f"This model has no default chat template, only: {names}.")
+        if template is None:
             raise ValueError("This model has no chat template: encode the text itself.")
+        tokens = self.template_tokens
+        if tokens is None:
+            first_end = self.eos_ids[0] if self.eos_ids else None
+            tokens = {"bos_token": self._text_of(self.bos_id), "eos_token": self._text_of(first_end)}
         given = {
-            "bos_token": self._text_of(self.bos_id),
-            "eos_token": self._text_of(self.eos_ids[0] if self.eos_ids else None),
-            "tools": None if tools is None else list(tools),
+            **tokens,
+            "tools": tools,
             "documents": None,
             **variables,
-            "messages": list(messages),
+            "messages": _checked_messages(messages),
             "add_generation_prompt": add_generation_prompt,
         }
-        return chat_template.render(self.chat_template, given)
+        return chat_template.render(template, given)
 
     def _text_of(self, token_id: int | None) -> str:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
+
+
+def _listed(name: str, given: Any) -> list[Mapping[str, Any]]:
+    """Returns a list of dicts, or refuses what is none."""
+    expected = f"expected a list of dicts{' with role and content' if name == 'messages' else ''}"
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} is {_shown(given)}, {expected}.")
+    listed = list(given)
+    for i, entry in enumerate(listed):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{name}[{i}] is {_shown(entry)}, {expected}.")
+    return listed
+
+
+def _checked_messages(messages: Any) -> list[Mapping[str, Any]]:
+    """Refuses what templates would render as empty turns."""
+    messages = _listed("messages", messages)
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"messages[{i}] has the role {_shown(message.get('role'))}, expected a string.")
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            raise ValueError(f"messages[{i}] has no content, expected a dict with role and content.")
+        if content is not None and not isinstance(content, (str, list, tuple, Mapping)):
+            raise ValueError(
+                f"messages[{i}] has the content {_shown(content)}, expected a string, a list of parts or a dict."
+            )
+    return messages
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -117,16 +186,25 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     backend = builders[kind](metadata)
     if metadata.get("general.architecture") == "phi3":
         _strip_beside_specials(backend, metadata)
-    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    size = len(metadata["tokenizer.ggml.tokens"])
+    ends = [read_id(metadata, key, size) for key in ("eos", "eot", "eom")]
+    bos_id = read_id(metadata, "bos", size)
+    named = "tokenizer.chat_template."
+    templates = {key.removeprefix(named): value for key, value in metadata.items() if key.startswith(named)}
+    templates["default"] = metadata.get("tokenizer.chat_template")
+    for name, template in templates.items():
+        if template is not None and not isinstance(template, str):
+            key = "tokenizer.chat_template" if name == "default" else named + name
+            raise ValueError(f"{key} is {_shown(template)}, expected a string.")
     opens = kind == "llama" or byte_level.words_of(metadata).opens
     opens = metadata.get("tokenizer.ggml.add_bos_token", opens) and bos_id is not None
     return Tokenizer(
         backend=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=templates.pop("default"),
         bos_id=bos_id,
         eos_ids=stop_ids(backend, ends),
         opening=(int(bos_id),) if opens else (),
+        named_templates=templates,
     )
 
 
