@@ -91,7 +91,7 @@ def words_of(metadata: Mapping[str, Any]) -> Words:
       ValueError: the file names no pre-tokenizer, or another.
     """
     name = metadata.get("tokenizer.ggml.pre")
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise ValueError(
             f"tokenizer.ggml.pre is {name!r}, supported: {', '.join(map(repr, sorted(PRE_TOKENIZERS)))}."
         )

@@ -76,7 +76,7 @@ class Fields:
     def activation(self, key: str, default: str) -> str:
         """The name that `DecoderConfig.activation` has for a function."""
         value = self.get(key, default)
-        if value not in _ACTIVATIONS:
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
             raise ValueError(f"{key} is {value!r}, expected one of {', '.join(_ACTIVATIONS)}.")
         return _ACTIVATIONS[value]
 
@@ -100,6 +100,8 @@ class Fields:
             raise ValueError(f"layer_types is {kinds!r}, expected a list.")
         if other := [kind for kind in kinds if kind not in (_LOCAL, _GLOBAL)]:
             raise ValueError(f"layer_types has {other}, expected only {_GLOBAL!r} and {_LOCAL!r}.")
+        if len(kinds) != (layers := self.size("num_hidden_layers")):
+            raise ValueError(f"layer_types has {len(kinds)} entries, expected num_hidden_layers, {layers}.")
         return tuple(i for i, kind in enumerate(kinds) if kind == _LOCAL)
 
     def rope(self, kind: str | None = None) -> dict[str, Any]:
@@ -321,7 +323,7 @@ def _gpt_neox(f: Fields, context: int | None) -> dict[str, Any]:
         "biases": ("wqkv", "wo", "w_up", "w_down"),
         "tied_embeddings": bool(f.get("tie_word_embeddings", False)),
         "names": "gpt_neox",
-        **_rotary(f, context, head_dim, f.get("rotary_emb_base", 10000.0), f.get("rotary_pct", 0.25)),
+        **_rotary(f, context, head_dim, f.number("rotary_emb_base", 10000.0), f.number("rotary_pct", 0.25)),
     }
 
 

@@ -206,8 +206,8 @@ def _architecture(metadata: dict[str, Any]) -> str:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"general.architecture is {architecture!r}, supported: {', '.join(ARCHITECTURES)}.")
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"split.count is {metadata['split.count']}, expected a model in one file.")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ValueError(f"split.count is {metadata['split.count']!r}, expected a model in one file.")
     return architecture
 
 

@@ -176,7 +176,8 @@ def _read_tokenizer(path: pathlib.Path, fields: Mapping[str, Any], rows: int) ->
     """Reads tokenizer.json and what stands beside it.
 
     The tokens that end a turn are the union of what generation_config.json, config.json and tokenizer_config.json
-    declare and the known ends. What templates read as `eos_token` is what tokenizer_config.json calls so, as in transformers.
+    declare and the known ends. What templates read as `eos_token` is what tokenizer_config.json calls so, as in
+    transformers.
 
     Args:
       path: the directory.

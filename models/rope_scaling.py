@@ -57,7 +57,8 @@ def read_scaling(
     if base == 1.0:
         raise ValueError(f"rope scaling {kind!r} needs frequencies that differ; rope_theta is 1.")
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
-        if rope.get(name):
+        none_given = rope.get(name) is None or (name != "attention_factor" and rope[name] == 0)  # a scale of 0 is none
+        if not none_given:
             positive(f"{name} of rope scaling {kind!r}", rope[name])
 
     def number(name: str, default: float | None = None) -> float:

@@ -179,7 +179,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": byte_level.from_gguf, "llama": sentencepiece.from_gguf}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise ValueError(
             f"tokenizer.ggml.model is {kind!r}, supported: 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)."
         )
