@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from models import Model
 from models.assets import cache_dir
 
 _LAYER_AXIS = {"rates": None, "key_ranks": 1, "value_ranks": 1}  # of all others it is the first
-_ROWS = 64  # of each matrix, in a fingerprint
 _VERSION = "v2"  # of what recipes measure: older ones are measured again
 
 TRAINED = {
@@ -36,32 +35,43 @@ TRAINED = {
 
 
 def fingerprint(model: Model) -> str:
-    """Hashes the decoder's shape and a sample of all its weights: a calibration is of no use to another model.
+    """Hashes the decoder's shape and all its weights: a calibration is of no use to another model.
 
-    The first rows of every matrix count, so that no layer can change unseen, as bfloat16 and summed over a layer, so
-    that neither the dtype nor the order of columns matters. Of the config counts what differs from its defaults: a
+    Every element counts, with its place, so that no part of a layer can change unseen; rounded to bfloat16, so that a
+    copy in float32 has the fingerprint of its bfloat16 original. Of the config counts what differs from its defaults: a
     calibration stays valid when the decoder learns something new.
     """
     fields = {field.name: field for field in dataclasses.fields(model.config) if field.name != "name"}
     shape = {name: getattr(model.config, name) for name, field in fields.items()}
     shape = {name: value for name, value in shape.items() if value != fields[name].default}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    rest = model.params.to_dict()
-    layers = [jax.tree.leaves(layer) for layer in rest.pop("layers")]
-    for weights in (*layers, *([x] for x in jax.tree.leaves(rest))):
-        digest.update(_sum_of_bits(weights).to_bytes(8, "little"))
+    leaves = jax.tree_util.tree_flatten_with_path(model.params.to_dict())[0]
+    sums = jax.device_get([_checksum(x) for _, x in leaves])
+    for (path, x), total in zip(leaves, sums):
+        digest.update(f"{jax.tree_util.keystr(path)} {list(x.shape)} {int(total)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _sum_of_bits(arrays: Sequence[jax.Array]) -> int:
-    """The sum of the first rows of some arrays, each entry as the integer that has its bits: exact in any order."""
-    total = 0
-    for x in arrays:
-        rows = np.asarray(x if x.ndim < 2 else x[..., :_ROWS, :])
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            rows = rows.astype(jnp.bfloat16).view(np.uint16)
-        total += int(rows.sum(dtype=np.int64))
-    return total % 2**64
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """u32[]: the sum of all elements' bits, each times an odd hash of its place, modulo 2**32.
+
+    Integers modulo 2**32 add up to the same in any order, so the sum depends neither on the device nor on how an array
+    is split over several. An odd factor is invertible: the change of one element, less than 2**16, always shows. The
+    factors differ by place, so that moved rows show too.
+    """
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        # Rounded to bfloat16, ties to even, on integers: compilers may skip a cast back and forth, or flush what is tiny.
+        wide = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        bits = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
+    else:
+        bits = x.astype(jnp.uint32) & 0xFFFF
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        place = place * np.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = place * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ mixed >> 15) * np.uint32(0x85EBCA77)
+    return (bits * ((mixed ^ mixed >> 13) | 1)).sum(dtype=jnp.uint32)
 
 
 def save(

@@ -220,8 +220,37 @@ def test_a_fingerprint_is_of_the_model_and_not_of_its_name_or_layout(model):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert of(dataclasses.replace(model, params=rounded)) == of(model)
     assert of(with_params(embed=params.embed + 1.0)) != of(model)
-    turned = tuple(layer.replace(wqkv=layer.wqkv[:, ::-1]) for layer in params.layers)
-    assert of(with_params(layers=turned)) == of(model)
+
+
+def test_a_fingerprint_sees_every_element_and_its_place_however_the_weights_are_kept(model):
+    of = calibrations.fingerprint
+    params, first = model.params, model.params.layers[0]
+    with_params = lambda **how: dataclasses.replace(model, params=params.replace(**how))
+    with_layer = lambda **how: with_params(layers=(first.replace(**how), *params.layers[1:]))
+    changed = [
+        with_params(embed=params.embed.at[-1, -1].multiply(1.01)),
+        with_params(embed=params.embed.at[64:].multiply(3.0)),
+        with_layer(w_down=first.w_down.at[64:].multiply(-2.0)),
+        with_layer(wqkv=first.wqkv[::-1]),
+        with_layer(wqkv=first.wqkv[:, ::-1]),
+        with_params(layers=params.layers[::-1]),
+    ]
+    assert len({of(model), *map(of, changed)}) == 1 + len(changed)
+
+
+def test_a_checksum_is_the_sum_of_rounded_bits_times_odd_factors_in_any_dtype():
+    rng = np.random.default_rng(0)
+    # Tiny numbers that are denormal in bfloat16 too, and ties.
+    x = np.concatenate([rng.normal(size=300), [1e-39, -3e-40, 1.00390625, 1.01171875, 0.0]]).astype(np.float32)
+    x = x.reshape(5, 61)
+    place = np.arange(x.size, dtype=np.uint32).reshape(x.shape)
+    mixed = place * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x85EBCA77)
+    odd = (mixed ^ (mixed >> np.uint32(13))) | np.uint32(1)
+    rounded = x.astype(jnp.bfloat16)
+    wanted = int((rounded.view(np.uint16).astype(np.uint64) * odd).sum() % 2**32)
+    for given in (x, rounded, rounded.astype(np.float32)):
+        assert int(calibrations._checksum(jnp.asarray(given))) == wanted
 
 
 def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypatch):
