@@ -28,7 +28,7 @@ from absl import flags
 
 from experiments import cli, pictures, report, results, tasks
 from experiments.calibrations import Calibrations, fingerprint
-from experiments.evaluation import Settings, check_fit, evaluate, load_examples, sources
+from experiments.evaluation import Settings, check_fit, evaluate, load_examples, numbered, sources
 from experiments.evaluator import Evaluator
 from experiments.methods import Method, load_method
 from models import Model, load_model
@@ -95,7 +95,8 @@ def run() -> None:
     model = load_model(settings.model, settings.dtype, int8=settings.int8_weights)
     methods = load_methods(settings, model)
     cli.check_reached([configured, *(method.config for method in methods)])
-    examples = load_examples(settings, model)
+    every = load_examples(settings, model)
+    examples = tasks.first_of_each(every, settings.max_examples)
     check_fit(examples, methods, model)
     configs = {method.name: method.config for method in methods}
     if _DRY_RUN.value:
@@ -109,9 +110,9 @@ def run() -> None:
         del decides[name]  # these only add lines
     command = [os.path.basename(sys.executable), "-m", "experiments.evaluate", *sys.argv[1:]]
     decides["weights"] = fingerprint(model)
-    lines_of = sources(settings, methods, examples)
+    lines_of = sources(settings, methods, examples, every)
     with results.ResultsFile(cli.OUTPUT_DIR.value, decides, lines_of, overwrite=cli.OVERWRITE.value) as file:
-        wanted = {(method, *example) for method in lines_of.methods for example in lines_of.examples}
+        wanted = {(m.name, example.task, index) for m in methods for index, example in numbered(examples)}
         lines, total = evaluate(settings, model, methods, examples, file), len(wanted)
         try:
             with tqdm.tqdm(total=total, initial=sum(key in file for key in wanted), unit="line", smoothing=0.1) as bar:

@@ -67,18 +67,18 @@ class Settings:
                 raise ValueError(f"Settings.{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1, got {self.max_examples}.")
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("--tasks must name a file, got an empty name.")
         check_method_names(self.methods)
         if not self.methods:
             raise ValueError(f"--methods must name at least one of {', '.join(method_names())}.")
 
 
 def load_examples(settings: Settings, model: Model) -> list[tasks.Example]:
-    """The examples of the task file, or synthetic ones."""
+    """All examples of the task file, of which `tasks.first_of_each` selects those to run; or synthetic ones."""
     vocab = model.config.vocab_size
     if settings.tasks is not None:
-        return tasks.read_tasks(
-            settings.tasks, model.tokenizer, vocab_size=vocab, max_examples=settings.max_examples
-        )
+        return tasks.read_tasks(settings.tasks, model.tokenizer, vocab_size=vocab)
     essays = [path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt"))]
     count = min(settings.examples, settings.max_examples or settings.examples)
     return synthetic.synthetic_tasks(
@@ -151,20 +151,34 @@ def numbered(examples: Sequence[tasks.Example]) -> Iterator[tuple[int, tasks.Exa
 
 
 def sources(
-    settings: Settings, methods: Sequence[Method], examples: Sequence[tasks.Example]
+    settings: Settings,
+    methods: Sequence[Method],
+    examples: Sequence[tasks.Example],
+    every: Sequence[tasks.Example],
 ) -> results.Sources:
-    """What the lines of an evaluation come from: the methods' configurations, the tokens and shapes of examples."""
-    padding = Padding.of(examples, settings)
+    """What the lines of an evaluation come from: the methods' configurations, the tokens and shapes of examples.
 
-    def of(example: tasks.Example) -> dict[str, str | int]:
+    Args:
+      settings: of the evaluation.
+      methods: that run.
+      examples: that are run, the first of each task.
+      every: all that there are, so that lines of an earlier run of more of them are checked too.
+    """
+    padding = Padding.of(examples, settings)
+    run = {(example.task, index) for index, example in numbered(examples)}
+
+    def of(index: int, example: tasks.Example) -> dict[str, str | int]:
         digest = hashlib.sha256(json.dumps(dataclasses.astuple(example)).encode()).hexdigest()
+        content = {"content": digest[:16]}
+        if (example.task, index) not in run:
+            return content
         slots = padding.slots(prompt_and_question(example, settings)[0])
-        return {"content": digest[:16], "padded prompt": slots, "room behind it": padding.room}
+        return content | {"padded prompt": slots, "room behind it": padding.room}
 
     return results.Sources(
         methods={method.name: method.config for method in methods},
-        examples={(example.task, index): of(example) for index, example in numbered(examples)},
-        complete=settings.tasks is not None and settings.max_examples is None,
+        examples={(example.task, index): of(index, example) for index, example in numbered(every)},
+        complete=settings.tasks is not None,
     )
 
 

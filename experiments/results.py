@@ -38,6 +38,9 @@ FIELDS = (
 )
 PACKAGES = ("jax", "jaxlib", "numpy", "kvjax")
 _GROUPING = ("method", "task", "example")
+_FLAGS = ("exact_match", "over_budget")
+# What else lines hold; a line may have more, of which nothing is known here.
+_NUMBERS = (*FIELDS[3:4], *FIELDS[5:], "kl", "depth", "context_tokens", "budget_tokens")
 # What a file system reports when nothing more fits: the disk, the quota, the file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -48,7 +51,8 @@ class Sources:
 
     Attributes:
       methods: by name, the resolved configuration.
-      examples: by (task, index), JSON values that decide its lines, by name.
+      examples: by (task, index), JSON values that decide its lines, by name; of an example that is not run now perhaps
+          fewer than of one that is.
       complete: whether these are all examples, so that lines of others are of examples that are gone.
     """
 
@@ -224,10 +228,15 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, row
     if run.exists():
         try:
             earlier = json.loads(run.read_text(encoding="utf-8"))
-            earlier_settings = dict(earlier["settings"])
+            earlier_settings = earlier["settings"]
             known = "methods" in earlier
-            earlier_methods, earlier_examples = dict(earlier.get("methods", {})), dict(earlier.get("examples", {}))
-        except (ValueError, KeyError, TypeError):
+            earlier_methods, earlier_examples = earlier.get("methods", {}), earlier.get("examples", {})
+            mappings = (earlier_settings, earlier_methods, earlier_examples, *earlier_examples.values())
+            if not all(isinstance(each, dict) for each in mappings):
+                raise TypeError
+            if not all(isinstance(each, str) for each in earlier_methods.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{run}: got a file that is not the settings of an evaluation; {_GO_ON}") from None
         if not known:
             raise ValueError(
@@ -244,10 +253,13 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, row
         name = _name(task, index)
         if name not in examples and sources.complete:
             raise ValueError(f"{folder}: holds results of example {name}, which the tasks no longer have; {_GO_ON}")
-        changes = _changes(earlier_examples.get(name, {}), examples.get(name, earlier_examples.get(name, {})))
+        was = earlier_examples.get(name, {})
+        changes = _changes(was, {**was, **examples.get(name, {})})
         if changes:
             raise ValueError(f"{folder}: holds results of another example {name} ({changes}); {_GO_ON}")
-    about = {"settings": settings, "methods": earlier_methods | methods, "examples": earlier_examples | examples}
+    for name, example in examples.items():
+        earlier_examples[name] = earlier_examples.get(name, {}) | example
+    about = {"settings": settings, "methods": earlier_methods | methods, "examples": earlier_examples}
     _write_atomically(run, about)
 
 
@@ -275,20 +287,47 @@ def _changed_lines(was: str, now: str) -> str:
 def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
     """The lines that end with a line break, and the byte after the last of them."""
     rows, end = [], 0
+    first: dict[tuple[Any, ...], int] = {}
     content = path.read_bytes() if path.exists() else b""
-    for number, raw in enumerate(content.splitlines(keepends=True), start=1):
-        if not raw.endswith(b"\n"):
-            break
+    for number, raw in enumerate(content.split(b"\n")[:-1], start=1):  # what follows the last line break was cut
+        where = f"{path}, line {number}"
         try:
             row = json.loads(raw)
-            _key(row)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {_GO_ON}") from None
+        if not isinstance(row, dict) or not set(_GROUPING) <= set(row):
+            raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {_GO_ON}")
+        for field in FIELDS:
+            if field not in row:
+                raise ValueError(f"{where}: got no {field}, expected all of {', '.join(FIELDS)}; {_GO_ON}")
+        for field, value in row.items():
+            wanted = _expected(field, value)
+            if wanted is not None:
+                raise ValueError(f"{where}: {field}: got {reprlib.repr(value)}, expected {wanted}; {_GO_ON}")
+        if _key(row) in first:
             raise ValueError(
-                f"{path}, line {number}: got {raw[:40]!r}, expected a line of results; {_GO_ON}"
-            ) from None
+                f"{where}: got {row['method']}, {row['task']}, {row['example']} again, as in line {first[_key(row)]}, "
+                f"expected each once; {_GO_ON}"
+            )
+        first[_key(row)] = number
         rows.append(row)
-        end += len(raw)
+        end += len(raw) + 1
     return rows, end
+
+
+def _expected(field: str, value: Any) -> str | None:
+    """What a field of a line must hold where the value is something else; None where it fits, or nothing is known."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if field in ("method", "task"):
+        return None if isinstance(value, str) and value else "a name"
+    if field == "example":
+        return None if whole and value >= 0 else "a whole number"
+    if field in _FLAGS:
+        return None if value is None or isinstance(value, bool) else "true, false or null"
+    if field in _NUMBERS:
+        fits = value is None or whole or isinstance(value, float) and math.isfinite(value)
+        return None if fits else "a number or null"
+    return None
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

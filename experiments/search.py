@@ -29,7 +29,7 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import cli, evaluation, pictures, report, results
+from experiments import cli, evaluation, pictures, report, results, tasks
 from experiments.calibrations import Calibrations, fingerprint
 from experiments.compositions import compose_configs, has_budget, keep_for_ratio
 from experiments.evaluator import Evaluator
@@ -107,8 +107,8 @@ def run() -> None:
     """The program."""
     if cli.OUTPUT_DIR.value is None:
         raise ValueError("--output_dir says where results go; it is required.")
-    if _RATIO.value <= 1:
-        raise ValueError(f"--target_ratio must be above 1, got {_RATIO.value:g}.")
+    if not 1 < _RATIO.value < math.inf:
+        raise ValueError(f"--target_ratio must be above 1 and finite, got {_RATIO.value:g}.")
     if _EXAMPLES.value < 1:
         raise ValueError(f"--examples must be at least 1, got {_EXAMPLES.value}.")
     check_method_names(_SELECT.value, "--select")
@@ -128,7 +128,13 @@ def run() -> None:
     )
     model = load_model(settings.model, settings.dtype)
     full = load_method("full", budget=0.5)
-    examples = evaluation.load_examples(settings, model)
+    every = evaluation.load_examples(settings, model)
+    examples = tasks.first_of_each(every, settings.max_examples)
+    for index, example in evaluation.numbered(examples):
+        if not example.answer_ids:
+            raise ValueError(
+                f"--tasks: example {index} ({example.task}) has no answer, whose predictions a search compares."
+            )
     evaluation.check_fit(examples, [full], model)
     longest = max(len(example.context_ids) for example in examples)
     room = max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1
@@ -142,7 +148,7 @@ def run() -> None:
     decides = dataclasses.asdict(settings) | {"target_ratio": _RATIO.value, "weights": fingerprint(model)}
     for name in ("methods", "max_examples", "examples"):
         del decides[name]  # these only add lines
-    lines_of = evaluation.sources(settings, [full, *(entry.method for entry in left)], examples)
+    lines_of = evaluation.sources(settings, [full, *(entry.method for entry in left)], examples, every)
     with results.ResultsFile(cli.OUTPUT_DIR.value, decides, lines_of, overwrite=cli.OVERWRITE.value) as file:
         try:
             winner = _compete(settings, model, full, left, examples, file)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import reprlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from experiments.suggestions import nearest
@@ -72,20 +73,27 @@ def read_tasks(
     if max_examples is not None and max_examples < 1:
         raise ValueError(f"max_examples: got {max_examples}, expected at least 1")
     examples: list[Example] = []
-    taken: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if not raw.strip():
                 continue
             where = f"{os.fspath(path)}, line {number}"
-            example = _parse(_load(raw, where), tokenizer, vocab_size, where)
-            taken[example.task] = taken.get(example.task, 0) + 1
-            if max_examples is None or taken[example.task] <= max_examples:
-                examples.append(example)
+            examples.append(_parse(_load(raw, where), tokenizer, vocab_size, where))
     if not examples:
         raise ValueError(f"{os.fspath(path)}: got no examples, expected one JSON object a line")
-    return examples
+    return first_of_each(examples, max_examples)
+
+
+def first_of_each(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """Selects the first `count` examples of each task, in their order; None: all."""
+    taken: dict[str, int] = {}
+    selected = []
+    for example in examples:
+        taken[example.task] = taken.get(example.task, 0) + 1
+        if count is None or taken[example.task] <= count:
+            selected.append(example)
+    return selected
 
 
 def _load(raw: bytes, where: str) -> dict[str, Any]:
@@ -95,6 +103,10 @@ def _load(raw: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: got bytes that are not UTF-8 ({error.reason}), expected JSON text") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}), expected one object") from None
+    except RecursionError:
+        raise ValueError(f"{where}: got brackets nested too deeply, expected one JSON object") from None
+    except ValueError:  # of Python's limit on the digits of an integer
+        raise ValueError(f"{where}: got a number of thousands of digits, expected token ids") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: got {reprlib.repr(value)}, expected a JSON object")
     return value

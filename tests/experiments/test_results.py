@@ -253,3 +253,52 @@ def test_summary_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeyp
     with pytest.raises(OSError, match="no space left; the file is as it was before"):
         write_summary(path, [row(), row(example=1)], **arguments)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("second", "wanted"),
+    [
+        (row(), "line 2: got full, needle, 0 again, as in line 1, expected each once; pass another"),
+        (row(example=1, nll="abc"), "line 2: nll: got 'abc', expected a number or null"),
+        (row(example=1, nll=float("nan")), "line 2: nll: got nan, expected a number or null"),
+        (row(example=1, kl=True), "line 2: kl: got True, expected a number or null"),
+        (row(example=1, exact_match=3), "line 2: exact_match: got 3, expected true, false or null"),
+        (row(example=True), "line 2: example: got True, expected a whole number"),
+        (row(method=["full"]), "line 2: method: got ['full'], expected a name"),
+        ({name: x for name, x in row().items() if name != "nll"}, "line 2: got no nll, expected all of method"),
+        ([1], "line 2: got b'[1]', expected a line of results"),
+    ],
+)
+def test_a_damaged_line_is_named_with_its_field_and_kept(second, wanted, tmp_path):
+    open_and_close(tmp_path)
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (row(), second, row(example=7))))
+    before = path.read_bytes()
+    with pytest.raises(ValueError) as error:
+        open_and_close(tmp_path)
+    assert f"{path}, {wanted}" in str(error.value) and "--overwrite" in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 5000, b"{}\r{}", b"\xff"])
+def test_lines_and_settings_that_cannot_be_read_are_named(text, tmp_path):
+    open_and_close(tmp_path)
+    (tmp_path / "results.jsonl").write_bytes(text + b"\n" + json.dumps(row()).encode() + b"\n")
+    with pytest.raises(ValueError, match="results.jsonl, line 1: got b'.*, expected a line of results; pass another"):
+        open_and_close(tmp_path)
+    (tmp_path / "results.jsonl").unlink()
+    (tmp_path / "run.json").write_bytes(text)
+    with pytest.raises(ValueError, match="run.json: got a file that is not the settings of an evaluation; pass"):
+        open_and_close(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part", [{"settings": [1]}, {"methods": "x"}, {"methods": {"full": 3}}, {"examples": [1]}, {"examples": {"t/0": 3}}]
+)
+def test_settings_of_other_types_inside_are_refused(part, tmp_path):
+    about = {"settings": SETTINGS, "methods": {}, "examples": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    open_and_close(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(about | part))
+    with pytest.raises(ValueError, match="run.json: got a file that is not the settings of an evaluation"):
+        open_and_close(tmp_path)

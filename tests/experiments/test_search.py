@@ -78,6 +78,8 @@ def test_search_refuses_what_it_cannot_do(tmp_path):
     call = lambda *flags: in_process.call(search, f"--output_dir={tmp_path}", *flags)
     for flags, name in (
         (["--target_ratio=1"], "--target_ratio"),
+        (["--target_ratio=nan"], "--target_ratio must be above 1 and finite, got nan."),
+        (["--target_ratio=inf"], "--target_ratio must be above 1 and finite, got inf."),
         (["--examples=0"], "--examples"),
         (["--install=int4"], "--install"),
         (["--install=a b"], "--install"),
@@ -87,3 +89,15 @@ def test_search_refuses_what_it_cannot_do(tmp_path):
     ):
         code, _, err = call(*flags)
         assert code == 2 and name in err and len(err.splitlines()) == 1
+
+
+def test_search_refuses_tasks_without_answers_before_anything_runs(tmp_path, monkeypatch):
+    model, tasks = tiny_checkpoint.write(tmp_path / "model"), tmp_path / "tasks.jsonl"
+    lines = [{"task": "a", "context_ids": [3, 4, 5]}, {"task": "a", "context_ids": [3, 4, 5], "answer_ids": [6]}]
+    tasks.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(search, "candidates", None)
+    code, _, err = in_process.call(search, f"--model={model}", f"--tasks={tasks}", f"--output_dir={tmp_path / 'out'}")
+    assert (code, err) == (
+        2,
+        "error: --tasks: example 0 (a) has no answer, whose predictions a search compares.\n",
+    )

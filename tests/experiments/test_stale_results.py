@@ -138,3 +138,22 @@ def test_what_is_kept_beyond_the_budget_is_counted(more, over, finished, tmp_pat
     assert ("More than the budget was kept on: knorm 1 of 1 examples" in out) == over
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["methods"]["knorm"]["mean"]["over_budget"] == float(over)
+
+
+def test_lines_of_examples_that_the_file_no_longer_has_are_refused_also_where_not_all_are_run(finished, lines):
+    named = lambda task, *which: [line | {"task": task} for line in which]
+    try:
+        write(finished, named("z", *lines))
+        refused(finished, "holds results of example a/0, which the tasks no longer have", "--max_examples=1")
+        write(finished, [lines[0], lines[1] | {"answer_ids": [9, *lines[1]["answer_ids"][1:]]}])
+        refused(finished, "another example a/1 (content was ", "--max_examples=1")
+        write(finished, [lines[0], lines[1], *named("z", *lines)])
+        before = (finished / "out" / "results.jsonl").read_bytes()
+        code, out, err = evaluate(*flags(finished, "--max_examples=1"))
+        assert code == 0 and "z" in out, err
+        after = (finished / "out" / "results.jsonl").read_bytes()
+        added = [json.loads(line) for line in after.removeprefix(before).splitlines()]
+        assert [(row["method"], row["task"], row["example"]) for row in added] == [("full", "z", 0), ("knorm", "z", 0)]
+        (finished / "out" / "results.jsonl").write_bytes(before)
+    finally:
+        write(finished, lines)

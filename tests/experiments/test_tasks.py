@@ -60,6 +60,8 @@ GOOD = {"task": "t", "context": "a", "answer": "b"}
     ("line", "message"),
     [
         ('{"task": "t", ', "not JSON"),
+        ("[" * 100_000, "got brackets nested too deeply, expected one JSON object"),
+        ('{"task": "t", "context_ids": [%s]}' % ("9" * 5000), "got a number of thousands of digits"),
         ("[1, 2]", r"got \[1, 2\], expected a JSON object"),
         ({"context": "a"}, "task: got None, expected a non-empty string"),
         ({"task": 3, "context": "a"}, "task: got 3, expected a non-empty string"),
