@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -26,21 +27,27 @@ class FolderLock:
         import fcntl  # POSIX has it; the rest of this package can be read elsewhere
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / FILE, "a+", encoding="ascii")
+        self._file = open(folder / FILE, "a+", encoding="ascii", errors="replace")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.seek(0)
-            holder = self._file.read(20).strip() or "another"
+            holder = self._file.read(20).strip()
+            holder = f"process {holder}" if holder.isdecimal() else "another process"
             self._file.close()
             if error.errno not in _HELD:
                 raise OSError(error.errno, f"cannot be locked ({error.strerror})", str(folder / FILE)) from None
             raise ValueError(
-                f"--output_dir: process {holder} writes to {folder}; wait until it has ended, or pass another folder."
+                f"--output_dir: {holder} writes to {folder}; wait until it has ended, or pass another folder."
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing writes once more
+                self._file.close()
+            raise OSError(error.errno, error.strerror, str(folder / FILE)) from None
 
     def __enter__(self) -> FolderLock:
         return self

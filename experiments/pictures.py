@@ -50,7 +50,7 @@ def plot_pareto(summary: Mapping[str, Any], path: str | os.PathLike[str], *, ful
         _scatter(axes, points, full, sign=1 if kind == "exact" else -1)
     figure.suptitle("Quality against cache size (the line joins the methods that no other beats on both)", fontsize=13)
     _label_points(figure)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_needle(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -95,7 +95,7 @@ def plot_needle(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
     figure.colorbar(image, ax=axes, label="exact match (%)")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_training(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
@@ -127,7 +127,7 @@ def plot_training(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_memory(rows: Sequence[Row], path: str | os.PathLike[str], *, title: str) -> None:
@@ -158,7 +158,15 @@ def plot_memory(rows: Sequence[Row], path: str | os.PathLike[str], *, title: str
     axes.set_xlabel("GiB on one device")
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a picture; an error names the file."""
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
 def _points(summary: Mapping[str, Any], qualities: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
