@@ -6,11 +6,15 @@ import ast
 import inspect
 import pathlib
 import re
+import reprlib
 import sys
+import tokenize
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gin
+
+from experiments.suggestions import nearest
 
 # The headers of gin's own rendering of a configuration, and the macros in it.
 _CONFIGURABLE = re.compile(r"^# Parameters for (\S+):$", re.MULTILINE)
@@ -40,12 +44,70 @@ def read_files(paths: Iterable[str]) -> None:
                 text = file.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"--gin_file: {path}: got bytes that are not UTF-8 ({error.reason}).") from None
-        try:
-            gin.parse_config(text)
-        except SyntaxError as error:
-            raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {' '.join(line.strip() for line in str(error).splitlines())}") from None
+        parse(text, path)
+
+
+def parse(text: str, where: str) -> None:
+    """Adds bindings to gin's configuration.
+
+    Args:
+      text: the bindings.
+      where: they stand, for messages.
+
+    Raises:
+      ValueError: gin cannot parse them, does not know a name, or cannot find what they import or include.
+    """
+    at = lambda line: f"{where}, line {line}" if "\n" in text.strip() and line else where
+    try:
+        gin.parse_config(text)
+    except SyntaxError as error:
+        raise ValueError(f"{at(error.lineno)}: {_plain(error.msg)}") from None
+    except tokenize.TokenError as error:
+        raise ValueError(f"{where}: a bracket or a string is not closed ({error.args[0]}).") from None
+    except RecursionError:
+        raise ValueError(f"{where}: includes itself, or holds brackets nested too deeply.") from None
+    except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
+        message, _, trail = str(error).partition("\n  In ")
+        line = re.match(r"bindings string line (\d+)", trail)
+        raise ValueError(f"{at(line and line[1])}: {_plain(message)}{_meant(message)}") from None
+
+
+def parse_each(bindings: Sequence[str]) -> None:
+    """Adds the bindings of --gin_bindings; see `parse`."""
+    for binding in bindings:
+        parse(binding, f"--gin_bindings: {reprlib.repr(binding)}")
+
+
+def explained(error: Exception) -> str:
+    """What went wrong in a call of a configurable, without the trail that gin appends."""
+    text = str(error)
+    macro = re.search(r"configurable 'macro' .*in scope '([^']+)'", text)
+    if macro and text.startswith("macro() missing"):
+        return f"%{macro[1]} is used, and nothing binds {macro[1]}."
+    return text.split("\n  In call to configurable")[0].strip()
+
+
+def _plain(message: str) -> str:
+    """gin's message on one line, without the addresses of what it parsed."""
+    message = re.sub(r" on line \d+: <ast\.\w+ object at 0x[0-9a-f]+>", "", message)
+    message = re.sub(r" \(<unknown>, line \d+\)", "", message).replace("malformed node or string", "not a value")
+    lines = [line.strip() if len(line) < 200 else f"{line.strip()[:200]}..." for line in message.splitlines()]
+    return "; ".join(line for line in lines if line)
+
+
+def _meant(message: str) -> str:
+    """The known name that was probably meant where gin says that it knows none; empty where there is none."""
+    parameter = re.match(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
+    name = re.match(r"No configurable matching (?:reference )?'@?(?:[\w./]*/)?((?:\w+\.)*)(\w+)", message)
+    if parameter:
+        close = nearest(parameter[2], inspect.signature(gin.get_configurable(parameter[1])).parameters)
+    elif name:
+        registered = (selector for selector, _ in gin.config._REGISTRY.items())  # gin lists them nowhere else
+        close = nearest(name[2], sorted({selector.rpartition(".")[2] for selector in registered}))
+        close = None if close is None else name[1] + close
+    else:
+        return ""
+    return "" if close is None else f" Did you mean {close!r}?"
 
 
 def check_values() -> None:
@@ -62,6 +124,8 @@ def check_values() -> None:
         with gin.config_scope(scope or None):
             bound = gin.get_bindings(selector, resolve_references=False)
         for parameter, value in bound.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name}.{parameter} must fit into 64 bits, got {reprlib.repr(value)}.")
             if parameter in parameters and isinstance(value, _PLAIN):
                 wanted = _expected(value, str(parameters[parameter].annotation))
                 if wanted is not None:
@@ -112,7 +176,7 @@ def check_reached(files: Sequence[str], bindings: Sequence[str], configs: Iterab
         if idle:
             print(f"note: {path}: nothing here uses {', '.join(idle)}.", file=sys.stderr)
     for binding in bindings:
-        idle = sorted(_names_of(lambda: gin.parse_config(binding)) - used)
+        idle = sorted(_names_of(lambda: parse_each([binding])) - used)
         if idle:
             raise ValueError(f"--gin_bindings: nothing here uses {', '.join(idle)}, got {binding!r}.")
 
@@ -125,7 +189,7 @@ def check_own(files: Sequence[str], bindings: Sequence[str]) -> None:
     """
     for flag, source, read in (
         *(("--gin_file", path, lambda path=path: read_files([path])) for path in files),
-        *(("--gin_bindings", repr(text), lambda text=text: gin.parse_config(text)) for text in bindings),
+        *(("--gin_bindings", repr(text), lambda text=text: parse_each([text])) for text in bindings),
     ):
         text = _config_of(read)
         if re.search(r"^method\.transform = ", text, re.MULTILINE):

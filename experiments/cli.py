@@ -65,7 +65,7 @@ def read_gin() -> None:
     gin.clear_config()
     with gin.unlock_config():
         bindings.read_files(gin_files())
-        gin.parse_config(GIN_BINDINGS.value)
+        bindings.parse_each(GIN_BINDINGS.value)
     bindings.check_values()
 
 
@@ -110,11 +110,9 @@ def call(program: Callable[[], None], argv: Sequence[str]) -> None:
         program()
     except KeyboardInterrupt:
         interrupted()
-    except SyntaxError as error:
-        _fail(f"--gin_bindings: {error.msg} In {', '.join(map(repr, GIN_BINDINGS.value))}.")
     except OSError as error:
         _fail(_with_origin(error))
-    except (ValueError, FetchError) as error:
+    except (ValueError, OverflowError, FetchError) as error:
         _fail(str(error).strip() or repr(error))
 
 

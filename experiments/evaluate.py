@@ -26,7 +26,7 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import cli, pictures, report, results, tasks
+from experiments import bindings, cli, pictures, report, results, tasks
 from experiments.calibrations import Calibrations, fingerprint
 from experiments.evaluation import Settings, check_fit, evaluate, load_examples, numbered, sources
 from experiments.evaluator import Evaluator
@@ -64,7 +64,15 @@ def read_settings() -> Settings:
     }
     if cli.KEEP.value is not None:
         given["budget"] = None
-    return Settings(**given)
+    try:
+        settings = Settings(**given)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"Settings: {bindings.explained(error)}") from error
+    idle = [name for name in ("synthetic_tasks", "length", "examples", "seed") if name in gin.get_bindings("Settings")]
+    if settings.tasks is not None and idle:
+        named = ", ".join(f"Settings.{name}" for name in idle)
+        print(f"note: {named}: said of synthetic tasks, and those of {settings.tasks} run.", file=sys.stderr)
+    return settings
 
 
 def load_methods(settings: Settings, model: Model) -> list[Method]:

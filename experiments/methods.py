@@ -193,30 +193,31 @@ def load_method(
     """
     if text is None:
         check_method_names([name])
-        text = (METHODS_DIR / f"{name}.gin").read_text(encoding="utf-8")
+        path = METHODS_DIR / f"{name}.gin"
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"method {name}: {path}: got bytes that are not UTF-8 ({error.reason}).") from None
     gin.clear_config()
     with gin.unlock_config():
-        try:
-            gin.parse_config(text)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"method {name}, its config: {str(error).splitlines()[0]}") from error
+        gin_bindings.parse(text, f"method {name}, its config")
         gin_bindings.read_files(gin_files)
         gin.parse_config(f"budget = {budget!r}")
-        gin.parse_config(bindings)
+        gin_bindings.parse_each(bindings)
     global _calibrations, _tokenizer
     _calibrations, _tokenizer = calibrate, tokenizer
     _got.clear()
     try:
         gin_bindings.check_values()
         transform, chunk = method()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"method {name}: {_first_lines(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"method {name}: its bindings refer to themselves.") from error
+    except (ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"method {name}: {gin_bindings.explained(error)}") from error
     finally:
         _calibrations = _tokenizer = None
+    if not isinstance(transform, kvjax.CacheTransform):
+        got = f"@{transform.__name__}" if callable(transform) else repr(transform)
+        raise ValueError(f"method {name}: method.transform must be a call such as @snapkv(), got {got}.")
     config = gin.operative_config_str() + "".join(f"# {line}\n" for line in _got)
     return Method(name, kvjax.respect_windows(transform), chunk, config)
-
-
-def _first_lines(error: Exception) -> str:
-    """The message without the trail that gin appends to it."""
-    return str(error).split("\n  In call to configurable")[0].strip()

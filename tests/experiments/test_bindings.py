@@ -3,7 +3,7 @@
 import gin
 import pytest
 
-from experiments import bindings
+from experiments import bindings, methods
 from experiments.methods import load_method
 
 
@@ -122,3 +122,72 @@ def test_the_origin_of_a_path_is_the_binding_that_holds_it(tmp_path):
     assert bindings.origin("a/b.jsonl", [str(path)], []) == "Settings.tasks"
     assert bindings.origin("c", [str(path)], ["calibration.path='c'"]) == "calibration.path"
     assert bindings.origin("d", [str(path)], ["calibration.path='c'"]) is None
+
+
+NOT_BINDINGS = [
+    ("snapkv.window = [1", "a bracket or a string is not closed (EOF in multi-line statement)."),
+    ("snapkv.window = nan", "not a value; Failed to parse token 'nan'"),
+    ("snapkv.window = " + "[" * 5000, "includes itself, or holds brackets nested too deeply."),
+    ("snapkv.window = 1" + "0" * 5000, "Exceeds the limit (4300 digits) for integer string conversion"),
+    ("snapkv.windw = 3", "Configurable 'snapkv' doesn't have a parameter named 'windw'. Did you mean 'window'?"),
+    ("snapkvv.window = 3", "No configurable matching 'snapkvv'. Did you mean 'snapkv'?"),
+    ("methods.snapkvv.window = 3", "No configurable matching 'methods.snapkvv'. Did you mean 'methods.snapkv'?"),
+    ("narrow/snapkv.windw = 3", "a parameter named 'windw'. Did you mean 'window'?"),
+    ("adaptive.score = @scores.randon()", "'@scores.randon()'. Did you mean 'scores.random'?"),
+    ("import nowhere_at_all", "No module named 'nowhere_at_all'"),
+    ("include 'nowhere.gin'", "Unable to open file: nowhere.gin."),
+]
+
+
+@pytest.mark.parametrize("text, wanted", NOT_BINDINGS)
+def test_what_is_no_binding_is_named_wherever_it_stands(text, wanted, tmp_path):
+    path = tmp_path / "mine.gin"
+    path.write_text(f"\n{text}\n")
+    for where, how in (
+        (f"{path}", {"gin_files": [str(path)]}),
+        ("--gin_bindings: ", {"bindings": [text]}),
+        ("method mine, its config", {"text": f"method.transform = @snapkv()\n{text}"}),
+    ):
+        with pytest.raises(ValueError) as error:
+            load_method("mine", budget=0.5, **({"text": "method.transform = @snapkv()"} | how))
+        message = str(error.value)
+        assert message.startswith(where) and wanted in message
+        assert " object at 0x" not in message and "\n" not in message and len(message) < 600
+
+
+def test_a_file_that_includes_itself_is_refused(tmp_path):
+    path = tmp_path / "mine.gin"
+    path.write_text(f"include '{path}'\n")
+    with pytest.raises(ValueError, match="mine.gin: includes itself, or holds brackets nested too deeply"):
+        load_method("snapkv", budget=0.5, gin_files=[str(path)])
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("", "method mine: Required bindings for `method` not provided in config: ['transform']"),
+        ("method.transform = 3", "method mine: method.transform must be a call such as @snapkv(), got 3."),
+        ("method.transform = @snapkv", "method mine: method.transform must be a call such as @snapkv(), got @snapkv."),
+        ("method.transform = @snapkv()\nsnapkv.window = %foo", "method mine: %foo is used, and nothing binds foo."),
+        ("method.transform = @snapkv()\nsnapkv.window = %a/foo", "method mine: %a/foo is used, and nothing binds a/foo."),
+        (
+            f"method.transform = @snapkv()\nsnapkv.window = {10**27}",
+            "method mine: snapkv.window must fit into 64 bits, got 1000000000000000000000000000.",
+        ),
+        ("method.transform = @compose()\ncompose.transforms = 3", "method mine: kvjax.transforms.base.chain() argument after *"),
+    ],
+)
+def test_a_config_that_makes_no_method_is_refused(text, wanted):
+    with pytest.raises(ValueError) as error:
+        load_method("mine", budget=0.5, text=text)
+    assert str(error.value).splitlines()[0].startswith(wanted)
+
+
+def test_a_methods_file_may_open_with_a_byte_order_mark_and_must_be_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "METHODS_DIR", tmp_path)
+    path = tmp_path / "mine.gin"
+    path.write_bytes(b"\xef\xbb\xbfmethod.transform = @snapkv()\n")
+    assert load_method("mine", budget=0.25).transform.budget is not None
+    path.write_bytes(b"method.transform = @snapkv() # \xff\n")
+    with pytest.raises(ValueError, match="method mine: .*mine.gin: got bytes that are not UTF-8"):
+        load_method("mine", budget=0.25)

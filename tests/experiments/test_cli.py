@@ -106,3 +106,38 @@ def test_an_interrupt_during_imports_is_one_line(when):
     """
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], cwd=ROOT, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "\ninterrupted.\n")
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        (["--gin_bindings=Settings.length = [1"], "--gin_bindings: 'Settings.length = [1': a bracket or a string is not"),
+        (["--gin_bindings=Settings.lenght = 3"], "a parameter named 'lenght'. Did you mean 'length'?"),
+        (["--gin_bindings=Setings.length = 3"], "No configurable matching 'Setings'. Did you mean 'Settings'?"),
+        (["--gin_bindings=Settings.length = %size"], "Settings: %size is used, and nothing binds size."),
+        ([f"--gin_bindings=Settings.seed = {10**27}"], "Settings.seed must fit into 64 bits, got 1000000000000"),
+        (["--tasks="], "--tasks must name a file, got an empty name."),
+    ],
+)
+def test_settings_that_are_none_are_one_line(given, wanted):
+    program = importlib.import_module("experiments.evaluate")
+    code, out, err = in_process.call(program, *given)
+    assert (code, out) == (2, "") and err.startswith("error: ") and wanted in err and len(err.splitlines()) == 1
+
+
+def test_settings_of_synthetic_tasks_are_said_to_be_idle_where_others_run(capsys):
+    program = importlib.import_module("experiments.evaluate")
+    given = ["--tasks=nowhere.jsonl", "--model=nowhere", "--gin_bindings=Settings.length = 64"]
+    _, _, err = in_process.call(program, *given)
+    assert err.splitlines()[0] == "note: Settings.length: said of synthetic tasks, and those of nowhere.jsonl run."
+    assert "note: " not in in_process.call(program, *given[1:])[2]
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("convert", "calibrate"):
+        more = ["--method=million"] if name == "calibrate" else []
+        program = importlib.import_module(f"experiments.{name}")
+        folder = tmp_path / "file" / "x"
+        code, _, err = in_process.call(program, "--model=nowhere", f"--output_dir={folder}", *more)
+        assert (code, err) == (2, f"error: --output_dir: {folder}: Not a directory.\n")
