@@ -33,7 +33,7 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import calibrations, cli, pictures
+from experiments import bindings, calibrations, cli, pictures
 from experiments.optimizers import learning_rates, optimizer
 from experiments.output_folder import output_folder
 from experiments.recipes import Frozen, Recipe
@@ -98,7 +98,11 @@ class State(NamedTuple):
 
 
 class Trainer:
-    """A training as pure functions of the state and of the step's number."""
+    """A training as pure functions of the state and of the step's number.
+
+    Attributes:
+      text: the fingerprint of what is read.
+    """
 
     jit = staticmethod(jax.jit)  # may be replaced by one that compiles faster
 
@@ -115,6 +119,7 @@ class Trainer:
             )
         self._training, self._model = training, model
         self._batches = Batches(training.text, model, training.seed)
+        self.text = self._batches.fingerprint
         self._chain = training.optimizer(training.steps)
         self.compiled = self.jit(self._update, donate_argnums=(0, 1))
         self._score = self.jit(
@@ -241,8 +246,8 @@ def read_training() -> tuple[Training, str]:
     try:
         training = Training()
         training.optimizer(training.steps)  # refuses bad settings, and shows gin what it uses
-    except TypeError as error:
-        raise ValueError(f"{', '.join(cli.gin_files())}: {str(error).splitlines()[0]}.") from error
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{', '.join(cli.gin_files())}: {bindings.explained(error)}") from error
     return training, gin.operative_config_str()
 
 
@@ -269,6 +274,7 @@ def _run(training: Training, config: str, path: pathlib.Path, mesh: jax.sharding
     about = {"configuration": _without_steps(config), "steps": training.steps}
     about["model"] = f"{model.config.name}, fingerprint {calibrations.fingerprint(model)}"
     trainer = Trainer(training, model)
+    about["text"] = f"{training.text.file or 'the essays'}, fingerprint {trainer.text}"
     may_change = {"steps": functools.partial(check_steps, training)}
     with TrainingFolder(path, about, keep=training.keep, resume=_RESUME.value, may_change=may_change) as folder:
         try:

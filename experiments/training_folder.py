@@ -8,15 +8,16 @@ import json
 import logging
 import os
 import pathlib
+import reprlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from experiments.folder_lock import FolderLock
 
-_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TrainingFolder:
@@ -46,7 +47,7 @@ class TrainingFolder:
           may_change: names in `about`, and `(what it was, steps that are done)`, which raises where it may not.
 
         Raises:
-          ValueError: there is nothing to resume, or it is another training, or another process writes there.
+          ValueError: there is nothing to resume, or it is another training or damaged, or another process writes there.
         """
         self._folder, self._about = folder, folder / "training.json"
         self._metrics = folder / "metrics.jsonl"
@@ -60,10 +61,11 @@ class TrainingFolder:
             self.step = self._manager.latest_step() or 0 if resume else 0
             for name, was in changed.items():
                 may_change[name](was, self.step)
+            checkpoints = self._manager.all_steps() if self.step else []
+            self.rows = _rows(self._metrics, self.step, checkpoints) if self.step else []
         except BaseException:
             self._lock.close()
             raise
-        self.rows = _rows(self._metrics, self.step) if self.step else []
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         with self._explained():
             _write_atomically(self._about, json.dumps(about, indent=1) + "\n")
@@ -176,8 +178,16 @@ def _check_same(path: pathlib.Path, about: dict[str, Any], may_change: set[str])
         earlier = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--resume: {path.parent} holds no training; leave --resume out to start one.") from None
-    except ValueError:
-        raise ValueError(f"--resume: {path} is damaged; pass another --output_dir, or --replace.") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"--resume: {path} is damaged; {_ANEW}") from None
+    if not isinstance(earlier, dict):
+        raise ValueError(f"--resume: {path} is damaged (it holds no settings); {_ANEW}")
+    for name in sorted(may_change & set(earlier)):
+        if type(earlier[name]) is not type(about[name]):
+            raise ValueError(
+                f"--resume: {path} is damaged ({name} is {reprlib.repr(earlier[name])}, not of the kind of "
+                f"{about[name]!r}); {_ANEW}"
+            )
     for name in sorted({*about, *earlier} - (may_change & set(earlier))):
         was, now = str(earlier.get(name)), str(about.get(name))
         if was != now:
@@ -187,17 +197,40 @@ def _check_same(path: pathlib.Path, about: dict[str, Any], may_change: set[str])
     return {name: earlier[name] for name in sorted(may_change & set(earlier)) if earlier[name] != about[name]}
 
 
-def _rows(path: pathlib.Path, step: int) -> list[dict[str, float]]:
-    """The metrics up to a step; a line that was cut off does not count."""
+_ANEW = "pass another --output_dir, or --replace without --resume."
+
+
+def _rows(path: pathlib.Path, step: int, checkpoints: Sequence[int]) -> list[dict[str, float]]:
+    """The metrics up to a step; what was written after it may be cut off.
+
+    Raises:
+      ValueError: a line is damaged or missing that a finished training needs.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except UnicodeDecodeError:
+        raise ValueError(f"--resume: {path} is damaged (it is not UTF-8); {_ANEW}") from None
+    validated = {0, *checkpoints}
+    for number in range(step + 1):
+        where = f"--resume: {path}, line {number + 1}"
+        if number >= len(lines):
+            raise ValueError(f"{where} is missing: the last checkpoint is of step {step}; {_ANEW}")
         try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= step:
-            rows.append(row)
+            row = json.loads(lines[number])
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or row.get("step") != number or not all(map(_is_number, row.values())):
+            raise ValueError(f"{where} is damaged: expected the metrics of step {number}; {_ANEW}")
+        for name in (*(["loss"] if number else []), *(["validation"] if number in validated else [])):
+            if name not in row:
+                raise ValueError(f"{where} is damaged: step {number} has no {name}; {_ANEW}")
+        rows.append(row)
     return rows
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,7 +71,11 @@ class TrainingText:
 
 
 class Batches:
-    """Batches by number: the same number gives the same batch, so that a training can be taken up anywhere."""
+    """Batches by number: the same number gives the same batch, so that a training can be taken up anywhere.
+
+    Attributes:
+      fingerprint: of the tokens that batches are made of.
+    """
 
     def __init__(self, text: TrainingText, model: Model, seed: int):
         """Reads the text and makes the questions.
@@ -97,6 +102,7 @@ class Batches:
                 how = dict(length=text.context, count=text.pool, seed=_OTHER_SEED + seed, tasks=text.tasks)
                 questions = synthetic.synthetic_tasks(model.tokenizer, documents, **how)
         self._share = share
+        self.fingerprint = _fingerprint(ids, questions)
         for number, example in enumerate(questions):
             _check(example, number, text)
         count = max(1, round(text.validation * len(questions)))
@@ -142,6 +148,13 @@ class Batches:
                 weight[row, 1:] = 1.0
         weight /= weight.sum(axis=1, keepdims=True)
         return Batch(context, lengths, follow, weight)
+
+
+def _fingerprint(ids: Sequence[int], questions: Sequence[tasks.Example]) -> str:
+    digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes())
+    for example in questions:
+        digest.update(repr(dataclasses.astuple(example)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _documents(text: TrainingText) -> list[str]:

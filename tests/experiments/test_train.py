@@ -176,6 +176,24 @@ def test_a_model_that_gives_no_numbers_is_refused_before_the_first_step(checkpoi
     assert rows(tmp_path / "made") == []
 
 
+def test_another_text_under_the_same_name_is_not_gone_on_with(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(program.Trainer, "jit", staticmethod(quick_jit))
+    own, folder = tmp_path / "text.txt", tmp_path / "made"
+    own.write_bytes(text.read_bytes())
+    given = flags("cskv", checkpoint, own, folder, steps=2)
+    assert train(*given)[0] == 0
+    before = rows(folder)
+    own.write_text(text.read_text().replace("the 7 of 49", "the 8 of 49"))
+    code, _, err = train(*given, "--resume")
+    assert code == 2 and f"--resume: {folder} is of another text: -{own}, fingerprint " in err and rows(folder) == before
+    own.write_bytes(text.read_bytes())
+    (folder / "metrics.jsonl").unlink()
+    code, _, err = train(*given, "--resume")
+    assert code == 2 and "metrics.jsonl, line 1 is missing: the last checkpoint is of step 2" in err
+    code, _, err = train(*given, "--resume", "--replace")
+    assert (code, err) == (2, "error: --resume goes on with what --replace would discard; pass one of them.\n")
+
+
 def test_a_binding_of_another_recipe_is_refused(checkpoint, text, tmp_path):
     more = "--gin_bindings=train_locret.hidden = 8"
     code, _, err = train(*flags("cskv", checkpoint, text, tmp_path / "made", more))
