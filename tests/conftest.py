@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for, and what keeps the suite fast and small."""
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -51,6 +52,8 @@ def _programs_of_this_module_only():
     yield
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":  # glibc keeps what is freed between what is not
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
 @pytest.hookimpl(optionalhook=True)
