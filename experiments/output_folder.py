@@ -19,8 +19,8 @@ def output_folder(what: str, *, fill: bool = False) -> pathlib.Path:
       fill: it goes on with what the folder holds.
 
     Raises:
-      ValueError: --output_dir is missing, or holds something and --replace is not given, or another process writes there,
-        or --replace is given where `fill`.
+      ValueError: --output_dir is missing, or holds something and --replace is not given, or another process writes
+        there, or --replace is given where `fill`.
       OSError: there can be no such folder.
     """
     if cli.OUTPUT_DIR.value is None:

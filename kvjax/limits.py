@@ -1,13 +1,15 @@
-"""What a call of the drivers may bring: ids and positions that the decoder knows, and tokens that the cache has room for.
+"""What a call of the drivers may bring: ids and positions that the decoder knows, tokens that the cache has room for.
 
-What shapes decide is refused when a call is traced. What only values decide is refused where values can be seen, outside
-`jax.jit`; inside it the row in question is left as it was and its logits are NaN (its tokens -1), no other row notices,
-and `jax.experimental.checkify` turns it into an error.
+What shapes decide is refused when a call is traced. What only values decide is refused where values can be seen,
+outside `jax.jit`; inside it the row in question is left as it was and its logits are NaN (its tokens -1), no other row
+notices, and `jax.experimental.checkify` turns it into an error. A row that was refused stays so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -179,35 +181,38 @@ def readable(
     tokens, lengths, first, left = (None if x is None else xp.asarray(x) for x in given)
     T = tokens.shape[1]
     rules = [
-        (f"lengths must be from {least} to the {T} tokens of a row", (lengths >= least) & (lengths <= T), lengths),
+        _Rule(f"lengths must be from {least} to the {T} tokens of a row", (lengths >= least) & (lengths <= T), lengths)
     ]
     if limits.vocab_size is not None:
         wrong = ((tokens < 0) | (tokens >= limits.vocab_size)) & (xp.arange(T) < lengths[:, None])
         which = xp.take_along_axis(tokens, xp.argmax(wrong, axis=1)[:, None], axis=1)[:, 0]
-        rules.append((f"tokens must be ids from 0 to {limits.vocab_size - 1}", ~xp.any(wrong, axis=1), which))
+        rules.append(_Rule(f"tokens must be ids from 0 to {limits.vocab_size - 1}", ~xp.any(wrong, axis=1), which))
     if limits.positions is not None:
-        most = first + lengths
-        rules.append((f"rows may have {limits.positions} tokens, the decoder's positions", most <= limits.positions, most))
+        most, said = first + lengths, f"rows may have {limits.positions} tokens, the decoder's positions"
+        rules.append(_Rule(said, most <= limits.positions, most, _BEYOND))
     if left is not None:
-        rules.append(("lengths must fit the room that a row has left", lengths <= left, lengths))
-    for said, right, value in rules:
+        rules.append(_Rule("lengths must fit the room that a row has left", lengths <= left, lengths))
+    for rule in rules:
         if not seen:
-            checkify.debug_check(jnp.all(right), f"{said}, in row {{row}} are {{value}}", **_first(right, value))
-        elif not right.all():
-            row = int(np.argmin(right))
-            more = _BEYOND if said.startswith("rows may") else ""
-            if said.endswith("left"):
-                more = f", which has room for {max(left[row], 0)} more"
-            raise ValueError(f"{said}, got {value[row]} in row {row}{more}.")
-    everything = xp.ones(lengths.shape, bool)
-    for _, right, _ in rules:
-        everything = everything & right
-    return jnp.asarray(everything)
+            checkify.debug_check(jnp.all(rule.right), f"{rule.said}, in row {{row}} are {{value}}", **rule.first())
+        elif not rule.right.all():
+            row = int(np.argmin(rule.right))
+            raise ValueError(f"{rule.said}, got {rule.value[row]} in row {row}{rule.advice}.")
+    return jnp.asarray(functools.reduce(operator.and_, (rule.right for rule in rules)))
 
 
-def _first(right: jax.Array, value: jax.Array) -> dict[str, jax.Array]:
-    row = jnp.argmin(right)
-    return {"row": row, "value": value[row]}
+class _Rule(NamedTuple):
+    """What must hold of every row."""
+
+    said: str
+    right: jax.Array  # bool[B]
+    value: jax.Array  # i32[B], what each row came with
+    advice: str = ""
+
+    def first(self) -> dict[str, jax.Array]:
+        """The first row of which it does not hold, and its value."""
+        row = jnp.argmin(self.right)
+        return {"row": row, "value": self.value[row]}
 
 
 def _described(x: Any) -> str:

@@ -76,7 +76,7 @@ def _leaves(run: Run) -> dict[str, Any]:
 
 
 def _static(tree: Any, path: str = "") -> dict[str, str]:
-    """Returns what is not an array: the class of every node and its static fields, which say how the arrays are read."""
+    """Returns what is not an array: the class of every node and its static fields, which say how arrays are read."""
     found = {}
     if dataclasses.is_dataclass(tree):
         found[f"{path} kind"] = type(tree).__name__

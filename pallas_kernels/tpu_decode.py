@@ -23,6 +23,7 @@ MOST_ROWS = 128
 
 LEAST_SLOTS = 8  # Mosaic has no layout for a single one, and XLA fuses few of them with what is around
 
+
 class Stored(NamedTuple):
     """An array of which every tile of slots needs a part: [B, K or 1, ...]."""
 

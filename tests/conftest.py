@@ -36,7 +36,8 @@ def pytest_configure(config):
     """
     config.stash[_PEAKS] = []
     settings = dict(_QUICK) if "not slow" in config.option.markexpr else {}
-    if hasattr(config, "cache") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a worker has it from its controller
+    # A worker has it from its controller.
+    if hasattr(config, "cache") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = pathlib.Path(config.cache.mkdir("compiled"))
         if sum(file.stat().st_size for file in folder.iterdir()) > _CACHE_MB * 2**20:
             shutil.rmtree(folder)

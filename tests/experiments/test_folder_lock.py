@@ -20,7 +20,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_the_second_is_refused_with_the_firsts_id_until_that_is_killed(tmp_path):
-    program = f"from experiments.folder_lock import *; x = FolderLock(pathlib.Path({str(tmp_path)!r})); print(1); input()"
+    program = (
+        "from experiments.folder_lock import *; "
+        f"x = FolderLock(pathlib.Path({str(tmp_path)!r})); print(1); input()"
+    )
     how = dict(cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", program], **how) as first:
         assert first.stdout.readline() == "1\n"

@@ -108,7 +108,7 @@ def test_pareto_front(points, front):
 
 def test_notes_say_how_often_a_budget_was_not_met_and_what_has_no_score():
     rows = [
-        {"method": method, "task": "a", "example": i, "nll": nll, "exact_match": None, "cache_bytes": 8, "full_bytes": 8}
+        dict(method=method, task="a", example=i, nll=nll, exact_match=None, cache_bytes=8, full_bytes=8)
         | {"kept_tokens": 9, "decode_tokens_per_second": None, "budget_tokens": budget, "over_budget": over[i]}
         for method, budget, over in (("full", None, [None] * 3), ("snapkv", 8, [True, False, True]))
         for i, nll in enumerate((0.5, None, 0.5))

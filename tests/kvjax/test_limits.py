@@ -1,4 +1,4 @@
-"""What a cache has no room for and what a decoder does not know is refused; inside jit only the row in question is lost."""
+"""What a cache has no room for and a decoder does not know is refused; inside jit only the row in question is lost."""
 
 import dataclasses
 import functools
@@ -118,7 +118,7 @@ def test_tokens_beyond_the_room_leave_a_row_as_it_was(room):
     for a, b in zip(jax.tree.leaves(last.cache), jax.tree.leaves(before.cache)):
         np.testing.assert_array_equal(a[0], b[0])
     # Outside jit, where values are seen, the same call is an error.
-    with pytest.raises(ValueError, match="lengths must fit the room that a row has left, got 1 in row 0, which has room for 0 more"):
+    with pytest.raises(ValueError, match="lengths must fit the room that a row has left, got 1 in row 0"):
         _extend(before, tokens[:, :1])
 
 
@@ -187,7 +187,7 @@ def test_padding_may_be_any_number(padding):
         (dict(lengths=[[24, 13]]), r"lengths must be an array of 2 integers.*got int32\[1, 2\]"),
         (dict(lengths=[24]), r"lengths must be an array of 2 integers.*got int32\[1\]"),
         (dict(lengths=[24.0, 13.0]), r"lengths must be an array of 2 integers.*got float32\[2\]"),
-        (dict(tokens=jnp.zeros((2, 0), jnp.int32)), r"tokens must be at least 1 row of at least 1 token, got shape \[2, 0\]"),
+        (dict(tokens=jnp.zeros((2, 0), jnp.int32)), r"tokens must be at least 1 row of .*, got shape \[2, 0\]"),
         (dict(tokens=[[1, 2], [3, 4]]), r"tokens must be an array of integers \[B, T\], got list"),
         (dict(tokens=jnp.zeros(4, jnp.int32)), r"tokens must be an array of integers \[B, T\], got int32\[4\]"),
         (dict(tokens=jnp.zeros((2, 4))), r"tokens must be an array of integers \[B, T\], got float32\[2, 4\]"),
@@ -340,8 +340,7 @@ def test_a_row_that_was_refused_stays_refused():
 def test_a_padded_call_needs_room_for_its_tokens_alone():
     run = _prefill(room=2)
     wide = jnp.pad(tiny_model.prompt(2, 2, seed=1), ((0, 0), (0, 6)))
-    np.testing.assert_allclose(
-        _extend(run, wide, lengths=[2, 1]).logits, _extend(run, wide[:, :2], lengths=[2, 1]).logits, rtol=1e-5, atol=1e-5
-    )
+    padded, exact = (_extend(run, tokens, lengths=[2, 1]) for tokens in (wide, wide[:, :2]))
+    np.testing.assert_allclose(padded.logits, exact.logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="room for 2 tokens after the prompt, got 3 more"):
         _extend(run, wide, lengths=[3, 1])

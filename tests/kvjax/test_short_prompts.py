@@ -84,7 +84,9 @@ def test_every_row_of_a_ring_has_its_own_size(sinks, reindex):
     transform = methods.streamingllm(0.25, sinks=sinks, reindex=reindex)
     sizes = [max(n // 4, sinks + 1) for n in LENGTHS]
     run = quick_jit(
-        lambda: kvjax.prefill(STEP, transform, TOKENS, jnp.int32(LENGTHS), table_decoder.empty(3), room=9, call_tokens=5)
+        lambda: kvjax.prefill(
+            STEP, transform, TOKENS, jnp.int32(LENGTHS), table_decoder.empty(3), room=9, call_tokens=5
+        )
     )()
     more = quick_jit(lambda run, t: kvjax.extend(STEP, transform, run, t, jnp.full(3, t.shape[1]))[0])
     read = np.array(LENGTHS)
