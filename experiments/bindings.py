@@ -124,8 +124,9 @@ def check_values() -> None:
         with gin.config_scope(scope or None):
             bound = gin.get_bindings(selector, resolve_references=False)
         for parameter, value in bound.items():
-            if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ValueError(f"{name}.{parameter} must fit into 64 bits, got {reprlib.repr(value)}.")
+            bits = 64 if parameter == "seed" else 32  # what is counted is an i32 on the device
+            if isinstance(value, int) and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+                raise ValueError(f"{name}.{parameter} must fit into {bits} bits, got {reprlib.repr(value)}.")
             if parameter in parameters and isinstance(value, _PLAIN):
                 wanted = _expected(value, str(parameters[parameter].annotation))
                 if wanted is not None:

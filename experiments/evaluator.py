@@ -122,7 +122,7 @@ class Evaluator:
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._model.params)
         try:
             run = jax.eval_shape(lambda *args: self._prefill(method, *args), params, shape, lengths)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"method {method.name}, a context of {slots} tokens: {error}") from error
         return kvjax.nbytes((run.cache, run.state))
 

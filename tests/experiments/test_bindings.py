@@ -21,6 +21,8 @@ def read(*texts):
         ("snapkv.budget = '64'", "snapkv.budget must be a number, got '64'."),
         ("method.prefill_chunk = [8]", "method.prefill_chunk must be a whole number or None, got [8]."),
         ("calibration.path = 3", "calibration.path must be a string or None, got 3."),
+        ("snapkv.window = 2147483648", "snapkv.window must fit into 32 bits, got 2147483648."),
+        ("scores.random.seed = 9223372036854775808", "random.seed must fit into 64 bits, got 9223372036854775808."),
         ("narrow/snapkv.window = 'x'", "narrow/snapkv.window must be a whole number, got 'x'."),
     ],
 )
@@ -175,7 +177,7 @@ def test_a_file_that_includes_itself_is_refused(tmp_path):
         ),
         (
             f"method.transform = @snapkv()\nsnapkv.window = {10**27}",
-            "method mine: snapkv.window must fit into 64 bits, got 1000000000000000000000000000.",
+            "method mine: snapkv.window must fit into 32 bits, got 1000000000000000000000000000.",
         ),
         (
             "method.transform = @compose()\ncompose.transforms = 3",
