@@ -113,8 +113,15 @@ def load(folder: str | pathlib.Path, recipe: str, model: Model) -> Calibration:
         raise ValueError(
             f"calibration.path: {folder} holds no calibration; make one with {_maker(recipe, folder)}."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"calibration.path: {folder}/calibration.json is damaged ({error}).") from None
+    kinds = {"recipe": str, "fingerprint": str, "model": str, "shapes": dict}
+    for name, kind in kinds.items():
+        if not isinstance(about, dict) or not isinstance(about.get(name), kind):
+            raise ValueError(f"calibration.path: {folder}/calibration.json is damaged (it lacks {name}).")
+    for part, shape in about["shapes"].items():
+        if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+            raise ValueError(f"calibration.path: {folder}/calibration.json is damaged (the shape of {part} is none).")
     if about["recipe"] != recipe:
         raise ValueError(f"calibration.path: {folder} was made for {about['recipe']}, not for {recipe}.")
     if about["fingerprint"] != fingerprint(model):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from unittest import mock
 
 import jax
@@ -251,6 +252,26 @@ def test_a_checksum_is_the_sum_of_rounded_bits_times_odd_factors_in_any_dtype():
     wanted = int((rounded.view(np.uint16).astype(np.uint64) * odd).sum() % 2**32)
     for given in (x, rounded, rounded.astype(np.float32)):
         assert int(calibrations._checksum(jnp.asarray(given))) == wanted
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        (lambda about: [], "it lacks recipe"),
+        (lambda about: {}, "it lacks recipe"),
+        (lambda about: about | {"fingerprint": None}, "it lacks fingerprint"),
+        (lambda about: about | {"shapes": [1]}, "it lacks shapes"),
+        (lambda about: about | {"shapes": {"induction": "x"}}, "the shape of induction is none"),
+    ],
+)
+def test_a_calibration_whose_description_is_damaged_is_refused(change, wanted, model, tmp_path):
+    folder = tmp_path / "made"
+    calibrations.save(folder, "duoattention", model, {"induction": jnp.zeros((2, 2))}, SMALL)
+    path = folder / "calibration.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError) as error:
+        calibrations.load(folder, "duoattention", model)
+    assert str(error.value) == f"calibration.path: {path} is damaged ({wanted})."
 
 
 def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypatch):
