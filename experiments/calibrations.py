@@ -61,7 +61,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     factors differ by place, so that moved rows show too.
     """
     if jnp.issubdtype(x.dtype, jnp.floating):
-        # Rounded to bfloat16, ties to even, on integers: compilers may skip casts, or flush what is tiny.
+        # Rounded to bfloat16, ties to even, on integers: compilers may flush what is tiny in a cast.
         wide = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
         bits = (wide + 0x7FFF + (wide >> 16 & 1)) >> 16
     else:

@@ -169,20 +169,14 @@ def test_a_file_that_includes_itself_is_refused(tmp_path):
     [
         ("", "method mine: Required bindings for `method` not provided in config: ['transform']"),
         ("method.transform = 3", "method mine: method.transform must be a call such as @snapkv(), got 3."),
-        ("method.transform = @snapkv", "method mine: method.transform must be a call such as @snapkv(), got @snapkv."),
+        ("method.transform = @snapkv", "method mine: method.transform must be a call such as @snapkv(), got @sn"),
         ("method.transform = @snapkv()\nsnapkv.window = %foo", "method mine: %foo is used, and nothing binds foo."),
-        (
-            "method.transform = @snapkv()\nsnapkv.window = %a/foo",
-            "method mine: %a/foo is used, and nothing binds a/foo.",
-        ),
+        ("method.transform = @snapkv()\nsnapkv.window = %a/b", "method mine: %a/b is used, and nothing binds a/b."),
         (
             f"method.transform = @snapkv()\nsnapkv.window = {10**27}",
             "method mine: snapkv.window must fit into 32 bits, got 1000000000000000000000000000.",
         ),
-        (
-            "method.transform = @compose()\ncompose.transforms = 3",
-            "method mine: kvjax.transforms.base.chain() argument after *",
-        ),
+        ("method.transform = @compose()\ncompose.transforms = 3", "method mine: kvjax.transforms.base.chain() arg"),
     ],
 )
 def test_a_config_that_makes_no_method_is_refused(text, wanted):

@@ -111,10 +111,7 @@ def test_an_interrupt_during_imports_is_one_line(when):
 @pytest.mark.parametrize(
     "given, wanted",
     [
-        (
-            ["--gin_bindings=Settings.length = [1"],
-            "--gin_bindings: 'Settings.length = [1': a bracket or a string is not",
-        ),
+        (["--gin_bindings=Settings.length = [1"], "--gin_bindings: 'Settings.length = [1': a bracket or a string"),
         (["--gin_bindings=Settings.lenght = 3"], "a parameter named 'lenght'. Did you mean 'length'?"),
         (["--gin_bindings=Setings.length = 3"], "No configurable matching 'Setings'. Did you mean 'Settings'?"),
         (["--gin_bindings=Settings.length = %size"], "Settings: %size is used, and nothing binds size."),
