@@ -132,7 +132,7 @@ def check_scorer(scorer: Scorer, transform: str) -> None:
 def check_protected(budget: int | float, sinks: int, recent: int | float) -> int:
     """Checks, when a method is built, that a budget holds what is always kept; returns how many tokens that are.
 
-    A `recent` that is a fraction is a part of the budget, and fits.
+    A `recent` that is a fraction is a part of the budget: what the sinks leave of it, but at least one token.
 
     Raises:
       ValueError: the budget cannot hold the sinks and the recent tokens, or these make no sense.
@@ -141,7 +141,7 @@ def check_protected(budget: int | float, sinks: int, recent: int | float) -> int
         raise ValueError(f"sinks and recent must be at least 0, got {sinks} and {recent}.")
     if isinstance(recent, float) and recent > 1:
         raise ValueError(f"recent as a fraction of the budget must be at most 1, got {recent}.")
-    count = recent if isinstance(recent, int) else 0
+    count = recent if isinstance(recent, int) else int(recent > 0)
     check_budget(budget, at_least=max(1, sinks + count), holds=f"{sinks} sinks and {count} recent tokens")
     return sinks + count
 
@@ -151,14 +151,15 @@ def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | floa
 
     Args:
       pos: i32[B, K, S].
-      rows: i32[B], budget of each row, of which a fractional `recent` is a part: at most what the sinks leave.
+      rows: i32[B], budget of each row, of which a fractional `recent` is a part: what the sinks leave of it, but at
+        least one token.
       sinks: first tokens of the sequence.
       recent: newest tokens.
     """
     newest = jnp.max(pos, axis=-1, keepdims=True)
     if isinstance(recent, float):
         share = jnp.floor(recent * rows + 1e-3).astype(jnp.int32)
-        recent = jnp.clip(share, 0, jnp.maximum(rows - sinks, 0))[:, None, None]
+        recent = jnp.clip(share, int(recent > 0), jnp.maximum(rows - sinks, 0))[:, None, None]
     return (pos >= 0) & ((pos > newest - recent) | (pos < sinks))
 
 

@@ -82,7 +82,7 @@ BUILD = {
     ),
     "budget of a merge below its sinks": (
         lambda: methods.d2o(3),
-        r"budget must be at least 4 tokens \(4 sinks and 0 recent tokens\), got 3",
+        r"budget must be at least 5 tokens \(4 sinks and 1 recent tokens\), got 3",
     ),
     "smoothing above one": (lambda: methods.d2o(8, smoothing=1.5), r"smoothing must be in \[0, 1\], got 1.5"),
     "no cosine": (lambda: methods.kvmerger(threshold=2.0), r"threshold must be a cosine in \[-1, 1\], got 2.0"),

@@ -238,8 +238,8 @@ def test_a_fraction_of_recent_tokens_leaves_the_sinks_their_place(budget, sinks,
     step, tokens = tiny_model.bind(tiny_model.params()), tiny_model.prompt(1, 12)
     method = kvjax.at_prefill_end(kvjax.evict(scores.negative_key_norm(), budget, sinks=sinks, recent=recent))
     run = kvjax.prefill(step, method, tokens, jnp.array([12]), tiny_model.empty(1), room=0)
-    size = max(budget if isinstance(budget, int) else int(budget * 12), sinks)
-    newest = min(int(recent * size), size - sinks)
+    size = max(budget if isinstance(budget, int) else int(budget * 12), sinks + 1)
+    newest = min(max(int(recent * size), 1), size - sinks)
     for head in (head.tolist() for layer in kvjax.inspection.held_positions(run.cache, 0) for head in layer):
         assert len(head) == size and {*range(sinks), *range(12 - newest, 12)} <= set(head)
 

@@ -21,7 +21,7 @@ from tests.fake_calibrations import Words, calibrate
 pytestmark = pytest.mark.tpu_compile
 
 SMOLLM2 = DecoderConfig("smollm2", 49152, 1, 576, 9, 3, 64, 1536, max_positions=65536)
-LLAMA_8B = DecoderConfig("llama-8b", 128256, 2, 4096, 32, 8, 128, 14336, max_positions=131072, tied_embeddings=False)
+LLAMA_8B = DecoderConfig("llama-8b", 128256, 2, 4096, 32, 8, 128, 14336, max_positions=2**20, tied_embeddings=False)
 MODELS = {"smollm2": SMOLLM2, "llama_8b": dataclasses.replace(LLAMA_8B, num_layers=1)}
 TOPOLOGIES = [generation.topology for generation in GENERATIONS]
 PROMPT = 80  # sorting twice as many takes twice as long to compile
