@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for, and what keeps the suite fast and small."""
 
 import ctypes
+import functools
 import gc
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from models import load_model
@@ -55,6 +57,21 @@ def _programs_of_this_module_only():
     gc.collect()
     if sys.platform == "linux":  # glibc keeps what is freed between what is not
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+
+
+@functools.cache
+def _links_float16() -> bool:
+    try:
+        jax.jit(lambda x: x.astype(jnp.float16)).lower(jnp.ones(8)).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def pytest_runtest_setup(item):
+    """Skips what XLA itself cannot compile where it is told to do without the instructions for float16."""
+    if item.get_closest_marker("float8") and not _links_float16():
+        pytest.skip("XLA widens 8-bit floats through float16, and links no conversion to it for this instruction set")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -47,6 +47,7 @@ def test_the_budget_for_a_ratio_is_the_largest_that_reaches_it():
     assert compositions.keep_for_ratio(windowed, 9000, 3.0) == pytest.approx(keep, abs=0.012)
 
 
+@pytest.mark.float8
 def test_search_writes_configs_that_keep_their_promise(tmp_path):
     model = tiny_checkpoint.write(tmp_path / "model")
     rng = np.random.default_rng(0)

@@ -117,10 +117,15 @@ def test_sensible_orders_compose(first, second):
     assert kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]()).name
 
 
+def _marks(pair):
+    slow, float8 = pair not in FAST, "cast" in pair
+    return [mark for mark, needed in ((pytest.mark.slow, slow), (pytest.mark.float8, float8)) if needed]
+
+
 @pytest.mark.parametrize(
     "first, second",
     [
-        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        pytest.param(*pair, marks=_marks(pair))
         for pair in PAIRS
         if pair[0] in ALLOWED[pair[1]] and (FAMILIES.issuperset(pair) or pair in ONCE)
     ],

@@ -122,6 +122,7 @@ def test_dense_and_mass_agree_with_attention():
     assert kvjax.nbytes(parts.parts[1]) == 8 * (2 * 8 * 4 + 4) + 2 * 8 * 4 + 8
 
 
+@pytest.mark.float8
 def test_full_heads_may_be_quantized_beside_compensated_rings():
     method = kvjax.chain(
         methods.fp8(),

@@ -47,6 +47,7 @@ def test_window_bias_and_scale():
     check(shape.draw(1), bias=bias, window=100, scale=0.1)
 
 
+@pytest.mark.float8
 def test_8_bit_floats_and_values_of_another_width():
     q, k, v, q_pos, k_pos = DecodeShape(K=2, G=2, S=160).draw(2)
     check((q, k.astype(jnp.float8_e4m3fn), v[..., :64].astype(jnp.float8_e5m2), q_pos, k_pos))
