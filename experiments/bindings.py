@@ -1,4 +1,4 @@
-"""What gin files and bindings say: how they are read, whether their values fit, and whether they reach anything."""
+"""Reads gin files and bindings, and checks that their values fit and that they reach anything."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def parse_each(bindings: Sequence[str]) -> None:
 
 
 def explained(error: Exception) -> str:
-    """What went wrong in a call of a configurable, without the trail that gin appends."""
+    """Returns what went wrong in a call of a configurable, without the trail that gin appends."""
     text = str(error)
     macro = re.search(r"configurable 'macro' .*in scope '([^']+)'", text)
     if macro and text.startswith("macro() missing"):
@@ -134,7 +134,7 @@ def check_values() -> None:
 
 
 def _expected(value: Any, annotation: str) -> str | None:
-    """What an annotation asks for where the value is something else; None where it fits or nothing is known."""
+    """Returns what an annotation asks for where the value is something else; None where it fits or nothing is known."""
     kinds = [kind.strip() for kind in annotation.split("|")]
     if not set(kinds) <= set(_WORDS):
         return None

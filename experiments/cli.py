@@ -45,7 +45,7 @@ def gin_files() -> list[str]:
 
 
 def configs() -> dict[str, list[str]]:
-    """What `load_method` takes of the flags; refuses bindings that would replace what every method is.
+    """Returns what `load_method` takes of the flags; refuses bindings that would replace what every method is.
 
     Raises:
       ValueError: names them.

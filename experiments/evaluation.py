@@ -131,7 +131,7 @@ class Padding:
 
     @classmethod
     def of(cls, examples: Sequence[tasks.Example], settings: Settings) -> Padding:
-        """What all of them need."""
+        """Joins what all of them need."""
         return cls(
             room=max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1,
             longest=max(len(prompt_and_question(e, settings)[0]) for e in examples),
@@ -156,7 +156,7 @@ def sources(
     examples: Sequence[tasks.Example],
     every: Sequence[tasks.Example],
 ) -> results.Sources:
-    """What the lines of an evaluation come from: the methods' configurations, the tokens and shapes of examples.
+    """Names what the lines of an evaluation are of: the methods' configurations, the tokens and shapes of examples.
 
     Args:
       settings: of the evaluation.

@@ -1,4 +1,4 @@
-"""What Ctrl-C does while a program still imports what it needs."""
+"""Ends a program in one sentence where Ctrl-C comes while it still imports what it needs."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Cycles:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What is issued together: the instructions, without comments; empty where the core waits."""
+    """Holds what is issued together: the instructions, without comments; empty where the core waits."""
 
     address: int
     text: str
@@ -181,7 +181,7 @@ def parse(schedule: str, units: str) -> Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the dump of one program holds.
+    """Holds what the dump of one program says.
 
     Attributes:
       kernels: the schedules of its Pallas kernels.

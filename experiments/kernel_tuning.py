@@ -37,7 +37,7 @@ class Trial:
 
 
 def left_open(case: KernelCase, shape: DecodeShape, implementation: str, kind: str | None = None) -> Choice:
-    """What the kernel of a case leaves open at a shape, on a kind of device or on that of this process.
+    """Returns what the kernel of a case leaves open at a shape, on a kind of device or on that of this process.
 
     Raises:
       NotImplementedError: the kernel does not take the shape.

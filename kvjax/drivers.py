@@ -116,7 +116,7 @@ def prefill(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token or None, got {chunk}.")
     check_tokens(tokens, lengths, cache)
-    held = max((s.pos.shape[-1] for layer in cache.layers for s in layer.segments), default=0)
+    held = max((s.pos.shape[-1] for layer in cache.inlined().layers for s in layer.segments), default=0)
     if held:
         raise ValueError(f"cache must be one without slots, got {held}: `extend` goes on after what a run has read.")
     limits, T = limits_of(step), tokens.shape[1]
@@ -178,7 +178,8 @@ def start(
         raise ValueError(f"{transform.name} puts something before the prompt, which was read without it: use prefill.")
     _check_room(room, call_tokens)
     slots = observation.prompt_slots
-    check_positions(limits_of(step), slots + room, f"a prompt of {slots} tokens with room for {room} more")
+    longest = longest_row(observation.prompt, slots)
+    check_positions(limits_of(step), longest + room, f"a prompt of {longest} tokens with room for {room} more")
     how = transform.needs.reread
     if how is not None:
         if step is None or tokens is None:

@@ -205,6 +205,9 @@ def test_impossible_prompts_are_refused_by_name(arguments, message):
 def test_a_cache_that_holds_something_is_no_place_for_a_prompt():
     with pytest.raises(ValueError, match="cache must be one without slots, got 36: `extend` goes on"):
         _prefill(cache=_prefill().cache)
+    pool = methods.cake(12, window=4, kernel=3, page=4)  # slots that layers share
+    with pytest.raises(ValueError, match="cache must be one without slots"):
+        jax.eval_shape(lambda run: _prefill(pool, cache=run.cache), jax.eval_shape(functools.partial(_prefill, pool)))
 
 
 def test_generating_nothing_changes_nothing_and_less_is_refused():
