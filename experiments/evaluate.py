@@ -184,7 +184,7 @@ def _print_plan(settings, model, methods, examples) -> None:
         print(textwrap.fill(note, 120, initial_indent="windows   ", subsequent_indent=" " * 10))
     print("cache bytes at that length, before anything runs:")
     for method, size in zip(methods, sizes):
-        note = "" if method.transform.budget is not None else "  no token budget"
+        note = "" if method.transform.schedule.budget is not None else "  no token budget"
         print(f"  {method.name:<{width}}  {report.human_bytes(size):>9}  {sizes[0] / size:5.1f}x smaller{note}")
     for method in methods:
         print(f"\n# {method.name}\n{method.config}", end="")

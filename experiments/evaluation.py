@@ -102,7 +102,7 @@ def check_fit(examples: Sequence[tasks.Example], methods: Sequence[Method], mode
                 f"example {index} ({example.task}) has {total} tokens; {model.config.name} was trained for {longest}."
             )
         for method in methods:
-            budget = method.transform.budget
+            budget = method.transform.schedule.budget
             if isinstance(budget, int) and budget >= context:
                 raise ValueError(
                     f"--budget: {method.name} would keep {budget} tokens, but example {index} ({example.task}) has a "
@@ -223,7 +223,7 @@ def evaluate(
                 reference, full_bytes = score.log_probs, score.cache_bytes
             if method not in missing:
                 continue
-            budget = method.transform.budget
+            budget = method.transform.schedule.budget
             asked = None if budget is None else budget_slots(budget, len(prompt))
             row = {
                 "method": method.name,

@@ -98,7 +98,7 @@ class Method:
     @property
     def reads_alone(self) -> bool:
         """Whether it must read a prompt by itself: in chunks, or with something before it."""
-        return self.prefill_chunk is not None or self.transform.before is not None
+        return self.prefill_chunk is not None or self.transform.schedule.before is not None
 
 
 @gin.configurable(module="experiments")

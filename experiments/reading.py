@@ -20,7 +20,7 @@ def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
     needs = kvjax.Needs()
     for method in methods:
         if not method.reads_alone:
-            needs = needs.union(method.transform.needs._replace(reread=None))  # each does so by itself
+            needs = needs.union(method.transform.schedule.needs._replace(reread=None))  # each does so by itself
     return needs
 
 
@@ -59,7 +59,7 @@ def compress(
     """The run of one method after a prompt that `read` read with the same `slots`."""
     lengths, tokens = jnp.asarray([len(ids)]), padded(ids, slots)
     seen = Observation(
-        tuple(_narrow(layer, method.transform.needs) for layer in out.layers),
+        tuple(_narrow(layer, method.transform.schedule.needs) for layer in out.layers),
         new=lengths,
         prompt=lengths,
         prompt_slots=tokens.shape[1],

@@ -30,6 +30,8 @@ from kvjax.segments import (
 from kvjax.transforms import (
     CacheTransform,
     MergeRule,
+    Observer,
+    Schedule,
     Scorer,
     adaptive,
     at_prefill_end,

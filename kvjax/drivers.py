@@ -136,13 +136,12 @@ def _check_room(room: int, call_tokens: int) -> None:
 
 
 def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk) -> Run:
-    if transform.before is not None:
-        cache, transform = transform.before(cache), transform._replace(before=None)
-    T = tokens.shape[1]
+    schedule, T = transform.schedule, tokens.shape[1]
+    if schedule.before is not None:
+        cache = schedule.before(cache)
+        transform = transform._replace(schedule=schedule._replace(before=None))
     if chunk is None or chunk >= T:
-        out = step(
-            tokens, _positions(cache, lengths, T), cache, needs=transform.needs, last_only=True
-        )
+        out = step(tokens, _positions(cache, lengths, T), cache, needs=schedule.needs, last_only=True)
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T, room=room)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
     logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room)
@@ -164,7 +163,7 @@ def start(
     Args:
       transform: what compresses.
       prompt: the decoder's output for the whole prompt, from a cache with 0 slots.
-      observation: what the decoder saw, as `transform.needs` asks.
+      observation: what the decoder saw, as `transform.schedule.needs` asks.
       room: tokens that will follow, over all later calls.
       call_tokens: the most tokens a later call brings at once.
       step: the decoder, for a transform that reads the prompt again.
@@ -174,44 +173,46 @@ def start(
       ValueError: the transform reads the prompt again, and there is no decoder or no prompt to do so; or the prompt
         should have seen what the transform puts before it; or room is impossible, or more than the decoder's positions.
     """
-    if transform.before is not None:
-        raise ValueError(f"{transform.name} puts something before the prompt, which was read without it: use prefill.")
+    schedule = transform.schedule
+    if schedule.before is not None:
+        raise ValueError(f"{schedule.name} puts something before the prompt, which was read without it: use prefill.")
     _check_room(room, call_tokens)
     slots = observation.prompt_slots
     longest = longest_row(observation.prompt, slots)
     check_positions(limits_of(step), longest + room, f"a prompt of {longest} tokens with room for {room} more")
-    how = transform.needs.reread
+    how = schedule.needs.reread
     if how is not None:
         if step is None or tokens is None:
-            raise ValueError(f"step and tokens are needed by {transform.name}, which reads the prompt again.")
+            raise ValueError(f"step and tokens are needed by {schedule.name}, which reads the prompt again.")
         observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation.replace(room=room))
     return _run(transform, prompt.logits, cache, state, observation.prompt, slots, room, call_tokens)
 
 
 def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens) -> Run:
-    slots, left = Room.reserved(prompt_slots, transform.described, room, call_tokens, transform.frees_in_decode)
-    if transform.budget is not None:
-        budget = budget_slots(transform.budget, prompt_slots, transform.at_least)
+    schedule = transform.schedule
+    slots, left = Room.reserved(prompt_slots, schedule.described, room, call_tokens, schedule.frees_in_decode)
+    if schedule.budget is not None:
+        budget = budget_slots(schedule.budget, prompt_slots, schedule.at_least)
         if budget > prompt_slots + room:  # more would come into fewer slots than the budget asks for
-            left = Room(prompt_slots, transform.described, total=room)
+            left = Room(prompt_slots, schedule.described, total=room)
     return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left)
 
 
 def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
-    B, T = tokens.shape
-    bounded = transform.frees_in_prefill is not None
-    window = transform.needs.queries
-    collect = None if bounded else transform.collect
+    (B, T), schedule = tokens.shape, transform.schedule
+    bounded = schedule.frees_in_prefill is not None
+    window = schedule.needs.queries
+    collect = None if bounded else schedule.observer.after_chunk
     if window == ALL and not bounded and collect is None:
         raise ValueError(
             "chunk must be None for a transform that wants every query of the prompt at its end: wrap it in "
             "every_step or every_chunk instead of at_prefill_end."
         )
-    needs = transform.needs if bounded or collect else transform.needs._replace(queries=min(window, chunk))
-    if transform.needs.reread is not None and bounded:
+    needs = schedule.needs if bounded or collect else schedule.needs._replace(queries=min(window, chunk))
+    if schedule.needs.reread is not None and bounded:
         raise ValueError(
-            f"chunk must be None for {transform.name}, which reads the whole prompt again but drops parts of it at "
+            f"chunk must be None for {schedule.name}, which reads the whole prompt again but drops parts of it at "
             "every chunk: wrap it in at_prefill_end."
         )
     count = -(-T // chunk)
@@ -223,12 +224,12 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
 
     # One padding token shows what a call reports of each layer; the compiler drops its arithmetic.
     probe = step(
-        tokens[:, 0, :1], jnp.full((B, 1), -1), cache, needs=transform.needs._replace(queries=0), last_only=True
+        tokens[:, 0, :1], jnp.full((B, 1), -1), cache, needs=schedule.needs._replace(queries=0), last_only=True
     )
     nothing_seen = observed(probe.layers, jnp.zeros_like(lengths))
     if bounded:
-        cache, state = (transform.begin or transform.init)(cache, nothing_seen)
-        cache = cache.reserve(transform.frees_in_prefill - 1 + chunk)
+        cache, state = transform.init(cache, nothing_seen.replace(phase="begin"))
+        cache = cache.reserve(schedule.frees_in_prefill - 1 + chunk)
     else:
         state = ()
         cache = cache.reserve(T)
@@ -266,8 +267,8 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
     seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
     whole = lambda layer, moments, largest: layer.replace(moments=moments, largest=largest)
     seen = seen.replace(layers=tuple(whole(layer, *of) for layer, of in zip(seen.layers, sums)))
-    if transform.needs.reread is not None:
-        seen = reread(step, transform.needs.reread, prompt, cache, seen)
+    if schedule.needs.reread is not None:
+        seen = reread(step, schedule.needs.reread, prompt, cache, seen)
     cache, state = transform.init(cache, seen)
     return logits, cache, state
 
@@ -296,7 +297,7 @@ def extend(
         `kvjax.limits`.
     """
     check_tokens(tokens, lengths, run.cache)
-    run.room.check_method(transform.described)
+    run.room.check_method(transform.schedule.described)
     run.room.check_call(longest_row(lengths, tokens.shape[1]))
     return _extend(step, transform, run, tokens, lengths)
 
@@ -307,7 +308,11 @@ def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     right &= ~jnp.any(jnp.isnan(run.logits), axis=-1)  # a row that was refused once stays so
     lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
     out = step(
-        tokens, _positions(run.cache, lengths, tokens.shape[1]), run.cache, needs=transform.needs, last_only=False
+        tokens,
+        _positions(run.cache, lengths, tokens.shape[1]),
+        run.cache,
+        needs=transform.schedule.needs,
+        last_only=False,
     )
     seen = Observation(
         out.layers, new=lengths, prompt=run.prompt, prompt_slots=run.room.prompt_slots, phase="decode"
@@ -366,7 +371,7 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
-    run.room.check_method(transform.described)
+    run.room.check_method(transform.schedule.described)
     run = run._replace(room=run.room.after(max_new_tokens))
     B = run.logits.shape[0]
     nothing = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros((B,), jnp.int32)

@@ -15,7 +15,8 @@ from pallas_kernels.logits import Scale
 ALL = -1
 """`Needs.queries` for every query of the call."""
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["begin", "prefill", "decode"]
+"""Before the first chunk of a prompt, when nothing is read yet; up to the prompt's end; after it."""
 
 
 class Instruction(NamedTuple):

@@ -55,7 +55,7 @@ def train_lococo(
         cache, state = prompt_cache(config, B, frozen.params.embed.dtype), None
         for first in range(0, P, chunk):
             tokens, at = (x[:, first : first + chunk] for x in (batch.context, positions))
-            how = dict(needs=method.needs, last_only=True)
+            how = dict(needs=method.schedule.needs, last_only=True)
             out = step(frozen.params, config, tokens, at, jax.lax.stop_gradient(cache), **how)
             seen = kvjax.Observation(out.layers, jnp.sum(at >= 0, axis=1), batch.lengths, prompt_slots=P)
             cache, state = method.init(out.cache, seen) if state is None else method.step(out.cache, state, seen)

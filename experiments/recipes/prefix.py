@@ -37,7 +37,7 @@ def train_prefix(slots: int = 32, remat: bool = False) -> Recipe:
 
     def loss(config, trained, frozen, batch, key):
         made = _moved(trained, frozen.constants)
-        put = prefix(list(zip(made["key"], made["value"]))).before
+        put = prefix(list(zip(made["key"], made["value"]))).schedule.before
         cache = read_context(config, frozen.params, batch, before=put, remat=remat).cache
         ce = cross_entropy(read_follow(config, frozen.params, batch, cache, remat=remat).logits, batch)
         return ce, {}

@@ -20,6 +20,7 @@ from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.reindex import reindex
 from kvjax.transforms.ring import ring
+from kvjax.transforms.schedule import Observer, Schedule
 from kvjax.transforms.share_basis import share_basis
 from kvjax.transforms.sliding_windows import bounded_layers, respect_windows
 from kvjax.transforms.split_heads import split_heads
@@ -30,6 +31,8 @@ __all__ = [
     "CacheTransform",
     "HeadBases",
     "MergeRule",
+    "Observer",
+    "Schedule",
     "Scorer",
     "adaptive",
     "at_prefill_end",

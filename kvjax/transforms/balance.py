@@ -11,7 +11,9 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments import LatentSegment
 from kvjax.segments.latent import Scales
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 
 def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransform:
@@ -47,10 +49,12 @@ def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransfo
 
     return CacheTransform(
         init=init,
-        needs=Needs(moments_from=(0,)),
-        name="balance_channels",
-        takes=PLAIN if where == "tail" else ("tiered",),
-        leaves="projected" if where == "tail" else "tiered",
+        schedule=Schedule(
+            acts_in=(),
+            needs=Needs(moments_from=(0,)),
+            name="balance_channels",
+            order=Order(PLAIN, "projected") if where == "tail" else Order(("tiered",), "tiered"),
+        ),
     )
 
 

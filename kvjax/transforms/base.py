@@ -3,177 +3,133 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from kvjax.cache import Cache
 from kvjax.observation import Needs, Observation
-
-State = Any
-
-SLOTS = {
-    "plain": "plain slots, each layer with tokens of its own",
-    "by_head": "plain slots, each head with tokens of its own",
-    "ring": "a ring that overwrites its oldest",
-    "packed": "packed codes",
-    "paged": "pages of a pool that heads share",
-    "projected": "coordinates of each head",
-    "joint": "coordinates that all heads share",
-    "pruned": "keys of fewer channels",
-    "split": "heads of different kinds",
-    "shared": "slots that layers share",
-    "tiered": "plain slots in two segments, by their worth",
-}
-"""What the slots of a cache may be, as far as the order of transforms depends on it."""
-
-PLAIN = ("plain", "by_head")
+from kvjax.transforms.order import Part, in_sequence
+from kvjax.transforms.schedule import Observer, Schedule, State
 
 
-def keep(cache, state, observation):
-    """An `update` or `observe` that does nothing."""
+def leave(cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
+    """Changes nothing: the `update` of a transform that has none."""
     return cache, state
 
 
 class CacheTransform(NamedTuple):
-    """Pure functions that rewrite a cache, with what a driver must know to run them.
+    """A pair of pure functions that rewrite a cache, and when they act.
 
     Attributes:
-      init: `(cache, observation) -> (cache, state)`, when the prompt is in. May change the cache's structure:
-        which segments there are and how large.
-      before: `cache -> cache`, puts into the empty cache, before anything of a prompt is read, what the prompt is to
-        see; None: nothing.
-      begin: as `init`, before the first chunk of a prefill that stays bounded, on a cache without slots;
-        None: `init`. `init` still runs at the end, on what the chunks left.
-      update: `(cache, state, observation) -> (cache, state)`, acts after a later call of the decoder. Keeps
-        tree, shapes and dtypes, so that it lives in `lax.scan` and `lax.while_loop` with a donated cache.
-      observe: as `update`, but only keeps statistics: runs after every call, also when `update` waits.
-      collect: `(cache, observation) -> cache`, keeps statistics of a prompt that arrives in chunks, on the full cache,
-        where `init` acts only at its end. None: `init` needs none, or cannot have them. Adds what it keeps to a
-        cache that lacks it.
-      needs: what the decoder must collect for it.
-      frees_in_prefill: it frees slots at least every so many tokens while the prompt arrives; None: never.
-      frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a
-        token and the driver reserves room for all of them.
-      budget: tokens per KV head it keeps, as a count or as a fraction of the prompt; None: no token budget.
-      at_least: tokens below which a budget that is a fraction never falls: those that are always kept.
-      name: what `chain` calls it when it refuses an order.
-      takes: keys of `SLOTS`, what it can work on beside the whole prompt.
-      leaves: what it makes of them; None: what they were. "plain" makes nothing plain that was not.
+      init: `(cache, observation) -> (cache, state)`, when the prompt is in. May change the cache's structure: which
+        segments there are and how large. Where a prompt arrives in chunks and memory stays bounded
+        (`schedule.frees_in_prefill`), it also runs before the first of them, in the phase "begin", on a cache without
+        slots; at the end it runs again, on what the chunks left.
+      update: `(cache, state, observation) -> (cache, state)`, after a later call of the decoder. Keeps tree, shapes
+        and dtypes, so that it lives in `lax.scan` and `lax.while_loop` with a donated cache.
+      schedule: read by drivers and by transforms around this one. The default acts after every call, needs nothing of
+        the decoder and frees no slot.
     """
 
     init: Callable[[Cache, Observation], tuple[Cache, State]]
-    before: Callable[[Cache], Cache] | None = None
-    begin: Callable[[Cache, Observation], tuple[Cache, State]] | None = None
-    update: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
-    observe: Callable[[Cache, State, Observation], tuple[Cache, State]] = keep
-    collect: Callable[[Cache, Observation], Cache] | None = None
-    needs: Needs = Needs()
-    frees_in_prefill: int | None = None
-    frees_in_decode: int | None = None
-    budget: int | float | None = None
-    at_least: int = 1
-    name: str = "transform"
-    takes: tuple[str, ...] = tuple(SLOTS)
-    leaves: str | None = None
+    update: Callable[[Cache, State, Observation], tuple[Cache, State]] = leave
+    schedule: Schedule = Schedule()
 
-    @property
-    def described(self) -> str:
-        """Its name and its budget: what tells a run which method made it."""
-        return self.name if self.budget is None else f"{self.name} with a budget of {self.budget}"
+    def observed(self, cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
+        """Runs the observer, where the schedule says so."""
+        observe = self.schedule.observer.after_call
+        if observe is None or observation.phase not in self.schedule.acts_in:
+            return cache, state
+        return observe(cache, state, observation)
+
+    def updated(self, cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
+        """Runs `update`, where the schedule says so."""
+        return self.update(cache, state, observation) if observation.phase in self.schedule.acts_in else (cache, state)
 
     def step(self, cache: Cache, state: State, observation: Observation) -> tuple[Cache, State]:
-        """What a driver runs after every call of the decoder: `observe`, then `update`."""
-        cache, state = self.observe(cache, state, observation)
-        return self.update(cache, state, observation)
+        """What a driver runs after every call of the decoder that follows `init`: the observer, then `update`."""
+        cache, state = self.observed(cache, state, observation)
+        return self.updated(cache, state, observation)
+
+    def map(self, wrap: Callable[[Callable], Callable]) -> CacheTransform:
+        """Returns the transform with `wrap` around every function that is shown an observation.
+
+        Args:
+          wrap: takes and returns a function `(cache, ..., observation)`, which returns a cache alone or with a state.
+        """
+        observer = Observer(*(run and wrap(run) for run in self.schedule.observer))
+        return CacheTransform(wrap(self.init), wrap(self.update), self.schedule._replace(observer=observer))
 
 
 def identity() -> CacheTransform:
     """Leaves the cache as it is."""
-    return CacheTransform(init=lambda cache, observation: (cache, ()), name="identity")
+    return CacheTransform(lambda cache, observation: (cache, ()), schedule=Schedule(acts_in=(), name="identity"))
 
 
 def chain(*transforms: CacheTransform) -> CacheTransform:
-    """Applies transforms in order, in `init` as in `observe` and `update`.
+    """Applies transforms in order, in `init` as in `update`.
 
     The result frees slots as often as the part that does so most often.
 
     Raises:
       ValueError: a transform cannot work on what the ones before it leave.
     """
-    slots, made_by, later_acting = None, "", []
-    for t in transforms:
-        if slots is not None and slots not in t.takes:
-            raise ValueError(f"{t.name} cannot follow {made_by}: it cannot work on {SLOTS[slots]}.")
-        if t.leaves is not None:
-            for earlier in later_acting:
-                if t.leaves not in earlier.takes:
-                    raise ValueError(
-                        f"{t.name} cannot follow {earlier.name}, which still acts after the prompt: it cannot work on "
-                        f"{SLOTS[t.leaves]}. Wrap it in at_prefill_end."
-                    )
-            if slots is None or t.leaves != "plain":  # heads that differ go on to differ
-                slots, made_by = t.leaves, t.name
-        if t.update is not keep or t.observe is not keep:
-            later_acting.append(t)
+    schedules = [t.schedule for t in transforms]
+    order = in_sequence(Part(s.name, s.order, acts_later=bool(s.acts_in)) for s in schedules)
 
-    def start(name):
-        def run(cache, observation):
-            states = []
-            for t in transforms:
-                cache, state = (getattr(t, name) or t.init)(cache, observation)
-                states.append(state)
-            return cache, tuple(states)
+    def init(cache, observation):
+        states = []
+        for t in transforms:
+            cache, state = t.init(cache, observation)
+            states.append(state)
+        return cache, tuple(states)
 
-        return run
-
-    def each(name):
-        def run(cache, states, observation):
+    def each(run):
+        def run_all(cache, states, observation):
             after = []
             for t, state in zip(transforms, states, strict=True):
-                cache, state = getattr(t, name)(cache, state, observation)
+                cache, state = run(t, cache, state, observation)
                 after.append(state)
             return cache, tuple(after)
 
-        return run
+        return run_all
 
-    collecting = [t.collect for t in transforms if t.collect is not None]
-    # A window of the last queries is not kept beside all of them.
-    if any(t.needs.queries and t.collect is None for t in transforms):
-        collecting = []
+    def one_by_one(runs):
+        """The functions that are there, one after the other; None without any."""
+        runs = [run for run in runs if run is not None]
 
-    def collect(cache, observation):
-        for run in collecting:
-            cache = run(cache, observation)
-        return cache
+        def run_all(cache, *observation):
+            for run in runs:
+                cache = run(cache, *observation)
+            return cache
 
-    putting = [t.before for t in transforms if t.before is not None]
-
-    def before(cache):
-        for put in putting:
-            cache = put(cache)
-        return cache
+        return run_all if runs else None
 
     needs = Needs()
-    for t in transforms:
-        needs = needs.union(t.needs)
-    soonest = lambda intervals: min((i for i in intervals if i is not None), default=None)
-    return CacheTransform(
-        init=start("init"),
-        before=before if putting else None,
-        begin=start("begin"),
-        update=each("update") if later_acting else keep,
-        observe=each("observe") if later_acting else keep,
-        collect=collect if collecting else None,
-        needs=needs,
-        frees_in_prefill=soonest(t.frees_in_prefill for t in transforms),
-        frees_in_decode=soonest(t.frees_in_decode for t in transforms),
-        budget=next((t.budget for t in transforms if t.budget is not None), None),
-        at_least=next((t.at_least for t in transforms if t.budget is not None), 1),
-        name=" and ".join(t.name for t in transforms),
-        takes=transforms[0].takes if transforms else tuple(SLOTS),
-        leaves=slots,
+    for s in schedules:
+        needs = needs.union(s.needs)
+    # A window of the last queries is not kept beside all of them.
+    lost = any(s.needs.queries and s.observer.after_chunk is None for s in schedules)
+    observer = Observer(
+        after_call=each(CacheTransform.observed) if any(s.observer.after_call for s in schedules) else None,
+        after_chunk=None if lost else one_by_one(s.observer.after_chunk for s in schedules),
     )
+    soonest = lambda intervals: min((i for i in intervals if i is not None), default=None)
+    budgeted = next((s for s in schedules if s.budget is not None), Schedule())
+    schedule = Schedule(
+        acts_in=tuple(phase for phase in Schedule().acts_in if any(phase in s.acts_in for s in schedules)),
+        needs=needs,
+        observer=observer,
+        before=one_by_one(s.before for s in schedules),
+        frees_in_prefill=soonest(s.frees_in_prefill for s in schedules),
+        frees_in_decode=soonest(s.frees_in_decode for s in schedules),
+        budget=budgeted.budget,
+        at_least=budgeted.at_least,
+        name=" and ".join(s.name for s in schedules),
+        order=order,
+    )
+    return CacheTransform(init, each(CacheTransform.updated), schedule)
 
 
 def check_step(

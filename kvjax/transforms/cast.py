@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -35,6 +37,9 @@ def cast(dtype: str = "float8_e4m3fn") -> CacheTransform:
 
     return CacheTransform(
         init=lambda cache, observation: (cache.map_layers(compress).map_shared(compress), ()),
-        name="cast",
-        takes=(*PLAIN, "ring", "paged", "projected", "pruned", "split", "shared", "tiered"),
+        schedule=Schedule(
+            acts_in=(),
+            name="cast",
+            order=Order((*PLAIN, "ring", "paged", "projected", "pruned", "split", "shared", "tiered")),
+        ),
     )

@@ -14,8 +14,10 @@ from kvjax.observation import LayerObservation, Observation
 from kvjax.rope import rotate
 from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
 from kvjax.segments.slots import LAST, highest_first, keep_highest, places
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, worth_keeping
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 
 def convolve(
@@ -95,14 +97,15 @@ def convolve(
     return CacheTransform(
         init=init,
         update=lambda cache, state, observation: (run(cache, observation, room=True), state),
-        needs=scorer.needs,
-        frees_in_prefill=1,
-        frees_in_decode=1,
-        budget=budget,
-        at_least=least,
-        name="convolve",
-        takes=PLAIN,
-        leaves="by_head",
+        schedule=Schedule(
+            needs=scorer.needs,
+            frees_in_prefill=1,
+            frees_in_decode=1,
+            budget=budget,
+            at_least=least,
+            name="convolve",
+            order=Order(PLAIN, leaves="by_head"),
+        ),
     )
 
 

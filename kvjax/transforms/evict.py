@@ -14,8 +14,10 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_best, lowest, priority
-from kvjax.transforms.base import PLAIN, CacheTransform, keep
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Observer, Schedule
 
 
 class Scorer(NamedTuple):
@@ -104,15 +106,16 @@ def evict(
     return CacheTransform(
         init=init,
         update=update,
-        observe=observe if scorer.stats else keep,
-        needs=scorer.needs,
-        frees_in_prefill=1,
-        frees_in_decode=1,
-        budget=budget,
-        at_least=always,
-        name="evict",
-        takes=PLAIN,
-        leaves="plain" if scorer.aligned else "by_head",
+        schedule=Schedule(
+            needs=scorer.needs,
+            observer=Observer(after_call=observe if scorer.stats else None),
+            frees_in_prefill=1,
+            frees_in_decode=1,
+            budget=budget,
+            at_least=always,
+            name="evict",
+            order=Order(PLAIN, leaves="plain" if scorer.aligned else "by_head"),
+        ),
     )
 
 

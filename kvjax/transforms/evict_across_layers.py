@@ -16,9 +16,11 @@ from kvjax.segments.dense import dense_tail
 from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.segments.slots import counts_by_owner, written_after
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer
 from kvjax.transforms.evict_by_head import HeadBudgets, choose, first_scores, pages_for
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 LayerWeights = Callable[[DenseSegment, LayerObservation], jax.Array]
 """`(segment, layer observation) -> f32[B]`: what the budget of a layer is proportional to, at least 0."""
@@ -106,12 +108,14 @@ def evict_across_layers(
 
     return CacheTransform(
         init=init,
-        needs=scorer.needs,
-        budget=budget,
-        at_least=always,
-        name="evict_across_layers",
-        takes=PLAIN,
-        leaves="shared",
+        schedule=Schedule(
+            acts_in=(),
+            needs=scorer.needs,
+            budget=budget,
+            at_least=always,
+            name="evict_across_layers",
+            order=Order(PLAIN, leaves="shared"),
+        ),
     )
 
 

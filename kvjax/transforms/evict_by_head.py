@@ -14,8 +14,10 @@ from kvjax.observation import LayerObservation, Observation, of_head
 from kvjax.segments import DenseSegment
 from kvjax.segments.ragged import RaggedSegment, SlotList, split_pages
 from kvjax.segments.slots import counts_by_owner, places, priority, ranks, ranks_by_owner, sums_by_owner
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, slot_scores
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 HeadBudgets = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 """`(f32[B, M] scores, i32[B, M] heads of the slots, i32[B] tokens per head, K) -> i32[B, K]`: how many of its slots
@@ -132,14 +134,15 @@ def evict_by_head(
     return CacheTransform(
         init=init,
         update=update,
-        needs=scorer.needs,
-        frees_in_prefill=1,
-        frees_in_decode=1,
-        budget=budget,
-        at_least=always,
-        name="evict_by_head",
-        takes=PLAIN,
-        leaves="paged",
+        schedule=Schedule(
+            needs=scorer.needs,
+            frees_in_prefill=1,
+            frees_in_decode=1,
+            budget=budget,
+            at_least=always,
+            name="evict_by_head",
+            order=Order(PLAIN, leaves="paged"),
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvjax.observation import Observation
-from kvjax.transforms.base import CacheTransform, keep
+from kvjax.transforms.base import CacheTransform
 
 
 def learned(transform: CacheTransform, layers: Sequence[Any]) -> CacheTransform:
@@ -28,12 +28,4 @@ def learned(transform: CacheTransform, layers: Sequence[Any]) -> CacheTransform:
         seen = tuple(layer.replace(learned=arrays) for layer, arrays in zip(observation.layers, layers))
         return observation.replace(layers=seen)
 
-    start = lambda run: None if run is None else lambda cache, observation: run(cache, shown(observation))
-    each = lambda run: run if run is keep else lambda cache, state, seen: run(cache, state, shown(seen))
-    return transform._replace(
-        init=start(transform.init),
-        begin=start(transform.begin),
-        update=each(transform.update),
-        observe=each(transform.observe),
-        collect=start(transform.collect),
-    )
+    return transform.map(lambda run: lambda *of: run(*of[:-1], shown(of[-1])))

@@ -13,7 +13,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked
-from kvjax.transforms.base import PLAIN, CacheTransform, keep
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
     check_protected,
@@ -23,6 +23,8 @@ from kvjax.transforms.evict import (
     worth_keeping,
 )
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Observer, Schedule
 
 _FEW = 8  # slots up to which each is written by itself: the tokens of a decoding step, and room in whole tiles
 
@@ -162,15 +164,16 @@ def merge(
     return CacheTransform(
         init=init,
         update=update,
-        observe=observe if scorer.stats else keep,
-        needs=scorer.needs,
-        frees_in_prefill=1,
-        frees_in_decode=1,
-        budget=budget,
-        at_least=always,
-        name="merge",
-        takes=PLAIN,
-        leaves="by_head",
+        schedule=Schedule(
+            needs=scorer.needs,
+            observer=Observer(after_call=observe if scorer.stats else None),
+            frees_in_prefill=1,
+            frees_in_decode=1,
+            budget=budget,
+            at_least=always,
+            name="merge",
+            order=Order(PLAIN, leaves="by_head"),
+        ),
     )
 
 

@@ -12,6 +12,8 @@ from kvjax.segments import DenseSegment, ScaledSegment, SharedView
 from kvjax.segments.dense import dense_tail
 from kvjax.segments.slots import keep_highest, marked, priority
 from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import Order
+from kvjax.transforms.schedule import Schedule
 
 _NEARLY_PARALLEL = 1e-3  # sine below which the arc is a chord
 _ROUNDING = 1e-5  # radians, and of a scaled angle: what float32 cannot tell apart does not decide
@@ -77,7 +79,8 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
                 layers[i + j] = layers[i + j].replace(segments=(*layers[i + j].segments[:-1], view, tail))
         return cache.replace(layers=tuple(layers), shared=shared), ()
 
-    return CacheTransform(init=init, name="merge_layers", takes=(), leaves="shared")
+    schedule = Schedule(acts_in=(), name="merge_layers", order=Order((), leaves="shared"))
+    return CacheTransform(init=init, schedule=schedule)
 
 
 def _merged(x: jax.Array, y: jax.Array, interpolation: float) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

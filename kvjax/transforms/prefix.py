@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.segments.dense import DenseSegment
 from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.schedule import Schedule
 
 
 def prefix(layers: Sequence[tuple[jax.Array, jax.Array]]) -> CacheTransform:
@@ -42,4 +43,5 @@ def prefix(layers: Sequence[tuple[jax.Array, jax.Array]]) -> CacheTransform:
             raise ValueError(f"prefix is of {len(layers)} layers, the cache has {len(cache.layers)}.")
         return cache.map_layers(put, *zip(*layers))
 
-    return CacheTransform(init=lambda cache, observation: (cache, ()), before=before, name="prefix")
+    schedule = Schedule(acts_in=(), before=before, name="prefix")
+    return CacheTransform(init=lambda cache, observation: (cache, ()), schedule=schedule)

@@ -9,7 +9,9 @@ import jax
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import BufferedSegment, CodebookSegment
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 from pallas_kernels.product_quantize import code_bits, slots_of_a_word
 
 LayerCodebooks = tuple[jax.Array, jax.Array]
@@ -48,4 +50,5 @@ def product_quantize(codebooks: Sequence[LayerCodebooks], *, residual: int = 128
             raise ValueError(f"codebooks are of {len(codebooks)} layers, but the cache has {len(cache.layers)}.")
         return cache.map_layers(compress, codebooks), ()
 
-    return CacheTransform(init=init, name="product_quantize", takes=(*PLAIN, "paged", "split"), leaves="packed")
+    order = Order((*PLAIN, "paged", "split"), leaves="packed")
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="product_quantize", order=order))

@@ -14,7 +14,9 @@ from kvjax.segments import BufferedSegment, DenseSegment, HeadsSegment, LatentSe
 from kvjax.segments.dense import dense_tail, unrotated
 from kvjax.segments.latent import Basis, Channels, Matrix
 from kvjax.segments.protocol import KeyRope
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 LayerBases = tuple[Basis | None, Basis | None]
 """Bases of the keys and of the values of a layer; None leaves them as they are."""
@@ -50,7 +52,8 @@ def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> Cac
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    return CacheTransform(init=init, name="project", takes=("plain",) if mixed else PLAIN, leaves="projected")
+    order = Order(("plain",) if mixed else PLAIN, leaves="projected")
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 
 class HeadBases(NamedTuple):
@@ -100,7 +103,8 @@ def project_by_head(groups: Sequence[Sequence[HeadBases]]) -> CacheTransform:
         heads = [tuple(group.heads for group in layer) for layer in groups]
         return cache.map_layers(compress, _of_all_layers(bases, cache), heads), ()
 
-    return CacheTransform(init=init, name="project", takes=PLAIN, leaves="projected")
+    order = Order(PLAIN, leaves="projected")
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 
 def check_rank(name: str, rank: int | float, channels: int) -> int:
@@ -140,7 +144,8 @@ def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTr
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    return CacheTransform(init=init, name="project_jointly", takes=("plain",), leaves="joint")
+    order = Order(("plain",), leaves="joint")
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project_jointly", order=order))
 
 
 def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> CacheTransform:
@@ -174,9 +179,8 @@ def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> Cach
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    return CacheTransform(
-        init=init, needs=Needs(queries=queries), name="prune_channels", takes=PLAIN, leaves="pruned"
-    )
+    order, needs = Order(PLAIN, leaves="pruned"), Needs(queries=queries)
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), needs=needs, name="prune_channels", order=order))
 
 
 def _strongest_channels(slots: DenseSegment, seen: LayerObservation, keep: int) -> jax.Array:

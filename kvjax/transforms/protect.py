@@ -9,8 +9,9 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import dense_tail
 from kvjax.segments.slots import keep_highest, marked, priority
-from kvjax.transforms.base import PLAIN, CacheTransform, keep
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_scorer, slot_scores
+from kvjax.transforms.order import PLAIN
 
 
 def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTransform:
@@ -29,12 +30,13 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
     check_scorer(scorer, "protect")
     if slots < 0:
         raise ValueError(f"slots must be at least 0, got {slots}.")
-    if transform.update is not keep or transform.observe is not keep:
-        raise ValueError(f"protect needs a transform that acts once, at the prompt's end; {transform.name} acts later.")
+    schedule = transform.schedule
+    if schedule.acts_in:
+        raise ValueError(f"protect needs a transform that acts once, at the prompt's end; {schedule.name} acts later.")
     if scorer.stats:
         raise ValueError("protect needs a scorer without statistics: it acts once, at the prompt's end.")
-    if not scorer.aligned and "by_head" not in transform.takes:
-        raise ValueError(f"{transform.name} needs the same tokens in every head; this scorer protects others in each.")
+    if not scorer.aligned and "by_head" not in schedule.order.takes:
+        raise ValueError(f"{schedule.name} needs the same tokens in every head; this scorer protects others in each.")
 
     @jax.jit
     def split(layer: LayerCache, seen: LayerObservation):
@@ -46,17 +48,13 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
         return layer.with_tail(rest), segment.take(index, valid).resize(slots)
 
     def init(cache: Cache, observation: Observation):
-        if slots == 0:
+        if slots == 0 or observation.phase == "begin":
             return transform.init(cache, observation)
         parts = [split(*of) for of in zip(cache.layers, observation.layers, strict=True)]
         rest, state = transform.init(cache.replace(layers=tuple(layer for layer, _ in parts)), observation)
         add = lambda layer, part: layer.replace(segments=(part[1], *layer.segments))
         return rest.map_layers(add, parts), state
 
-    return transform._replace(
-        init=init,
-        begin=None,
-        needs=transform.needs.union(scorer.needs),
-        name="protect",
-        takes=tuple(kind for kind in transform.takes if kind in PLAIN),
-    )
+    order = schedule.order._replace(takes=tuple(kind for kind in schedule.order.takes if kind in PLAIN))
+    needs = schedule.needs.union(scorer.needs)
+    return transform._replace(init=init, schedule=schedule._replace(needs=needs, name="protect", order=order))

@@ -9,7 +9,9 @@ import jax
 
 from kvjax.segments import BufferedSegment, DenseSegment, QuantizedSegment, Segment
 from kvjax.segments.quantized import fewest_slots
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 from pallas_kernels.quantize_pack import WORD_BITS, Axis
 
 _IN_ROW = 4
@@ -138,7 +140,11 @@ def store_in_blocks(name: str, encode: Encode, residual: int, *, written: Encode
 
     return CacheTransform(
         init=lambda cache, observation: (cache.map_layers(of_layer).map_shared(of_shared), ()),
-        name=name,
-        takes=(*PLAIN, "paged", "projected", "joint", "pruned", "split", "shared", "tiered"),
-        leaves="packed",
+        schedule=Schedule(
+            acts_in=(),
+            name=name,
+            order=Order(
+                (*PLAIN, "paged", "projected", "joint", "pruned", "split", "shared", "tiered"), leaves="packed"
+            ),
+        ),
     )

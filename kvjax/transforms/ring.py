@@ -12,7 +12,9 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
 from kvjax.segments.protocol import KeyRope
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Schedule
 
 
 def as_ring(segment: DenseSegment, slots: int, sinks: int, rows: jax.Array | None = None) -> DenseSegment:
@@ -57,11 +59,13 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
 
     return CacheTransform(
         init=init,
-        frees_in_prefill=1,
-        frees_in_decode=1,
-        budget=budget,
-        at_least=sinks + 1,
-        name="ring",
-        takes=PLAIN,
-        leaves="ring",
+        schedule=Schedule(
+            acts_in=(),  # the segment does
+            frees_in_prefill=1,
+            frees_in_decode=1,
+            budget=budget,
+            at_least=sinks + 1,
+            name="ring",
+            order=Order(PLAIN, leaves="ring"),
+        ),
     )

@@ -13,6 +13,8 @@ from kvjax.segments import DenseSegment, LatentSegment, SharedView
 from kvjax.segments.dense import dense_tail, unrotated
 from kvjax.segments.latent import Matrix
 from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import Order
+from kvjax.transforms.schedule import Schedule
 
 _ITERATIONS = 6  # of the subspace: where singular values fall by 3% a step, the error is 1% above the least possible
 
@@ -72,7 +74,8 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
                 new.append(layer.replace(segments=(*before, view, tail.no_slots())))
         return cache.replace(layers=tuple(new), shared=shared), ()
 
-    return CacheTransform(init=init, name="share_basis", takes=(), leaves="shared")
+    schedule = Schedule(acts_in=(), name="share_basis", order=Order((), leaves="shared"))
+    return CacheTransform(init=init, schedule=schedule)
 
 
 def _count(rank: int | float, width: int) -> int:

@@ -7,8 +7,9 @@ import jax
 from kvjax.cache import Cache
 from kvjax.observation import Observation
 from kvjax.segments.dense import dense_tail
-from kvjax.transforms.base import CacheTransform, State, keep
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.ring import as_ring
+from kvjax.transforms.schedule import State
 
 
 def respect_windows(transform: CacheTransform) -> CacheTransform:
@@ -50,23 +51,16 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
 
         return run
 
-    def start(act):
-        def run(cache: Cache, observation: Observation) -> tuple[Cache, State]:
-            cache, state = on_global(act)(cache, observation)
-            layers = list(cache.layers)
-            for i in bounded_layers(observation):
-                layers[i] = bound(layers[i], observation.layers[i])
-            return cache.replace(layers=tuple(layers)), state
+    outside = transform.map(on_global)
 
-        return run
+    def init(cache: Cache, observation: Observation) -> tuple[Cache, State]:
+        cache, state = outside.init(cache, observation)
+        layers = list(cache.layers)
+        for i in bounded_layers(observation):
+            layers[i] = bound(layers[i], observation.layers[i])
+        return cache.replace(layers=tuple(layers)), state
 
-    return transform._replace(
-        init=start(transform.init),
-        begin=None if transform.begin is None else start(transform.begin),
-        update=transform.update if transform.update is keep else on_global(transform.update),
-        observe=transform.observe if transform.observe is keep else on_global(transform.observe),
-        collect=None if transform.collect is None else on_global(transform.collect),
-    )
+    return outside._replace(init=init)
 
 
 def bounded_layers(observation: Observation) -> tuple[int, ...]:

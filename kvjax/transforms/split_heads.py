@@ -11,8 +11,10 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import CompensatedSegment, HeadsSegment
 from kvjax.segments.dense import dense_tail
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.order import PLAIN, Order
 from kvjax.transforms.ring import as_ring
+from kvjax.transforms.schedule import Schedule
 
 
 def split_heads(
@@ -68,4 +70,5 @@ def split_heads(
         each = lambda layer, heads: compress(layer, rows, tuple(heads), slots)
         return cache.map_layers(each, full), ()
 
-    return CacheTransform(init=init, name="split_heads", takes=PLAIN, leaves="split")
+    schedule = Schedule(acts_in=(), name="split_heads", order=Order(PLAIN, leaves="split"))
+    return CacheTransform(init=init, schedule=schedule)

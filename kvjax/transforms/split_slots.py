@@ -13,7 +13,7 @@ from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_highest, marked
-from kvjax.transforms.base import PLAIN, CacheTransform
+from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
     check_protected,
@@ -22,6 +22,8 @@ from kvjax.transforms.evict import (
     with_stats,
     worth_keeping,
 )
+from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.schedule import Observer, Schedule
 
 
 def split_slots(
@@ -76,11 +78,16 @@ def split_slots(
         split = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(split, observation.layers), ()
 
+    def observe(cache: Cache, observation: Observation):
+        return cache.map_layers(see, observation.layers)
+
     return CacheTransform(
         init=init,
-        collect=(lambda cache, observation: cache.map_layers(see, observation.layers)) if scorer.stats else None,
-        needs=scorer.needs,
-        name="split_slots",
-        takes=PLAIN,
-        leaves="tiered",
+        schedule=Schedule(
+            acts_in=(),
+            needs=scorer.needs,
+            observer=Observer(after_chunk=observe if scorer.stats else None),
+            name="split_slots",
+            order=Order(PLAIN, leaves="tiered"),
+        ),
     )

@@ -16,41 +16,27 @@ from kvjax.transforms.base import CacheTransform
 
 def at_prefill_end(transform: CacheTransform) -> CacheTransform:
     """Acts once, when the prompt is in. Afterwards the cache grows with every token."""
-    once = CacheTransform(init=lambda cache, observation: transform.init(cache, observation.replace(grows=True)))
-    return transform._replace(
-        init=once.init,
-        begin=lambda cache, observation: (cache, ()),
-        update=once.update,
-        observe=once.observe,
-        frees_in_prefill=None,
-        frees_in_decode=None,
-    )
+
+    def init(cache, observation):
+        if observation.phase == "begin":
+            return cache, ()
+        return transform.init(cache, observation.replace(grows=True))
+
+    schedule = transform.schedule._replace(acts_in=(), frees_in_prefill=None, frees_in_decode=None)
+    return transform._replace(init=init, schedule=schedule)
 
 
 def every_chunk(transform: CacheTransform) -> CacheTransform:
     """Acts after every chunk of the prompt and not while decoding: constant memory for any prompt length."""
-
-    def only_in_prefill(run):
-        return lambda cache, state, observation: (
-            run(cache, state, observation.replace(grows=True))
-            if observation.phase == "prefill"
-            else (cache, state)
-        )
-
-    start = lambda run: None if run is None else lambda cache, seen: run(cache, seen.replace(grows=True))
-    return transform._replace(
-        init=start(transform.init),
-        begin=start(transform.begin),
-        update=only_in_prefill(transform.update),
-        observe=only_in_prefill(transform.observe),
-        frees_in_prefill=1,
-        frees_in_decode=None,
-    )
+    acts_in = tuple(phase for phase in transform.schedule.acts_in if phase == "prefill")
+    schedule = transform.schedule._replace(acts_in=acts_in, frees_in_prefill=1, frees_in_decode=None)
+    growing = lambda run: lambda *of: run(*of[:-1], of[-1].replace(grows=True))
+    return transform._replace(schedule=schedule).map(growing)
 
 
 def every_step(transform: CacheTransform) -> CacheTransform:
     """Acts after every call of the decoder: each chunk of the prompt and each generated token."""
-    return _remembering(transform)._replace(frees_in_prefill=1, frees_in_decode=1)
+    return _freeing(1, _remembering(transform))
 
 
 def every(n: int, transform: CacheTransform) -> CacheTransform:
@@ -66,18 +52,15 @@ def every(n: int, transform: CacheTransform) -> CacheTransform:
         raise ValueError(f"n must be at least 1 token, got {n}.")
     transform = _remembering(transform)
 
-    def starting(run):
-        def start(cache, observation):
-            cache, state = run(cache, observation)
-            return cache, (state, jnp.zeros_like(observation.new))
-
-        return start
+    def init(cache, observation):
+        cache, state = transform.init(cache, observation)
+        return cache, (state, jnp.zeros_like(observation.new))
 
     act = _acting(transform)
 
     def observe(cache, state, observation):
         inner, since = state
-        cache, inner = transform.observe(cache, inner, observation)
+        cache, inner = transform.observed(cache, inner, observation)
         return cache, (inner, since + observation.new)
 
     def update(cache, state, observation):
@@ -86,14 +69,7 @@ def every(n: int, transform: CacheTransform) -> CacheTransform:
         cache, inner = act(cache, inner, observation, due)
         return cache, (inner, jnp.where(due, 0, since))
 
-    return transform._replace(
-        init=starting(transform.init),
-        begin=starting(transform.begin or transform.init),
-        observe=observe,
-        update=update,
-        frees_in_prefill=n,
-        frees_in_decode=n,
-    )
+    return _freeing(n, _around(transform, init, observe, update))
 
 
 def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
@@ -107,26 +83,23 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
     """
     if slack < 1:
         raise ValueError(f"slack must be at least 1 slot, got {slack}.")
-    if transform.budget is None:
+    if transform.schedule.budget is None:
         raise ValueError("when_full needs a transform with a token budget, got one without.")
     transform = _remembering(transform)
 
     def occupied(cache: Cache) -> jax.Array:
         return jnp.max(jnp.sum(cache.layers[0].segments[-1].pos >= 0, axis=-1), axis=-1)
 
-    def starting(run):
-        def start(cache, observation):
-            cache, state = run(cache, observation)
-            rows = budget_rows(transform.budget, observation.prompt, observation.prompt_slots, transform.at_least)
-            return cache, (state, rows)
-
-        return start
+    def init(cache, observation):
+        cache, state = transform.init(cache, observation)
+        budget, least = transform.schedule.budget, transform.schedule.at_least
+        return cache, (state, budget_rows(budget, observation.prompt, observation.prompt_slots, least))
 
     act = _acting(transform)
 
     def observe(cache, state, observation):
         inner, rows = state
-        cache, inner = transform.observe(cache, inner, observation)
+        cache, inner = transform.observed(cache, inner, observation)
         return cache, (inner, rows)
 
     def update(cache, state, observation):
@@ -135,14 +108,20 @@ def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
         cache, inner = act(cache, inner, observation, due)
         return cache, (inner, rows)
 
+    return _freeing(slack, _around(transform, init, observe, update))
+
+
+def _freeing(tokens: int, transform: CacheTransform) -> CacheTransform:
+    """The same, which frees slots every so many tokens."""
     return transform._replace(
-        init=starting(transform.init),
-        begin=starting(transform.begin or transform.init),
-        observe=observe,
-        update=update,
-        frees_in_prefill=slack,
-        frees_in_decode=slack,
+        schedule=transform.schedule._replace(frees_in_prefill=tokens, frees_in_decode=tokens)
     )
+
+
+def _around(transform: CacheTransform, init, observe, update) -> CacheTransform:
+    """The functions of a transform around another, whose schedule stays but for what follows every call."""
+    observer = transform.schedule.observer._replace(after_call=observe)
+    return CacheTransform(init, update, transform.schedule._replace(observer=observer))
 
 
 def _acting(transform: CacheTransform):
@@ -156,7 +135,7 @@ def _where_due(transform, cache, state, observation, due):
     changed: list[int] = []
 
     def run(leaves):
-        after = jax.tree.leaves(transform.update(*jax.tree.unflatten(tree, leaves), observation))
+        after = jax.tree.leaves(transform.updated(*jax.tree.unflatten(tree, leaves), observation))
         changed[:] = [i for i, (a, b) in enumerate(zip(after, leaves)) if a is not b]
         return [after[i] for i in changed]
 
@@ -178,19 +157,16 @@ def _remembering(transform: CacheTransform) -> CacheTransform:
     A call of the decoder shows only its own tokens: the last W queries, moments of queries and largest inputs of
     earlier calls are kept in the state.
     """
-    needs = transform.needs
+    needs = transform.schedule.needs
     window = needs.queries if needs.queries not in (0, 1, ALL) else 0
     sums = bool(needs.moments_from or needs.largest_inputs)
     if not window and not sums:
         return transform
 
-    def starting(run):
-        def start(cache, observation):
-            cache, state = run(cache, observation)
-            queries = query_window.start(window, observation) if window else ()
-            return cache, (state, queries, tuple(layer.sums for layer in observation.layers) if sums else ())
-
-        return start
+    def init(cache, observation):
+        cache, state = transform.init(cache, observation)
+        queries = query_window.start(window, observation) if window else ()
+        return cache, (state, queries, tuple(layer.sums for layer in observation.layers) if sums else ())
 
     def with_sums(observation, earlier):
         layers = tuple(layer.with_sums(*of) for layer, of in zip(observation.layers, earlier, strict=True))
@@ -201,7 +177,7 @@ def _remembering(transform: CacheTransform) -> CacheTransform:
         if sums:
             observation = with_sums(observation, earlier)
             earlier = tuple(layer.sums for layer in observation.layers)
-        cache, inner = transform.observe(cache, inner, observation)
+        cache, inner = transform.observed(cache, inner, observation)
         return cache, (inner, query_window.extend(queries, observation) if window else (), earlier)
 
     def update(cache, state, observation):
@@ -210,12 +186,7 @@ def _remembering(transform: CacheTransform) -> CacheTransform:
         if sums:
             layers = (layer.replace(moments=m, largest=x) for layer, (m, x) in zip(seen.layers, earlier, strict=True))
             seen = seen.replace(layers=tuple(layers))
-        cache, inner = transform.update(cache, inner, seen)
+        cache, inner = transform.updated(cache, inner, seen)
         return cache, (inner, queries, earlier)
 
-    return transform._replace(
-        init=starting(transform.init),
-        begin=starting(transform.begin or transform.init),
-        observe=observe,
-        update=update,
-    )
+    return _around(transform, init, observe, update)

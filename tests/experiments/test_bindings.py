@@ -189,7 +189,7 @@ def test_a_methods_file_may_open_with_a_byte_order_mark_and_must_be_utf8(tmp_pat
     monkeypatch.setattr(methods, "METHODS_DIR", tmp_path)
     path = tmp_path / "mine.gin"
     path.write_bytes(b"\xef\xbb\xbfmethod.transform = @snapkv()\n")
-    assert load_method("mine", budget=0.25).transform.budget is not None
+    assert load_method("mine", budget=0.25).transform.schedule.budget is not None
     path.write_bytes(b"method.transform = @snapkv() # \xff\n")
     with pytest.raises(ValueError, match="method mine: .*mine.gin: got bytes that are not UTF-8"):
         load_method("mine", budget=0.25)

@@ -19,7 +19,7 @@ class Chat(Words):
 
 
 def _instruction(**how) -> kvjax.Instruction:
-    return load_method("kvzip", budget=0.5, **how).transform.needs.reread.instruction
+    return load_method("kvzip", budget=0.5, **how).transform.schedule.needs.reread.instruction
 
 
 def test_kvzips_instruction_is_text_of_the_config_in_the_models_tokens():

@@ -172,7 +172,7 @@ def check_promises(h: Harness) -> None:
 
     def observed(run):
         out = tiny_model.bind(h.params)(
-            new, run.cache.length[:, None], run.cache, needs=h.transform.needs, last_only=False
+            new, run.cache.length[:, None], run.cache, needs=h.transform.schedule.needs, last_only=False
         )
         seen = kvjax.Observation(out.layers, new=count, prompt=run.prompt, prompt_slots=T, phase="decode")
         return out.cache, run.state, seen
@@ -231,7 +231,7 @@ def check_row_equals_its_own_run(h: Harness, how: str) -> None:
 
 def check_chunked_equals_one_shot(h: Harness) -> None:
     """A method that acts at the end of the prompt does not care how the prompt came."""
-    assert h.transform.frees_in_prefill is None
+    assert h.transform.schedule.frees_in_prefill is None
     assert_same_run(h.prefill("chunked"), h.run)
 
 
@@ -263,9 +263,9 @@ def _read_and_ask(transform: kvjax.CacheTransform):
 
 def check_occupancy(h: Harness) -> None:
     """No row or head ever holds more than its budget, and a step's slack, after a call."""
-    budget = h.transform.budget
+    budget = h.transform.schedule.budget
     rows = np.asarray(budget_rows(budget, h.lengths, T))
-    if h.transform.frees_in_decode is None:
+    if h.transform.schedule.frees_in_decode is None:
         runs, slack = [h.run, h.prefill("chunked")], 0
     else:
         runs, slack = [h.run, h.prefill("chunked"), *h.greedy[1]], h.case.slack
@@ -340,7 +340,7 @@ def check_bytes_do_not_grow(h: Harness) -> None:
     tokens = jnp.concatenate([tiny_model.prompt(B, 100, seed=6), tiny_model.prompt(B, 100, seed=7)], axis=1)
     run = h.decode(h.run, tokens)[-1]
     assert kvjax.nbytes(run.cache) == kvjax.nbytes(h.run.cache)
-    rows = np.asarray(budget_rows(h.transform.budget, h.lengths, T))
+    rows = np.asarray(budget_rows(h.transform.schedule.budget, h.lengths, T))
     for row in range(B):
         held, rounding = _held(h.case, run.cache, row), 0 if h.case.shared_by == "head" else 0.5
         assert rows[row] - rounding <= np.min(held) <= np.max(held) <= rows[row] + h.case.slack + rounding

@@ -114,7 +114,7 @@ def _promised(transform) -> int:
 
 @pytest.mark.parametrize("first, second", [(a, b) for a, b in PAIRS if a in ALLOWED[b]])
 def test_sensible_orders_compose(first, second):
-    assert kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]()).name
+    assert kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]()).schedule.name
 
 
 def _marks(pair):
@@ -167,4 +167,4 @@ def test_what_acts_on_every_token_is_not_followed_by_what_changes_the_slots():
         "quantize cannot follow evict, which still acts after the prompt: it cannot work on packed codes. Wrap it in "
         "at_prefill_end."
     )
-    assert kvjax.chain(kvjax.at_prefill_end(methods.h2o(64)), methods.kivi(4)).leaves == "packed"
+    assert kvjax.chain(kvjax.at_prefill_end(methods.h2o(64)), methods.kivi(4)).schedule.order.leaves == "packed"

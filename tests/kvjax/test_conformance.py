@@ -12,9 +12,9 @@ TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
 # int8, int4 and snapkv_int4 with other numbers: their bytes are checked, and what is asked of some cases only.
 _TWINS = ("int2", "kivi4", "kivi2", "keydiff_int8")
 EVERY = [name for name in BY_NAME if name not in _TWINS]
-BUDGETED = [name for name, t in TRANSFORMS.items() if t.budget is not None]
-AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.frees_in_prefill is None]
-FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.frees_in_decode is not None]
+BUDGETED = [name for name, t in TRANSFORMS.items() if t.schedule.budget is not None]
+AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_prefill is None]
+FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
 _NAMED = (
     *("adakv", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka", "mikv"),

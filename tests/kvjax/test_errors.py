@@ -360,7 +360,7 @@ def test_what_a_segment_cannot_do_it_says(case):
 def _checked(update):
     cache = kvjax.empty_cache(batch=1, layers=1, kv_heads=1, head_dim=4, slots=4)
     seen = kvjax.Observation((), new=jnp.ones(1, jnp.int32), prompt=jnp.ones(1, jnp.int32), prompt_slots=4)
-    kvjax.check_step(kvjax.identity()._replace(update=update), cache, (), seen)
+    kvjax.check_step(kvjax.CacheTransform(kvjax.identity().init, update), cache, (), seen)
 
 
 def test_a_step_that_keeps_everything_passes():

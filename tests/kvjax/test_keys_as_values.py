@@ -61,7 +61,7 @@ def _compressed(transform, cache: kvjax.Cache) -> kvjax.Cache:
 
     @quick_jit
     def run(cache):
-        of_layer = lambda i, layer: observe(queries, layer.attend(queries).lse, transform.needs, jnp.int32(i))
+        of_layer = lambda i, layer: observe(queries, layer.attend(queries).lse, transform.schedule.needs, jnp.int32(i))
         seen = tuple(of_layer(i, layer) for i, layer in enumerate(cache.layers))
         prompt = jnp.int32(LENGTHS)
         cache, _ = transform.init(cache, kvjax.Observation(seen, new=prompt, prompt=prompt, prompt_slots=S))

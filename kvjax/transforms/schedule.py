@@ -1,0 +1,62 @@
+"""When a transform acts, what it needs of the decoder, what it frees and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvjax.cache import Cache
+from kvjax.observation import Needs, Observation, Phase
+from kvjax.transforms.order import Order
+
+State = Any
+
+
+class Observer(NamedTuple):
+    """Keeps what a transform must remember of every call of the decoder, also while `update` waits for its turn.
+
+    Attributes:
+      after_call: `(cache, state, observation) -> (cache, state)`, after every call that follows `init`, before
+        `update`. Keeps tree, shapes and dtypes, as `update` does. None: there is nothing to remember.
+      after_chunk: `(cache, observation) -> cache`, before `init`: for a transform that acts only when the whole prompt
+        is in, after every chunk of it, on the full cache. Runs once before the first chunk, on an observation of
+        nothing, and adds what it keeps to a cache that lacks it. None: `init` needs none of it, or cannot have it.
+    """
+
+    after_call: Callable[[Cache, State, Observation], tuple[Cache, State]] | None = None
+    after_chunk: Callable[[Cache, Observation], Cache] | None = None
+
+
+class Schedule(NamedTuple):
+    """What a driver, or a transform around another, must know to run it.
+
+    Attributes:
+      acts_in: phases of which every call is followed by the observer and by `update`; (): `init` acts alone, once.
+      needs: what the decoder must collect.
+      observer: what is remembered of every call.
+      before: `cache -> cache`, puts into the empty cache, before anything of a prompt is read, what the prompt is to
+        see; None: nothing.
+      frees_in_prefill: slots are freed at least every so many tokens while the prompt arrives; None: never.
+      frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a token and
+        the driver reserves room for all of them.
+      budget: tokens per KV head that are kept, as a count or as a fraction of the prompt; None: no token budget.
+      at_least: tokens below which a budget that is a fraction never falls: those that are always kept.
+      name: what errors call the transform.
+      order: which transforms it may follow, and which may follow it.
+    """
+
+    acts_in: tuple[Phase, ...] = ("prefill", "decode")
+    needs: Needs = Needs()
+    observer: Observer = Observer()
+    before: Callable[[Cache], Cache] | None = None
+    frees_in_prefill: int | None = None
+    frees_in_decode: int | None = None
+    budget: int | float | None = None
+    at_least: int = 1
+    name: str = "transform"
+    order: Order = Order()
+
+    @property
+    def described(self) -> str:
+        """Its name and its budget: what tells a run which method made it."""
+        return self.name if self.budget is None else f"{self.name} with a budget of {self.budget}"
