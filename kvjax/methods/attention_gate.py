@@ -44,4 +44,6 @@ def attention_gate(
     keep = evict_by_head(gate_scores(), budget, heads=adaptive(floor=0.0), sinks=sinks, recent=recent, page=page)
     names = ("qkv", "out", "bias")
     parts = [dict(zip(names, arrays)) for arrays in zip(*(calibration[name] for name in names))]
-    return at_prefill_end(learned(keep, parts))._replace(takes=("plain",))  # the gate reads a token in all heads
+    gated = at_prefill_end(learned(keep, parts))
+    order = gated.schedule.order._replace(takes=("plain",))  # the gate reads a token in all heads
+    return gated._replace(schedule=gated.schedule._replace(order=order))
