@@ -67,10 +67,17 @@ class Case:
 
 
 class Harness:
-    """A case on the tiny model, its programs compiled on first use and kept."""
+    """A case on the tiny model, its programs compiled on first use and kept.
 
-    def __init__(self, case: Case):
+    Args:
+      case: the method.
+      room: tokens that may follow the prompts.
+      call_tokens: the most of them that one call brings.
+    """
+
+    def __init__(self, case: Case, room: int = ROOM, call_tokens: int = 1):
         self.case = case
+        self.room = dict(room=room, call_tokens=call_tokens)
         self.transform = case.build()
         self.params = tiny_model.params()
         self.tokens = tiny_model.prompt(B, T)
@@ -82,7 +89,7 @@ class Harness:
 
     def _prefill(self, params, tokens, lengths, cache, chunk=None):
         return kvjax.prefill(
-            tiny_model.bind(params), self.transform, tokens, lengths, cache, room=ROOM, chunk=chunk
+            tiny_model.bind(params), self.transform, tokens, lengths, cache, chunk=chunk, **self.room
         )
 
     def _extend(self, params, run, tokens, lengths):
