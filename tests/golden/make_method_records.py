@@ -125,10 +125,14 @@ def differences(new: MethodRecord, old: MethodRecord) -> list[str]:
         largest = np.max(np.abs(new.logits - old.logits))
         found.append(f"logits differ by up to {largest:.1e}, first after {first}")
     kept, before = _stacked([new.kept, old.kept])
-    for moment, layer, row, head in np.argwhere((kept != before).any(axis=-1)):
-        where = f"{HELD_AT[moment]}, layer {layer}, row {row}, head {head}"
-        positions = [x[moment, layer, row, head] for x in (kept, before)]
-        found.append("kept after {}: {}, before {}".format(where, *(x[x >= 0].tolist() for x in positions)))
+    other = np.argwhere((kept != before).any(axis=-1))
+    if len(other):
+        moment, layer, row, head = first = tuple(other[0])
+        lists = [x[first][x[first] >= 0].tolist() for x in (kept, before)]
+        found.append(
+            f"kept positions differ in {len(other)} lists of {before[..., 0].size}, first after {HELD_AT[moment]} in "
+            f"layer {layer}, row {row}, head {head}: {lists[0]}, before {lists[1]}"
+        )
     if new.nbytes > old.nbytes:
         found.append(f"{new.nbytes} bytes, before {old.nbytes}")
     return found

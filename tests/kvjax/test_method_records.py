@@ -34,7 +34,7 @@ def test_logits_positions_and_bytes_that_differ_are_found():
     kept[2, 1, 0, 1, 0] += 1
     kept = np.pad(kept, [(0, 0)] * 4 + [(0, 2)], constant_values=-1)  # of a set of methods that keep more
     (found,) = records.differences(old._replace(kept=kept), old)
-    assert found.startswith("kept after end, layer 1, row 0, head 1: [")
+    assert found.startswith("kept positions differ in 1 lists of 24, first after end in layer 1, row 0, head 1: [")
 
     assert records.differences(old._replace(nbytes=old.nbytes - 4), old) == []
     assert records.differences(old._replace(nbytes=old.nbytes + 4), old) == [
