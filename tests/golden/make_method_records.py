@@ -45,7 +45,8 @@ CALLS = ((4, 2), *[(1, 1)] * 4, (1, 0), *[(1, 1)] * 5)
 MOMENTS = ("one shot", "chunks", "question", *(f"token {i}" for i in range(1, len(CALLS))))
 HELD_AT = ("one shot", "chunks", "end")
 
-# Float32 sums in another order: compiled with all optimisations, every method is within 3e-6. AVX2 gives the same bits.
+# Float32 sums in another order: compiled with all optimisations, the 34 cases tried are within 2.5e-6 and keep the same
+# positions; compiled for AVX2 in the same way, all 55 give the same bits as for AVX-512. Logits are of order one.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
