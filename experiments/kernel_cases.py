@@ -98,7 +98,7 @@ def _packed(shape: DecodeShape, key, bits: int, axis: str) -> Packed:
         jax.random.uniform(scale, half, jnp.bfloat16, 0.5 * step, step),
         jax.random.uniform(zero, half, jnp.bfloat16, -1.5, -0.5),
     ]
-    return Packed(jax.random.bits(words, like.words.shape, jnp.uint32), jnp.concatenate(affine, along))
+    return Packed(jax.random.bits(words, like.words.shape, jnp.uint32), jnp.concatenate(affine, along), bits, axis)
 
 
 def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:

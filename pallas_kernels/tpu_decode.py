@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,24 @@ class Values(NamedTuple):
     width: int  # [H']
 
 
+class Cost(NamedTuple):
+    """What reading one slot of a KV head takes."""
+
+    stored: float  # bytes of a tile in VMEM
+    expanded: float = 0.0  # bytes that are made of them there
+    step: int = 1  # slots that cannot be parted: of words and of groups, with the rows that a block must have of both
+    key: tuple[tuple[str, Any], ...] = ()  # of an entry of the table of block sizes, beside what all kernels have
+
+
+class Loader(NamedTuple):
+    """How one type of keys or values is read. All take an array, the queries and the KV heads of a program."""
+
+    keys: Callable[[Any, jax.Array, int], Keys]
+    values: Callable[[Any, jax.Array, int], Values]
+    cost: Callable[[Any, jax.Array, int], Cost]  # from shapes and dtypes alone
+    unsupported: Callable[[Any, jax.Array, int, str], str | None]  # the last is "keys" or "values"
+
+
 def attend(
     q: jax.Array,
     keys: Keys,
@@ -58,6 +77,8 @@ def attend(
     q_pos: jax.Array,
     k_pos: jax.Array,
     bias: jax.Array | None = None,
+    k_gain: jax.Array | None = None,
+    v_gain: jax.Array | None = None,
     within: tuple[jax.Array, jax.Array] | None = None,
     *,
     sizes: Blocks,
@@ -76,7 +97,9 @@ def attend(
       values: what they weigh.
       q_pos: i32[B, T].
       k_pos: i32[B, K or 1, S].
-      bias: f32[B, K or 1, S] or None.
+      bias: f32[B, K or 1, S] or None, added to the logits.
+      k_gain: f32[B, K or 1, S] or None, what products of queries and keys are multiplied by.
+      v_gain: f32[B, K or 1, S] or None, what weights of values are multiplied by.
       within: (i32[B], i32[B]), the first slot of every row and the one behind its last; what lies beyond S does not
         count. The grid then has as many tiles as the longest run touches, and nothing is read beyond a row's own. None:
         all S.
@@ -86,7 +109,11 @@ def attend(
     """
     B, T, N, H = q.shape
     S = k_pos.shape[2]
-    K = max(x.array.shape[1] for x in (*keys.stored, *values.stored))
+    numbers = {"pos": k_pos, "bias": bias, "k_gain": k_gain, "v_gain": v_gain}
+    numbers = {name: x for name, x in numbers.items() if x is not None}
+    per_slot = [number_per_slot(x if name == "pos" else x.astype(jnp.float32)) for name, x in numbers.items()]
+    stored = [*per_slot, *keys.stored, *values.stored]
+    K = max(x.array.shape[1] for x in stored)
     G = N // K
     scale = H**-0.5 if scale is None else scale
     rows = (q.reshape(B, T, K, G, H) * jnp.asarray(scale, q.dtype)).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
@@ -95,9 +122,6 @@ def attend(
     missing = (0, period - T * G)
     rows = jnp.tile(jnp.pad(rows, ((0, 0), (0, 0), missing, (0, 0))), (1, 1, R // period, 1))
     row_pos = jnp.tile(jnp.pad(row_pos, ((0, 0), missing, (0, 0)), constant_values=-1), (1, R // period, 1))
-    per_slot = [number_per_slot(k_pos)] + ([] if bias is None else [number_per_slot(bias.astype(jnp.float32))])
-    stored = [*per_slot, *keys.stored, *values.stored]
-
     tiles = -(-S // sizes.slots)
     splits, bounds = sizes.splits, ()
     if within is not None:
@@ -113,7 +137,7 @@ def attend(
     result = lambda width: pl.BlockSpec((1, 1, sizes.heads, R, width), lambda b, h, i, t, *_: (i, b, h, 0, 0))
     out, lse = pl.pallas_call(
         functools.partial(
-            _kernel, keys=keys, values=values, slots=S, window=window, biased=bias is not None, bounded=bool(bounds)
+            _kernel, keys=keys, values=values, slots=S, window=window, numbers=tuple(numbers), bounded=bool(bounds)
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(bounds),
@@ -188,15 +212,16 @@ def _block(stored: Stored, sizes: Blocks, tile: Callable[..., jax.Array]) -> pl.
     return pl.BlockSpec(tuple(shape), index)
 
 
-def _kernel(*refs, keys, values, slots, window, biased, bounded):
+def _kernel(*refs, keys, values, slots, window, numbers, bounded):
     """One tile of every head of a block.
 
-    begin_ref, end_ref i32[B] and part_ref i32[1] if bounded; q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1]; pos_ref
-    i32[1, k or 1, s] or [1, k, 1, s]; bias f32 alike, if any; tiles of keys and values; out_ref f32[1, 1, k, R, H'],
-    lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
+    begin_ref, end_ref i32[B] and part_ref i32[1] if bounded; q_ref [1, k, R, H]; row_pos_ref i32[1, R, 1];
+    positions i32[1, k or 1, s] or [1, k or 1, 1, s], and the other numbers of slots alike in f32; tiles of keys and
+    values; out_ref f32[1, 1, k, R, H'], lse_ref f32[1, 1, k, R, 1]; m_ref, l_ref f32[k, R, 1]; sums.
     """
-    bounds, (q_ref, row_pos_ref, pos_ref, *refs) = (refs[:3], refs[3:]) if bounded else ((), refs)
-    bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
+    bounds, (q_ref, row_pos_ref, *refs) = (refs[:3], refs[3:]) if bounded else ((), refs)
+    number_refs, refs = dict(zip(numbers, refs)), refs[len(numbers) :]
+    pos_ref = number_refs["pos"]
     key_refs, refs = refs[: len(keys.stored)], refs[len(keys.stored) :]
     value_refs, refs = refs[: len(values.stored)], refs[len(values.stored) :]
     out_ref, lse_ref, m_ref, l_ref, *sum_refs = refs
@@ -226,6 +251,15 @@ def _kernel(*refs, keys, values, slots, window, biased, bounded):
         """Step by step for all of them: what one waits for is hidden behind the work of the others."""
         # What lies beyond the end may be NaN, which a probability of zero does not remove.
         clean = lambda tile, x: _within(tile, slots - start, x) if overhang else tile
+
+        def with_numbers(name, function, rows):
+            """`function(rows, numbers f32[1, s])` of a name that is there; NaN beyond the end is taken for zero."""
+            if name not in number_refs:
+                return rows
+            found = [of_head(number_refs[name], head) for head in heads]
+            found = [jnp.where(pos >= 0, x, 0.0) if overhang else x for x, pos in zip(found, positions)]
+            return [function(x, number) for x, number in zip(rows, found)]
+
         key_tiles = [
             [clean(of_head(ref, h), x) if x.mixed else of_head(ref, h) for ref, x in zip(key_refs, keys.stored)]
             for h in heads
@@ -237,8 +271,8 @@ def _kernel(*refs, keys, values, slots, window, biased, bounded):
         queries = [of_head(q_ref, head) for head in heads]
         queries = [keys.queries(*x) for x in _listed(queries, positions, key_tiles)]
         logits = [keys.logits(*x) for x in _listed(queries, positions, key_tiles)]
-        if biased:
-            logits = [x + of_head(bias_ref, head) for x, head in zip(logits, heads)]
+        logits = with_numbers("k_gain", operator.mul, logits)
+        logits = with_numbers("bias", operator.add, logits)
         logits = [jnp.where(_visible(row_pos_ref[0], pos, window), x, -jnp.inf) for x, pos in zip(logits, positions)]
         before = [m_ref[head] for head in heads]
         most = [jnp.maximum(m, jnp.max(x, axis=1, keepdims=True)) for m, x in zip(before, logits)]
@@ -246,6 +280,7 @@ def _kernel(*refs, keys, values, slots, window, biased, bounded):
         kept = [jnp.exp(m - x) for m, x in zip(before, shift)]
         p = [jnp.exp(x - y) for x, y in zip(logits, shift)]
         sums = [jnp.sum(x, axis=1, keepdims=True) for x in p]
+        p = with_numbers("v_gain", operator.mul, p)
         value_tiles = [[clean(of_head(ref, h), x) for ref, x in zip(value_refs, values.stored)] for h in heads]
         added = [values.weigh(x, *tiles) for x, tiles in zip(p, value_tiles)]
         for i, head in enumerate(heads):

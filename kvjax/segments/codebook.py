@@ -13,7 +13,7 @@ from kvjax.segments.slots import fold_slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.codebook_decode_attention import codebook_decode_attention
 from pallas_kernels.partial import Partial
-from pallas_kernels.product_quantize import Codes, product_quantize, reconstruct
+from pallas_kernels.product_quantize import Codes, product_quantize
 
 _WHOLE = 8  # slots that fill words of every plane of codes
 
@@ -22,7 +22,7 @@ _WHOLE = 8  # slots that fill words of every plane of codes
 class CodebookSegment:
     """The product-quantized body of a `BufferedSegment`: written block by block, never slot by slot.
 
-    All rows and KV heads share the codebooks.
+    All rows and KV heads share the codebooks, which the codes carry.
 
     Bytes, with M sub-vectors and C = 2 ** b centroids of e-byte numbers: `B * K * S * (2 * M * b / 8 + 4)` and
     `2 * C * H * e` of codebooks.
@@ -31,8 +31,6 @@ class CodebookSegment:
     k: Codes
     v: Codes
     pos: jax.Array  # i32[B, K, S]
-    key_codebook: jax.Array  # [M, C, H / M]
-    value_codebook: jax.Array  # [M, C, H / M]
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
 
     @classmethod
@@ -47,18 +45,16 @@ class CodebookSegment:
             k=product_quantize(slots.k, occupied, key_codebook),
             v=product_quantize(slots.values_apart("A codebook of the values"), occupied, value_codebook),
             pos=slots.pos,
-            key_codebook=key_codebook,
-            value_codebook=value_codebook,
         )
 
     def encode_like(self, slots: DenseSegment) -> CodebookSegment:
         """Encodes dense slots with this segment's codebooks."""
-        return CodebookSegment.encode(slots, self.key_codebook, self.value_codebook)
+        return CodebookSegment.encode(slots, self.k.codebook, self.v.codebook)
 
     def axes(self) -> CodebookSegment:
         """See `Segment.axes`; all shards have the codebooks."""
         axes = jax.tree.map(lambda _: OF_SLOTS, self)
-        return axes.replace(key_codebook=P(), value_codebook=P())
+        return axes.replace(k=axes.k.replace(codebook=P()), v=axes.v.replace(codebook=P()))
 
     def attend(
         self,
@@ -73,8 +69,6 @@ class CodebookSegment:
             queries.rotated,
             self.k,
             self.v,
-            self.key_codebook,
-            self.value_codebook,
             queries.pos,
             self.pos,
             window=window,
@@ -92,14 +86,12 @@ class CodebookSegment:
         reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `Segment.mass`."""
-        k = reconstruct(self.k, self.key_codebook, queries.raw.dtype)
+        k = self.k.decode(queries.raw.dtype)
         return attention_mass(queries.rotated, k, queries.pos, self.pos, lse, window=window, scale=scale, reduce=reduce)
 
     def dense(self) -> DenseSegment:
         """The centroids, float32."""
-        return DenseSegment(
-            k=reconstruct(self.k, self.key_codebook), v=reconstruct(self.v, self.value_codebook), pos=self.pos
-        )
+        return DenseSegment(k=self.k.decode(), v=self.v.decode(), pos=self.pos)
 
     def map_dense(self, body, tail) -> Segment:
         """Refused: its slots are compressed already."""

@@ -108,10 +108,9 @@ class QuantizedSegment:
 
     def axes(self) -> QuantizedSegment:
         """See `Segment.axes`."""
-        of_token = P("batch", "kv_heads", None, "slots")
-        by = {"channel": Packed(OF_SLOTS, OF_SLOTS), "token": Packed(OF_SLOTS, of_token)}
-        bias = None if self.bias is None else OF_SLOTS
-        return self.replace(k=by[self.key_axis], v=self.v and by["token"], pos=OF_SLOTS, bias=bias)
+        affine = {"channel": OF_SLOTS, "token": P("batch", "kv_heads", None, "slots")}
+        k, v = (x and x.replace(words=OF_SLOTS, affine=affine[x.axis]) for x in (self.k, self.v))
+        return self.replace(k=k, v=v, pos=OF_SLOTS, bias=None if self.bias is None else OF_SLOTS)
 
     def attend(
         self,

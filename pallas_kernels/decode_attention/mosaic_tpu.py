@@ -1,114 +1,105 @@
-"""`decode_attention` on TPU: slots in a floating dtype, read as they lie."""
+"""`decode_attention` on TPU: one skeleton, with a loader for the type of the keys and one for that of the values."""
 
 from __future__ import annotations
 
+import math
+
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
+from pallas_kernels.decode_attention.tiles import dense, packed, rotated
+from pallas_kernels.decode_attention.tiles.owned import OwnedSlots, head_limit
 from pallas_kernels.dispatch import Kernel
+from pallas_kernels.encoded import Encoded, is_encoded
 from pallas_kernels.partial import Partial
-from pallas_kernels.tpu_decode import Keys, Stored, Values, attend, logits_bytes, padded_rows, product, row_limit
+from pallas_kernels.quantize_pack import Packed
+from pallas_kernels.tpu_decode import Loader, attend, logits_bytes, padded_rows, row_limit
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
-from pallas_kernels.tpu_device import tpu_device
-from pallas_kernels.tpu_tiles import slots_minor
+
+_LOADERS = {Packed: packed.loader}
 
 
-def dense_keys(k: jax.Array, dtype) -> Keys:
-    """Keys as they are; 8-bit floats are widened to the queries' dtype."""
-    stored, factor = as_laid_out(k), widening_factor(k)
-
-    def queries(q, pos, tile):
-        return q if factor == 1 else q * jnp.asarray(factor, q.dtype)
-
-    def logits(q, pos, tile):
-        tile = widened(tile, dtype)
-        return product(q.astype(tile.dtype), tile, (1, 1 if stored.axis == 2 else 0))
-
-    return Keys((stored,), logits, queries)
+def _loader(x: jax.Array | Encoded) -> Loader | None:
+    return _LOADERS.get(type(x)) if is_encoded(x) else dense.loader
 
 
-def dense_values(v: jax.Array, dtype) -> Values:
-    """Values as they are."""
-    stored, factor = as_laid_out(v), widening_factor(v)
-
-    def weigh(p, tile):
-        tile = widened(tile, dtype)
-        return (product(p.astype(tile.dtype), tile, (1, 0 if stored.axis == 2 else 1))[None],)
-
-    return Values((stored,), ((1, v.shape[3]),), weigh, lambda total: factor * total[0], v.shape[3])
+def _kv_heads(k, v, k_pos, numbers, rotation) -> int:
+    """Heads of the grid; the pages of all KV heads are one."""
+    at, basis = (None, None) if rotation is None else (rotation.at, rotation.basis)
+    return max(x.shape[1] for x in (k, v, k_pos, *numbers, at, basis) if x is not None)
 
 
-def as_laid_out(x: jax.Array) -> Stored:
-    """`[B, K, S, H]` the way it lies in HBM.
-
-    XLA:TPU lays arrays out so that padding to tiles of 128 lanes is least: with H minor where it fills lanes, with
-    slots minor where it does not. A kernel sees arrays as they are indexed, so there a transposition is what avoids
-    a transposed copy.
-    """
-    if slots_minor(x):
-        return Stored(x.swapaxes(2, 3), 3)
-    return Stored(x, 2)
+def _owned(k, v, k_pos, pages) -> OwnedSlots | None:
+    return None if pages is None else OwnedSlots(pages, k_pos.shape[2], is_encoded(k) or is_encoded(v))
 
 
-def widened(tile: jax.Array, dtype) -> jax.Array:
-    """8-bit floats in another dtype, over `widening_factor`; what is wider stays.
-
-    Where the hardware does not widen float8_e4m3fn it does float8_e4m3b11fnuz, the same bits for a sixteenth of the
-    number but for two: minus zero, which is taken out, and NaN, which is 480 there.
-    """
-    if tile.dtype.itemsize > 1:
-        return tile
-    if not _in_other_format(tile.dtype):
-        return tile.astype(dtype)
-    low = jnp.uint32(0x7F7F7F7F)
-    words = pltpu.bitcast(tile, jnp.uint32)  # of four numbers, whose signs stay where other bits are set
-    words &= ((words & low) + low) | low
-    return pltpu.bitcast(words, jnp.float8_e4m3b11fnuz).astype(dtype)
-
-
-def widening_factor(x: jax.Array) -> float:
-    """What numbers of [B, K, S, H] are over those that `widened` makes of them."""
-    return 16.0 if _in_other_format(x.dtype) else 1.0
-
-
-def _in_other_format(dtype) -> bool:
-    return dtype == jnp.float8_e4m3fn and not tpu_device().widens_e4m3fn
-
-
-def _sizes(q, k, v, k_pos) -> Blocks | None:
-    K, wide = k.shape[1], q.dtype.itemsize
-    # 8-bit floats are widened.
-    expanded = sum(x.shape[3] * wide for x in (k, v) if x.dtype.itemsize == 1)
-    key = block_sizes.key(
-        heads=K, rows=padded_rows(q, K), H=k.shape[3], H_v=v.shape[3], q=q.dtype, k=k.dtype, v=v.dtype
+def _sizes(q, k, v, k_pos, numbers=(), rotation=None, pages=None) -> Blocks | None:
+    K, S = 1 if pages is not None else _kv_heads(k, v, k_pos, numbers, rotation), k_pos.shape[2]
+    owned = _owned(k, v, k_pos, pages)
+    costs = {
+        "k": _loader(k).cost(k, q, K) if rotation is None else rotated.cost(k, q, K, rotation),
+        "v": _loader(v).cost(v, q, K),
+    }
+    named = {f"{role}_{name}".rstrip("_"): value for role, x in costs.items() for name, value in x.key}
+    unit = {} if owned is None else {"unit": owned.unit}
+    key = block_sizes.key(heads=K, rows=padded_rows(q, K), H=q.shape[3], q=q.dtype, **named, **unit)
+    found = blocks(
+        "decode_attention.mosaic_tpu",
+        key,
+        K,
+        S,
+        sum(x.stored for x in costs.values()) + 4 * (1 + sum(x is not None for x in numbers)),
+        sum(x.expanded for x in costs.values()) + logits_bytes(q, K) + (owned.expanded_bytes if owned else 0),
+        rows=padded_rows(q, K),
+        step=math.lcm(owned.step if owned else 1, *(x.step for x in costs.values())),
+        most=8 * owned.step if owned else None,
     )
-    sizes = sum(map(vmem_bytes, (k, v))) + 4, expanded + logits_bytes(q, K)
-    return blocks("decode_attention.mosaic_tpu", key, K, k_pos.shape[2], *sizes, rows=padded_rows(q, K))
+    return owned.whole(found) if owned else found
 
 
-def vmem_bytes(x: jax.Array) -> float:
-    """Of one slot of one head of `[B, K, S, H]`."""
-    width = x.shape[3] if slots_minor(x) else -(-x.shape[3] // 128) * 128
-    return width * x.dtype.itemsize
+def _unsupported(q, k, v, q_pos, k_pos, bias, k_gain, v_gain, rotation, pages, *, window, scale) -> str | None:
+    v, numbers = k if v is None else v, (bias, k_gain, v_gain)
+    for role, x in (("keys", k), ("values", v)):
+        if _loader(x) is None:
+            return f"reads no {role} of {type(x).__name__}"
+    K = 1 if pages is not None else _kv_heads(k, v, k_pos, numbers, rotation)
+    limit = row_limit(q, K, k_pos.shape[2]) if pages is None else head_limit(q, pages.kv_heads, k_pos.shape[2])
+    if limit:
+        return limit
+    if rotation is not None and (reason := rotated.unsupported(k, q, pages is not None, rotation)):
+        return reason
+    for role, x in (("keys", k), ("values", v)):
+        if reason := _loader(x).unsupported(x, q, K, role):
+            return reason
+    if _sizes(q, k, v, k_pos, numbers, rotation, pages) is None:
+        groups = [f" in groups of {x.group}" for x in (k,) if isinstance(x, Packed)]
+        return f"finds no tile of [K, S, H] = {[K, k_pos.shape[2], k.shape[3]]}{''.join(groups)} that fits"
+    return None
 
 
-def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> str | None:
-    return row_limit(q, k.shape[1], k_pos.shape[2]) or (
-        f"finds no tile of [K, S, H] = {list(k.shape[1:])} that fits" if _sizes(q, k, v, k_pos) is None else None
-    )
-
-
-def _decode_attention(q, k, v, q_pos, k_pos, bias=None, *, window, scale) -> Partial:
+def _decode_attention(
+    q, k, v, q_pos, k_pos, bias, k_gain, v_gain, rotation, pages, *, window, scale
+) -> Partial:
+    v, numbers = k if v is None else v, (bias, k_gain, v_gain)
+    K = 1 if pages is not None else _kv_heads(k, v, k_pos, numbers, rotation)
+    owned = _owned(k, v, k_pos, pages)
+    if rotation is None:
+        keys = _loader(k).keys(k, q, K)
+    elif rotation.mean is None:
+        keys = rotated.rotated_keys(k, q, rotation)
+    else:
+        keys, k_gain = rotated.rotated_keys(k, q, rotation, k_gain), None
     return attend(
         q,
-        dense_keys(k, q.dtype),
-        dense_values(v, q.dtype),
+        owned.owned(keys, q) if owned else keys,
+        _loader(v).values(v, q, K),
         q_pos,
         k_pos,
         bias,
-        sizes=_sizes(q, k, v, k_pos),
+        k_gain,
+        v_gain,
+        owned.within if owned else None,
+        sizes=_sizes(q, k, v, k_pos, numbers, rotation, pages),
         window=window,
         scale=scale,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.product_quantize import reference
-from pallas_kernels.product_quantize.reference import WORD_BITS, Codes, planes
+from pallas_kernels.product_quantize.reference import Codes
+from pallas_kernels.words import WORD_BITS, planes
 
 
 def product_quantize(x: jax.Array, valid: jax.Array, codebook: jax.Array) -> Codes:
@@ -20,7 +20,7 @@ def product_quantize(x: jax.Array, valid: jax.Array, codebook: jax.Array) -> Cod
       codebook: [M, C, H / M] centroids; C is 2 to the power of an even number of bits from 2 to 14.
 
     Returns:
-      `Codes`: for every plane of bits u32[B, K, S * bits / 32, M].
+      `Codes`, with the codebook.
 
     Raises:
       ValueError: the codebook does not fit x, or S is not a multiple of the slots of a word.
@@ -35,11 +35,6 @@ def product_quantize(x: jax.Array, valid: jax.Array, codebook: jax.Array) -> Cod
     if S % slots_of_a_word(bits):
         raise ValueError(f"slots must be a multiple of {slots_of_a_word(bits)} for codes of {bits} bits, got {S}.")
     return reference.product_quantize(x, valid, codebook, bits)
-
-
-def reconstruct(codes: Codes, codebook: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """`dtype[B, K, S, H]`: the centroids that codes stand for. Attention never calls this on a whole cache."""
-    return reference.reconstruct(codes, codebook, dtype)
 
 
 def code_bits(codebook: jax.Array) -> int:

@@ -1,24 +1,53 @@
-"""Defines `product_quantize` and its inverse."""
+"""Defines `product_quantize`, and what its codes stand for."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from pallas_kernels.quantize_pack.reference import WORD_BITS, pack, unpack
-
-__all__ = ["WORD_BITS", "Codes", "planes", "product_quantize", "reconstruct"]
-
-Codes = tuple[jax.Array, ...]
-"""Codes of M sub-vectors a slot, packed along slots like those of `quantize_pack`.
-
-Words have 8, 4 or 2 bits a slot; what has other numbers of bits is split into planes, low bits first: 12 are 8 and 4.
-"""
+from pallas_kernels.encoded import cut_slots
+from pallas_kernels.words import WORD_BITS, pack_planes, planes, unpack_planes
 
 
-def planes(bits: int) -> tuple[int, ...]:
-    """Bits of every plane of a code."""
-    return tuple(width for width in (8, 4, 2) if bits & width)
+@struct.dataclass
+class Codes:
+    """Codes of the nearest centroids of M sub-vectors a slot, with their codebook. See `Encoded`.
+
+    Codes are packed along slots like those of `quantize_pack`. Words have 8, 4 or 2 bits a slot; what has other numbers
+    of bits is split into planes, low bits first: 12 are 8 and 4.
+    """
+
+    planes: tuple[jax.Array, ...]  # of b bits each: u32[B, K, S * b / 32, M]
+    codebook: jax.Array  # [M, C, H / M]
+
+    @property
+    def bits(self) -> int:
+        """Of a code: C is `2**bits`."""
+        return self.codebook.shape[1].bit_length() - 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(B, K, S, H)`."""
+        B, K, rows, M = self.planes[0].shape
+        return B, K, rows * (WORD_BITS // planes(self.bits)[0]), M * self.codebook.shape[2]
+
+    @property
+    def block(self) -> int:
+        """Slots that fill words of every plane."""
+        return WORD_BITS // min(planes(self.bits))
+
+    def cut(self, start: jax.Array | int, size: int) -> Codes:
+        """See `Encoded.cut`."""
+        per = (WORD_BITS // width for width in planes(self.bits))
+        return self.replace(planes=tuple(cut_slots(x, start // n, size // n) for x, n in zip(self.planes, per)))
+
+    def decode(self, dtype=jnp.float32) -> jax.Array:
+        """The centroids."""
+        M, C, width = self.codebook.shape
+        rows = unpack_planes(self.planes, self.bits, M) + jnp.arange(M, dtype=jnp.uint32) * C
+        x = jnp.take(self.codebook.reshape(M * C, width).astype(dtype), rows, axis=0, mode="clip")
+        return x.reshape(*rows.shape[:3], M * width)
 
 
 def product_quantize(x: jax.Array, valid: jax.Array, codebook: jax.Array, bits: int) -> Codes:
@@ -30,21 +59,4 @@ def product_quantize(x: jax.Array, valid: jax.Array, codebook: jax.Array, bits: 
     # would fill C / width times the memory of x.
     distance = sum(centroids[..., i] * (centroids[..., i] - 2 * parts[..., i, None]) for i in range(width))
     code = jnp.argmin(distance, axis=-1).astype(jnp.uint32)  # [B, K, S, M]
-    code = jnp.where(valid[..., None], code, 0)
-    packed = []
-    for plane in planes(bits):
-        packed.append(pack(code & (2**plane - 1), plane))
-        code = code >> plane
-    return tuple(packed)
-
-
-def reconstruct(codes: Codes, codebook: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """See `pallas_kernels.product_quantize.api.reconstruct`."""
-    M, C, width = codebook.shape
-    code, shift = 0, 0
-    for words, plane in zip(codes, planes(C.bit_length() - 1), strict=True):
-        code = code | (unpack(words, plane) << shift)
-        shift += plane
-    rows = code + jnp.arange(M, dtype=jnp.uint32) * C
-    x = jnp.take(codebook.reshape(M * C, width).astype(dtype), rows, axis=0, mode="clip")
-    return x.reshape(*code.shape[:3], M * width)
+    return Codes(pack_planes(jnp.where(valid[..., None], code, 0), bits), codebook)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.quantize_pack import mosaic_tpu, reference
-from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed
-
-Axis = Literal["channel", "token"]
+from pallas_kernels.quantize_pack.reference import Axis, Packed
+from pallas_kernels.words import WORD_BITS
 
 _OP = Op("quantize_pack", reference.quantize_pack, mosaic_tpu=mosaic_tpu.kernel)
 
@@ -73,6 +70,18 @@ def quantize_pack(
     return _OP(implementation, x, valid, **how)
 
 
-def dequantize(packed: Packed, *, bits: int, axis: Axis, dtype=jnp.float32) -> jax.Array:
-    """`scale * code + zero` as `dtype[B, K, S, H]`. Attention never calls this on a whole cache."""
-    return reference.dequantize(packed, bits=bits, axis=axis, dtype=dtype)
+def dequantize(packed: Packed, *, bits: int | None = None, axis: Axis | None = None, dtype=jnp.float32) -> jax.Array:
+    """Returns `packed.decode(dtype)`; `bits` and `axis`, where given, must be its own."""
+    told(packed, bits=bits, axis=axis)
+    return packed.decode(dtype)
+
+
+def told(packed: Packed, **fields) -> None:
+    """Checks what a caller says of an array that describes itself.
+
+    Raises:
+      ValueError: it says otherwise.
+    """
+    for name, value in fields.items():
+        if value not in (None, getattr(packed, name)):
+            raise ValueError(f"{name} must be that of the packed array, {getattr(packed, name)!r}, got {value!r}.")

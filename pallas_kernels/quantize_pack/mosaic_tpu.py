@@ -12,8 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import block_sizes
 from pallas_kernels.dispatch import Kernel, result_like
-from pallas_kernels.quantize_pack.reference import WORD_BITS, Packed, affine, nearest_code
+from pallas_kernels.quantize_pack.reference import Packed, affine, nearest_code
 from pallas_kernels.tpu_tiles import LANES, SUBLANES, slots_minor
+from pallas_kernels.words import WORD_BITS
 
 _SLOTS = 512  # of a tile at least, unless there are fewer
 _BYTES = 2**20  # of float32 in a tile at most; a tile is held several times while it is worked on
@@ -79,7 +80,7 @@ def _quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
         name="quantize_pack",
     )(x, valid.astype(jnp.int32))
-    return Packed(words, affine)
+    return Packed(words, affine, bits, axis)
 
 
 def _tile(bits: int, group: int, axis: str) -> int:

@@ -1,20 +1,23 @@
-"""Defines `quantize_pack` and its inverse."""
+"""Defines `quantize_pack`, and what its codes stand for."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from pallas_kernels.tpu_tiles import LANES
+from pallas_kernels.encoded import cut_slots
+from pallas_kernels.words import WORD_BITS, pack, unpack
 
-WORD_BITS = 32
+Axis = Literal["channel", "token"]
 
 
-class Packed(NamedTuple):
-    """Affine codes of `x[B, K, S, H]`: `x ~ scale * code + zero`, `code` in `[0, 2**bits)`.
+@struct.dataclass
+class Packed:
+    """Affine codes of `x[B, K, S, H]`: `x ~ scale * code + zero`, `code` in `[0, 2**bits)`. See `Encoded`.
 
     Codes are packed along slots, low bits first: slot `s` is bits `[bits * j, bits * (j + 1))` of word
     `s // per`, `j = s % per`, `per = 32 / bits`. H stays the minor axis. Where it does not fill the 128 lanes of a
@@ -24,20 +27,63 @@ class Packed(NamedTuple):
 
     words: jax.Array  # u32[B, K, S * bits / 32 / in_row, in_row * H]
     affine: jax.Array  # scales, then zeros: [B, K, S / group, 2 * H] ("channel") or [B, K, 2 * H / group, S] ("token")
+    bits: int = struct.field(pytree_node=False)  # 2, 4 or 8
+    axis: Axis = struct.field(pytree_node=False)  # along which entries share a scale: see `quantize_pack`
 
-    def channels(self, bits: int, slots: int) -> int:
-        """H of the numbers that are packed here in a number of slots."""
-        rows, width = self.words.shape[2:]
-        return rows * width * (WORD_BITS // bits) // slots if slots else width
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(B, K, S, H)`; without slots H is the width of the words' rows."""
+        B, K, rows, width = self.words.shape
+        count = rows * width * (WORD_BITS // self.bits)
+        if self.axis == "channel":
+            H = self.affine.shape[3] // 2
+            return B, K, count // H, H
+        S = self.affine.shape[3]
+        return B, K, S, count // S if S else width
 
-    def scale_and_zero(self, axis: str) -> tuple[jax.Array, jax.Array]:
+    @property
+    def in_row(self) -> int:
+        """Words of a channel that lie side by side."""
+        return self.words.shape[3] // self.shape[3]
+
+    @property
+    def group(self) -> int:
+        """Entries that share a scale: slots of a channel, or channels of a slot."""
+        if self.axis == "channel":
+            return self.shape[2] // self.affine.shape[2] if self.affine.shape[2] else 1
+        return 2 * self.shape[3] // self.affine.shape[2]
+
+    @property
+    def block(self) -> int:
+        """Slots of whole rows of words and, with scales per channel, of whole groups."""
+        return math.lcm(WORD_BITS // self.bits * self.in_row, self.group if self.axis == "channel" else 1)
+
+    def cut(self, start: jax.Array | int, size: int) -> Packed:
+        """See `Encoded.cut`."""
+        of_row = WORD_BITS // self.bits * self.in_row  # slots
+        of_scale, axis = (self.group, 2) if self.axis == "channel" else (1, 3)
+        return self.replace(
+            words=cut_slots(self.words, start // of_row, size // of_row),
+            affine=cut_slots(self.affine, start // of_scale, size // of_scale, axis=axis),
+        )
+
+    def decode(self, dtype=jnp.float32) -> jax.Array:
+        """`scale * code + zero`, computed in float32."""
+        B, K, S, H = self.shape
+        code = unpack(self.words.reshape(B, K, -1, H), self.bits).astype(jnp.float32)
+        if not S:  # no group says how long it is
+            return code.astype(dtype)
+        scale, zero = self.scale_and_zero()
+        if self.axis == "token":
+            scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
+        grouped_shape, reduce_axis = _grouping((B, K, S, H), self.group, self.axis)
+        x = code.reshape(grouped_shape) * jnp.expand_dims(scale.astype(jnp.float32), reduce_axis)
+        x = x + jnp.expand_dims(zero.astype(jnp.float32), reduce_axis)
+        return x.reshape(B, K, S, H).astype(dtype)
+
+    def scale_and_zero(self) -> tuple[jax.Array, jax.Array]:
         """The halves of `affine`."""
-        return tuple(jnp.split(self.affine, 2, axis=3 if axis == "channel" else 2))
-
-
-def words_in_row(channels: int, words: int) -> int:
-    """How many words of a channel lie side by side, if pieces of `words` words are written and read on their own."""
-    return math.gcd(LANES // channels, words) if LANES % channels == 0 else 1
+        return tuple(jnp.split(self.affine, 2, axis=3 if self.axis == "channel" else 2))
 
 
 def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=1):
@@ -56,7 +102,7 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=
     if axis == "token":  # [B, K, S, H / group] -> slots minor
         scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
     words = pack(code, bits).reshape(B, K, S * bits // WORD_BITS // in_row, in_row * H)
-    return Packed(words, jnp.concatenate([scale, zero], axis=3 if axis == "channel" else 2))
+    return Packed(words, jnp.concatenate([scale, zero], axis=3 if axis == "channel" else 2), bits, axis)
 
 
 def affine(lo: jax.Array, hi: jax.Array, *, bits: int, scale_dtype, clip: float) -> tuple[jax.Array, jax.Array]:
@@ -79,43 +125,6 @@ def nearest_code(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> 
     """The code of float32 `x`, as a whole float32 between 0 and `2**bits - 1`."""
     code = (x - zero.astype(jnp.float32)) / scale.astype(jnp.float32)
     return jnp.clip(jnp.round(code), 0, 2**bits - 1)
-
-
-def dequantize(packed, *, bits, axis, dtype=jnp.float32):
-    """See `pallas_kernels.quantize_pack.api.dequantize`."""
-    H = packed.affine.shape[3] // 2 if axis == "channel" else packed.channels(bits, packed.affine.shape[3])
-    B, K, rows, width = packed.words.shape
-    code = unpack(packed.words.reshape(B, K, rows * width // H, H), bits).astype(jnp.float32)
-    S = code.shape[2]
-    if not S:  # no group says how long it is
-        return code.astype(dtype)
-    scale, zero = packed.scale_and_zero(axis)
-    if axis == "token":
-        scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
-        group = H // scale.shape[3]
-    else:
-        group = S // scale.shape[2]
-    grouped_shape, reduce_axis = _grouping((B, K, S, H), group, axis)
-    x = code.reshape(grouped_shape) * jnp.expand_dims(scale.astype(jnp.float32), reduce_axis)
-    x = x + jnp.expand_dims(zero.astype(jnp.float32), reduce_axis)
-    return x.reshape(B, K, S, H).astype(dtype)
-
-
-def pack(code: jax.Array, bits: int) -> jax.Array:
-    """u32[B, K, S, H] codes below `2**bits` -> u32[B, K, S * bits / 32, H] words, low bits first."""
-    B, K, S, H = code.shape
-    per = WORD_BITS // bits
-    shifts = (jnp.arange(per, dtype=jnp.uint32) * bits)[:, None]
-    fields = code.reshape(B, K, S // per, per, H) << shifts
-    return jnp.sum(fields, axis=3, dtype=jnp.uint32)  # fields do not overlap: the sum is their union
-
-
-def unpack(words: jax.Array, bits: int) -> jax.Array:
-    """The inverse of `pack`: u32[B, K, S, H] codes."""
-    B, K, W, H = words.shape
-    per = WORD_BITS // bits
-    shifts = (jnp.arange(per, dtype=jnp.uint32) * bits)[:, None]
-    return ((words[:, :, :, None] >> shifts) & (2**bits - 1)).reshape(B, K, W * per, H)
 
 
 def _grouping(shape, group, axis):

@@ -1,6 +1,9 @@
 """Attention of a few queries over packed pages that belong to KV heads."""
 
-from pallas_kernels.ragged_quantized_decode_attention.api import ragged_quantized_decode_attention
-from pallas_kernels.ragged_quantized_decode_attention.reference import as_pages, in_a_row
+from pallas_kernels.ragged_quantized_decode_attention.api import (
+    as_pages,
+    in_a_row,
+    ragged_quantized_decode_attention,
+)
 
 __all__ = ["as_pages", "in_a_row", "ragged_quantized_decode_attention"]

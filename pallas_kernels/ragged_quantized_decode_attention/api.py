@@ -1,20 +1,13 @@
-"""Chooses an implementation of `ragged_quantized_decode_attention`."""
+"""`ragged_quantized_decode_attention`: the name by which callers still ask for packed pages."""
 
 from __future__ import annotations
 
 import jax
 
-from pallas_kernels.dispatch import Implementation, Op
+from pallas_kernels.decode_attention import PageRun, Pages, decode_attention
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import Axis, Packed
-from pallas_kernels.ragged_decode_attention import PageRun
-from pallas_kernels.ragged_quantized_decode_attention import mosaic_tpu, reference
-
-_OP = Op(
-    "ragged_quantized_decode_attention",
-    reference.ragged_quantized_decode_attention,
-    mosaic_tpu=mosaic_tpu.kernel,
-)
+from pallas_kernels.quantize_pack.api import told
 
 
 def ragged_quantized_decode_attention(
@@ -26,38 +19,32 @@ def ragged_quantized_decode_attention(
     k_pos: jax.Array,
     *,
     kv_heads: int,
-    bits: int,
-    key_axis: Axis = "channel",
+    bits: int | None = None,
+    key_axis: Axis | None = None,
     bias: jax.Array | None = None,
     run: PageRun | None = None,
-    window: int | None = None,
-    scale: float | None = None,
-    implementation: Implementation | None = None,
+    **how,
 ) -> Partial:
-    """`ragged_decode_attention` over pages whose keys and values are packed.
+    """`decode_attention` with `Pages(owner, kv_heads, run)`, of k and v [B, 1, S, H], k_pos and bias [B, S]."""
+    told(k, bits=bits, axis=key_axis)
+    bias = None if bias is None else bias[:, None]
+    return decode_attention(q, k, v, q_pos, k_pos[:, None], bias=bias, pages=Pages(owner, kv_heads, run), **how)
 
-    Args:
-      q: [B, T, N, H] queries, already rotated.
-      k: keys [B, 1, S, H], packed with `axis=key_axis`: P pages of S / P slots, one after the other, each of whole rows
-        of words and whole groups.
-      v: values, packed alike with `axis="token"`.
-      owner: i32[B, P], the KV head of every page, in any order.
-      q_pos: i32[B, T] token positions, -1 for padding.
-      k_pos: i32[B, S] token positions, -1 for empty slots.
-      kv_heads: [K].
-      bits: of `k` and `v`.
-      key_axis: "channel" or "token", what shares a scale with what in the keys.
-      bias: f32[B, S] added to the logits. Optional.
-      run: the pages to attend to; the work is theirs. None: all.
-      window: tokens a query looks back over, itself included. None: all.
-      scale: multiplies the dot products. None: `H ** -0.5`.
-      implementation: which one, and no other. None: see `pallas_kernels.dispatch.Op`.
 
-    Returns:
-      `Partial(out f32[B, T, N, H'], lse f32[B, T, N])`.
+def as_pages(x: Packed, pages: int, axis: str | None = None) -> Packed:
+    """[B, 1, P * page, H] -> [B, P, page, H], packed: pages as heads."""
+    words, affine = x.words, x.affine
+    words = words.reshape(words.shape[0], pages, -1, words.shape[3])
+    if x.axis == "channel":
+        return x.replace(words=words, affine=affine.reshape(affine.shape[0], pages, -1, affine.shape[3]))
+    affine = affine.reshape(affine.shape[0], affine.shape[2], pages, -1).swapaxes(1, 2)
+    return x.replace(words=words, affine=affine)
 
-    Raises:
-      NotImplementedError: the implementation asked for does not take these shapes.
-    """
-    how = dict(kv_heads=kv_heads, bits=bits, key_axis=key_axis, window=window, scale=scale)
-    return _OP(implementation, q, k, v, owner, q_pos, k_pos, bias, run, **how)
+
+def in_a_row(x: Packed, axis: str | None = None) -> Packed:
+    """The inverse of `as_pages`."""
+    flat = lambda x: x.reshape(x.shape[0], 1, -1, x.shape[3])
+    if x.axis == "channel":
+        return x.replace(words=flat(x.words), affine=flat(x.affine))
+    affine = x.affine.swapaxes(1, 2)  # [B, 2 * n, P, page]
+    return x.replace(words=flat(x.words), affine=affine.reshape(affine.shape[0], 1, affine.shape[1], -1))

@@ -11,7 +11,7 @@ from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.transforms.evict_across_layers import proportional
 from kvjax.transforms.evict_by_head import choose, pages_for
-from pallas_kernels.ragged_decode_attention import page_run
+from pallas_kernels.decode_attention import pages
 from tests.kvjax import papers
 from tests.quick_jit import quick_jit
 
@@ -54,7 +54,7 @@ def _queries(batch: int) -> Queries:
 
 @pytest.mark.parametrize("batch, page, tile", [(1, 4, 2), (2, 1, 4), (2, 8, 64)])
 def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
-    monkeypatch.setattr(page_run, "_TILE", tile)
+    monkeypatch.setattr(pages, "_TILE", tile)
     layers, keep = _layers(batch)
     pool, views = _pool(layers, keep, page)
     queries = _queries(batch)
@@ -79,11 +79,11 @@ def test_every_layer_reads_its_own_pages(batch, page, tile, monkeypatch):
 
 
 def test_a_layer_reads_no_more_tiles_than_it_has(monkeypatch):
-    monkeypatch.setattr(page_run, "_TILE", 2)
+    monkeypatch.setattr(pages, "_TILE", 2)
     layers, keep = _layers(2)
     pool, views = _pool(layers, keep, 4)
     tiles = []
-    monkeypatch.setattr(page_run, "fold", lambda attend, count: tiles.append(int(count)))
+    monkeypatch.setattr(pages, "fold", lambda attend, count: tiles.append(int(count)))
     for view in views:
         view.inlined({"pool": pool}).attend(_queries(2), window=None)
     counts = [-(-np.asarray(keep[:, layer].sum(axis=-1)) // 4) for layer in range(L)]

@@ -39,8 +39,8 @@ def _codes(k, v, key_book, value_book, k_pos):
 def test_attention_over_centroids(S, how):
     q, k, v, *books, q_pos, k_pos = _draw(S, S)
     codes = _codes(k, v, *books, k_pos)
-    got = codebook_decode_attention(q, *codes, *books, q_pos, k_pos, **how)
-    want = attention(q, *(pq.reconstruct(c, book) for c, book in zip(codes, books)), q_pos, k_pos, **how)
+    got = codebook_decode_attention(q, *codes, q_pos, k_pos, **how)
+    want = attention(q, *(x.decode() for x in codes), q_pos, k_pos, **how)
     assert got.out.dtype == got.lse.dtype == jnp.float32
     np.testing.assert_allclose(got.out, want.out, **CLOSE)
     np.testing.assert_allclose(got.lse, want.lse, **CLOSE)
@@ -48,9 +48,7 @@ def test_attention_over_centroids(S, how):
 
 def test_the_papers_lookup_tables():
     q, k, v, key_book, value_book, q_pos, k_pos = _draw(0, 32)
-    got = codebook_decode_attention(
-        q, *_codes(k, v, key_book, value_book, k_pos), key_book, value_book, q_pos, k_pos
-    )
+    got = codebook_decode_attention(q, *_codes(k, v, key_book, value_book, k_pos), q_pos, k_pos)
     key_codes, value_codes = nearest(k, key_book), nearest(v, value_book)
     key_book, value_book = (np.asarray(book, np.float64) for book in (key_book, value_book))
     for b in range(B):
@@ -72,6 +70,6 @@ def test_the_papers_lookup_tables():
 @pytest.mark.parametrize("S", [0, 16])
 def test_empty_slots_make_an_empty_part(S):
     q, k, v, *books, q_pos, k_pos = _draw(4, 16)
-    codes = jax.tree.map(lambda x: x[:, :, : x.shape[2] * S // 16], _codes(k, v, *books, k_pos))
-    part = codebook_decode_attention(q, *codes, *books, q_pos, np.full((B, K, S), -1, np.int32))
+    codes = (x.cut(0, S) for x in _codes(k, v, *books, k_pos))
+    part = codebook_decode_attention(q, *codes, q_pos, np.full((B, K, S), -1, np.int32))
     assert not part.out.any() and (part.lse == -jnp.inf).all()

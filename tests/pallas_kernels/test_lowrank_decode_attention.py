@@ -8,7 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
-from pallas_kernels.lowrank_decode_attention import api, reference
+from pallas_kernels.decode_attention import reference
+from pallas_kernels.lowrank_decode_attention import api
 from pallas_kernels.shapes import CHECKED_LOWRANK, DecodeShape, LowrankShape
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import tolerance

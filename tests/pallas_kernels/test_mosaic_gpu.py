@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.decode_attention.mosaic_gpu import SLOTS, as_rows, by_token, parts
+from pallas_kernels.decode_attention.mosaic_gpu_dense import SLOTS, as_rows, by_token, parts
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import quantize_pack, words_in_row
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
@@ -147,7 +147,7 @@ def test_unsupported_shapes_are_named(shape, reason):
 def test_unsupported_packed_shapes_are_named(shape, how, reason):
     arrays = quantized(shape, 4, "channel", **how)
     op = functools.partial(quantized_decode_attention, bits=4, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match=f"quantized_decode_attention: mosaic_gpu {reason}"):
+    with pytest.raises(NotImplementedError, match=f"decode_attention: mosaic_gpu {reason}"):
         jax.eval_shape(op, *arrays)
 
 
@@ -163,5 +163,5 @@ def test_unsupported_packed_shapes_are_named(shape, how, reason):
 )
 def test_unsupported_pages_are_named(shape, reason):
     op = functools.partial(ragged_decode_attention, kv_heads=shape.decode.K, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match=f"ragged_decode_attention: mosaic_gpu .*{reason}"):
+    with pytest.raises(NotImplementedError, match=f"decode_attention: mosaic_gpu .*{reason}"):
         jax.eval_shape(op, *shape.abstract())

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
 from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.quantized_decode_attention.word_rows import halves, in_order
+from pallas_kernels.decode_attention.tiles.word_rows import halves, in_order
 from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
 from pallas_kernels.shapes import DecodeShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
 from tests.pallas_kernels.kernel_tolerance import tolerance
@@ -64,7 +64,7 @@ def test_zeros_far_from_the_codes_are_not_rounded():
     shape = QuantizedShape(DecodeShape(K=2, G=4, S=512, dtype="bfloat16"), 4)
     q, k, v, q_pos, k_pos = shape.draw(0)
     n = v.affine.shape[2] // 2
-    moved = [k._replace(affine=k.affine.at[..., 128:].add(50)), v._replace(affine=v.affine.at[:, :, n:].add(50))]
+    moved = [k.replace(affine=k.affine.at[..., 128:].add(50)), v.replace(affine=v.affine.at[:, :, n:].add(50))]
     op = functools.partial(quantized_decode_attention, bits=4, scale=0.01)
     with pltpu.force_tpu_interpret_mode():
         got = quick_jit(functools.partial(op, implementation="mosaic_tpu"))(q, *moved, q_pos, k_pos)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.product_quantize import api
-from pallas_kernels.quantize_pack.reference import unpack
+from pallas_kernels.words import unpack
 from tests.quick_jit import quick_jit
 
 product_quantize = quick_jit(api.product_quantize)
-reconstruct = quick_jit(api.reconstruct)
+decode = quick_jit(lambda codes: codes.decode())
 
 
 def _codebook(seed: int, parts: int, centroids: int, width: int, dtype="float32"):
@@ -29,10 +29,11 @@ def test_codes_and_words_by_hand():
     codebook = jnp.float32([[0, 1, 2, 3], [3, 2, 1, 0]])[..., None]
     values = np.tile([0.2, 0.9, 2.4, 7.0], 4)
     x = jnp.float32(np.stack([values, values], axis=-1)).reshape(1, 1, 16, 2)
-    (words,) = product_quantize(x, jnp.ones((1, 1, 16), bool), codebook)
+    codes = product_quantize(x, jnp.ones((1, 1, 16), bool), codebook)
+    (words,) = codes.planes
     assert words.shape == (1, 1, 1, 2) and words.dtype == jnp.uint32
     assert words.ravel().tolist() == [0xE4E4E4E4, 0x1B1B1B1B]  # 0 1 2 3 and 3 2 1 0, low bits first
-    np.testing.assert_array_equal(reconstruct((words,), codebook)[0, 0, :4], [[0, 0], [1, 1], [2, 2], [3, 3]])
+    np.testing.assert_array_equal(decode(codes)[0, 0, :4], [[0, 0], [1, 1], [2, 2], [3, 3]])
 
 
 @pytest.mark.parametrize("bits, planes", [(4, (4,)), (6, (4, 2)), (8, (8,)), (10, (8, 2))])
@@ -43,20 +44,20 @@ def test_each_sub_vector_becomes_its_nearest_centroid(bits, planes, dtype):
     x = rng.normal(size=(2, 2, 48, 6)).astype(np.float32)
     valid = rng.random((2, 2, 48)) < 0.8
     codes = product_quantize(x, valid, codebook)
-    assert [words.nbytes for words in codes] == [2 * 2 * 48 * 3 * plane // 8 for plane in planes]
+    assert [words.nbytes for words in codes.planes] == [2 * 2 * 48 * 3 * plane // 8 for plane in planes]
     got, shift = 0, 0
-    for words, plane in zip(codes, planes, strict=True):
+    for words, plane in zip(codes.planes, planes, strict=True):
         got, shift = got + (np.asarray(unpack(words, plane)).astype(int) << shift), shift + plane
     want = np.where(valid[..., None], nearest(x, codebook), 0)
     np.testing.assert_array_equal(got, want)  # random numbers have no ties
     centroids = np.asarray(codebook).astype(np.float32)
     expected = centroids[np.arange(3), want].reshape(2, 2, 48, 6)
-    np.testing.assert_array_equal(reconstruct(codes, codebook), expected)
+    np.testing.assert_array_equal(decode(codes), expected)
 
 
 def test_ties_go_to_the_lower_code():
     codebook = jnp.float32([[1, -1, 1, -1]])[..., None]
-    (words,) = product_quantize(jnp.zeros((1, 1, 16, 1)), jnp.ones((1, 1, 16), bool), codebook)
+    (words,) = product_quantize(jnp.zeros((1, 1, 16, 1)), jnp.ones((1, 1, 16), bool), codebook).planes
     assert not words.any()
 
 

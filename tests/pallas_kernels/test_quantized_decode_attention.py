@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize_pack import Packed, words_in_row
+from pallas_kernels.quantize_pack import words_in_row
 from pallas_kernels.quantize_pack import api as packing
 from pallas_kernels.quantized_decode_attention import api as op
 from tests.pallas_kernels.attention_numpy import attention
@@ -89,8 +89,7 @@ def test_window_and_scale():
 def test_empty_slots_make_an_empty_part(S):
     q, k, v, q_pos, k_pos = _draw(4, max(S, 16), 4)
     if S == 0:
-        k = jax.tree.map(lambda x: x[:, :, :0], k)
-        v = Packed(v.words[:, :, :0], v.affine[..., :0])
+        k, v = k.cut(0, 0), v.cut(0, 0)
         k_pos = k_pos[:, :, :0]
     part = quantized_decode_attention(q, k, v, q_pos, jnp.full_like(k_pos, -1), bits=4)
     assert not part.out.any()

@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_decode_attention import PageRun, api, page_run
+from pallas_kernels.decode_attention import PageRun, pages
+from pallas_kernels.ragged_decode_attention import api
 from pallas_kernels.shapes import CHECKED_RAGGED, DecodeShape, RaggedShape
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import FLOAT32, tolerance
@@ -49,7 +51,7 @@ def test_a_head_is_the_concatenation_of_its_pages():
 
 
 def test_a_run_of_pages_is_a_list_of_its_own(monkeypatch):
-    monkeypatch.setattr(page_run, "_TILE", 4)
+    monkeypatch.setattr(pages, "_TILE", 4)
     shape = RaggedShape(DecodeShape(B=4, T=2, K=3, G=2, H=16), P=11, page=4)
     q, k, v, owner, q_pos, k_pos = args = shape.draw(3)
     runs = [(2, 7), (8, 3), (5, 0), (0, 11)]  # one that ends with the list, one of none, one of all
@@ -90,4 +92,5 @@ def test_the_tpu_kernel(shape, runs):
 def test_unsupported_shapes_are_named():
     shape = RaggedShape(DecodeShape(T=65, K=2), P=2)
     with pytest.raises(NotImplementedError, match=r"T \* N = 130 of q \[1, 65, 2, 128\]"):
-        api.ragged_decode_attention(*shape.abstract(), kv_heads=2, implementation="mosaic_tpu")
+        op = functools.partial(api.ragged_decode_attention, kv_heads=2, implementation="mosaic_tpu")
+        jax.eval_shape(op, *shape.abstract())

@@ -1,4 +1,4 @@
-"""`ragged_decode_attention` on TPU: the decode skeleton over one list of slots, which the queries of all heads read.
+"""Reads pages of KV heads: one list of slots, which the queries of all heads read.
 
 Every tile of pages is multiplied by all T * N queries, of which each sees the slots of its own head. The matrix unit
 holds the slots and streams the queries, so up to its height the queries of other heads take no time; the time is that
@@ -14,45 +14,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.mosaic_tpu import dense_keys, dense_values, vmem_bytes
-from pallas_kernels.dispatch import Kernel
-from pallas_kernels.partial import Partial
-from pallas_kernels.ragged_decode_attention.page_run import PageRun
-from pallas_kernels.tpu_decode import (
-    LEAST_SLOTS,
-    MOST_ROWS,
-    Keys,
-    Stored,
-    attend,
-    logits_bytes,
-    padded_rows,
-    repeated_rows,
-)
-from pallas_kernels.tpu_decode_blocks import Blocks, blocks
+from pallas_kernels.decode_attention.pages import Pages
+from pallas_kernels.tpu_decode import LEAST_SLOTS, MOST_ROWS, Keys, Stored, repeated_rows
+from pallas_kernels.tpu_decode_blocks import Blocks
 from pallas_kernels.tpu_tiles import LANES
 
 _UNIT = 8  # slots that one entry of the owners stands for, at most
+_ENCODED_UNIT = 4  # the same where they are decoded: a tile of twice as many is too large then
 _MOST_HEADS = 256  # numbers that bfloat16 holds exactly
 
 
-class Pages(NamedTuple):
-    """Slots of one list, page after page, each page with its KV head."""
+class OwnedSlots(NamedTuple):
+    """The slots of pages, in one list."""
 
-    owner: jax.Array  # i32[B, P]
+    pages: Pages
     slots: int  # [S]
-    kv_heads: int
-    most_unit: int = _UNIT
+    encoded: bool
 
     @property
     def page(self) -> int:
         """Slots of a page."""
-        return self.slots // self.owner.shape[1]
+        return self.slots // self.pages.owner.shape[1]
 
     @property
     def unit(self) -> int:
         """Slots that one entry of the owners stands for in the kernel: a page, or a part of it."""
-        return math.gcd(self.page, self.most_unit)
+        return math.gcd(self.page, _ENCODED_UNIT if self.encoded else _UNIT)
 
     @property
     def step(self) -> int:
@@ -73,8 +60,8 @@ class Pages(NamedTuple):
     def owned(self, keys: Keys, q: jax.Array) -> Keys:
         """Keys of the list, each of which the queries of its owner alone see, of all [B, T, N, H]."""
         unit, heads, period = self.unit, q.shape[2], repeated_rows(q, 1)
-        group = heads // self.kv_heads
-        units = Stored(_repeated(self.owner, self.page // unit)[:, None, None], 3, unit)
+        group = heads // self.pages.kv_heads
+        units = Stored(_repeated(self.pages.owner, self.page // unit)[:, None, None], 3, unit)
 
         def logits(queries, pos, *tiles):
             *tiles, owner = tiles
@@ -95,8 +82,10 @@ class Pages(NamedTuple):
 
         return Keys((*keys.stored, units), logits, lambda q, pos, *tiles: keys.queries(q, pos, *tiles[:-1]))
 
-    def within(self, run: PageRun | None) -> tuple[jax.Array, jax.Array] | None:
+    @property
+    def within(self) -> tuple[jax.Array, jax.Array] | None:
         """The slots of a run of pages, for `attend`."""
+        run = self.pages.run
         return None if run is None else (run.first * self.page, (run.first + run.count) * self.page)
 
 
@@ -118,43 +107,3 @@ def head_limit(q: jax.Array, kv_heads: int, slots: int) -> str | None:
     if slots < LEAST_SLOTS:
         return f"takes {LEAST_SLOTS} slots or more, got S = {slots}"
     return None
-
-
-def _sizes(q, k, v, pages: Pages) -> Blocks | None:
-    one_head = [jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype) for x in (k, v)]
-    widened = sum(x.shape[2] * q.dtype.itemsize for x in (k, v) if x.dtype.itemsize == 1)
-    key = block_sizes.key(
-        rows=padded_rows(q, 1), H=k.shape[2], H_v=v.shape[2], unit=pages.unit, q=q.dtype, k=k.dtype, v=v.dtype
-    )
-    sizes = sum(map(vmem_bytes, one_head)) + 4, widened + logits_bytes(q, 1) + pages.expanded_bytes
-    name = "ragged_decode_attention.mosaic_tpu"
-    fitted = blocks(name, key, 1, pages.slots, *sizes, rows=padded_rows(q, 1), step=pages.step, most=8 * pages.step)
-    return pages.whole(fitted)
-
-
-def _unsupported(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> str | None:
-    pages = Pages(owner, k.shape[1], kv_heads)
-    if limit := head_limit(q, kv_heads, pages.slots):
-        return limit
-    if _sizes(q, k, v, pages) is None:
-        return f"finds no tile of [S, H] = {list(k.shape[1:])} that fits"
-    return None
-
-
-def _ragged_decode_attention(q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window, scale) -> Partial:
-    pages, one_head = Pages(owner, k.shape[1], kv_heads), lambda x: x[:, None]
-    return attend(
-        q,
-        pages.owned(dense_keys(one_head(k), q.dtype), q),
-        dense_values(one_head(v), q.dtype),
-        q_pos,
-        one_head(k_pos),
-        None if bias is None else one_head(bias),
-        pages.within(run),
-        sizes=_sizes(q, k, v, pages),
-        window=window,
-        scale=scale,
-    )
-
-
-kernel = Kernel(_ragged_decode_attention, _unsupported)

@@ -1,4 +1,4 @@
-"""Attention over pages, or a run of them in every row, of which each is a KV head."""
+"""Pages that belong to KV heads, and attention over them, or a run of them in every row, as if each were a head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from pallas_kernels.encoded import cut_slots, is_encoded
 from pallas_kernels.partial import Partial, combine_by_owner, fold
 
 _TILE = 32  # pages that are read at a time where a run of them is attended to
@@ -25,6 +27,15 @@ class PageRun(NamedTuple):
         return (index >= first) & (index < first + count)
 
 
+@struct.dataclass
+class Pages:
+    """Slots in one list, page after page, each page with the KV head it belongs to."""
+
+    owner: jax.Array  # i32[B, P], in any order
+    kv_heads: int = struct.field(pytree_node=False)  # [K]
+    run: PageRun | None = None  # the pages that are attended to, whose work it is; None: all
+
+
 def over_pages(
     attend: Callable[[jax.Array, Callable], Partial], owner: jax.Array, kv_heads: int, run: PageRun | None
 ) -> Partial:
@@ -34,7 +45,7 @@ def over_pages(
 
     Args:
       attend: `(owner i32[B, n], cut) -> Partial` of the queries of n pages; `cut(x, axis=1)` is what these pages have
-        of an array in which those of all P lie one after the other along an axis.
+        of an array in which those of all P lie one after the other along an axis, or of an encoded array.
       owner: i32[B, P], the KV head of every page.
       kv_heads: [K].
       run: None: all pages.
@@ -51,17 +62,11 @@ def over_pages(
         mine = run.has(index) & (index >= start[:, None])
 
         def cut(x, axis=1):
-            unit = x.shape[axis] // pages  # entries of a page
-            return _rows_from(x, at * unit, size * unit, axis)
+            unit = x.shape[2 if is_encoded(x) else axis] // pages  # entries of a page
+            return x.cut(at * unit, size * unit) if is_encoded(x) else cut_slots(x, at * unit, size * unit, axis=axis)
 
         part = cut(owner)
         return combine_by_owner(attend(part, cut), part, kv_heads, only=mine)
 
     return fold(read, -(-jnp.max(run.count) // size))
 
-
-def _rows_from(x: jax.Array, at: jax.Array, size: int, axis: int) -> jax.Array:
-    """`x[b, ..., at[b] : at[b] + size, ...]` of every row, along an axis."""
-    if x.shape[0] == 1:
-        return jax.lax.dynamic_slice_in_dim(x, at[0], size, axis)
-    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size, axis - 1))(x, at)

@@ -1,4 +1,4 @@
-"""`ragged_decode_attention` for Hopper GPUs. It was lowered for CUDA and has never run on a GPU: ask for it by name.
+"""Dense pages of KV heads on Hopper GPUs. Lowered for CUDA, never run on a GPU.
 
 The dense kernel over one list of slots, those of all pages. The rows of its products are the queries of all heads, of
 which each sees the slots of its own; without them most rows would be empty. Blocks take equal numbers of slots, whoever
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention.mosaic_gpu import ROWS, SLOTS, as_rows, attend, by_token
+from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention.mosaic_gpu_dense import ROWS, SLOTS, as_rows, attend, by_token
+from pallas_kernels.decode_attention.pages import Pages
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.partial import Partial, combine
-from pallas_kernels.ragged_decode_attention import reference
 
 
-def _unsupported(
-    q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window=None, scale=None
-) -> str | None:
+def _unsupported(q, k, v, q_pos, k_pos, bias, pages: Pages, *, window=None, scale=None) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
-    del q_pos, k_pos, bias, run, kv_heads, window, scale
+    del q_pos, k_pos, bias, window, scale
     _, T, N, H = q.shape
-    S, P = k.shape[1], owner.shape[1]
+    S, P = k.shape[2], pages.owner.shape[1]
     page = S // P
     if not q.dtype == k.dtype == v.dtype == jnp.bfloat16:
         return f"takes bfloat16 queries, keys and values, got {q.dtype}, {k.dtype} and {v.dtype}"
@@ -38,25 +37,24 @@ def _unsupported(
     return None
 
 
-def _ragged_decode_attention(
-    q, k, v, owner, q_pos, k_pos, bias=None, run=None, *, kv_heads, window=None, scale=None
-) -> Partial:
-    """See `pallas_kernels.ragged_decode_attention.api.ragged_decode_attention`."""
+def _decode_attention(q, k, v, q_pos, k_pos, bias, pages: Pages, *, window=None, scale=None) -> Partial:
     B, T, N, _ = q.shape
-    S, P = k.shape[1], owner.shape[1]
+    owner, kv_heads, run = pages.owner, pages.kv_heads, pages.run
+    S, P = k.shape[2], owner.shape[1]
     page = S // P
     if run is not None:
-        k_pos = jnp.where(jnp.repeat(run.has(jnp.arange(P)), page, axis=1), k_pos, -1)
+        k_pos = jnp.where(jnp.repeat(run.has(jnp.arange(P)), page, axis=1)[:, None], k_pos, -1)
     rows, row_pos = as_rows(q, q_pos, 1, scale)
     head = jnp.arange(ROWS, dtype=jnp.int32) % N // (N // kv_heads)  # rows are tokens times heads
+    flat = lambda x: None if x is None else x[:, 0]
     partials = attend(
         rows,
         T * N,
-        k,
-        v,
+        flat(k),
+        flat(v),
         row_pos,
-        k_pos,
-        bias,
+        flat(k_pos),
+        flat(bias),
         jnp.broadcast_to(head, (B, ROWS)),
         jnp.repeat(owner, page, axis=1),
         window=window,
@@ -64,12 +62,11 @@ def _ragged_decode_attention(
     partials = [by_token(partial, B, T, N) for partial in partials]
     first = S // SLOTS * SLOTS
     if first < S:
-        rest = lambda x: None if x is None else x[:, first:]
-        pages = (q, rest(k), rest(v), owner[:, first // page :], q_pos, rest(k_pos), rest(bias))
-        partials.append(
-            reference.ragged_decode_attention(*pages, None, kv_heads=kv_heads, window=window, scale=scale)
-        )
+        rest = lambda x: None if x is None else x[:, :, first:]
+        slots = q, rest(k), rest(v), q_pos, rest(k_pos), rest(bias)
+        behind = Pages(owner[:, first // page :], kv_heads)
+        partials.append(reference.decode_attention(*slots, pages=behind, window=window, scale=scale))
     return combine(partials)
 
 
-kernel = Kernel(_ragged_decode_attention, _unsupported)
+kernel = Kernel(_decode_attention, _unsupported)

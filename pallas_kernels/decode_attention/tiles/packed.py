@@ -1,4 +1,4 @@
-"""`quantized_decode_attention` on TPU: the decode skeleton over words that are unpacked in VMEM.
+"""Reads packed codes: words are unpacked in VMEM.
 
 Codes, which bfloat16 holds exactly, go to the matrix unit as they are; scales multiply what they are multiplied by.
 Those of keys per channel multiply the queries of a group of slots, those per token the logits, those of the values the
@@ -14,25 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sizes
-from pallas_kernels.dispatch import Kernel
-from pallas_kernels.partial import Partial
-from pallas_kernels.quantize_pack import WORD_BITS, Packed
-from pallas_kernels.quantized_decode_attention.word_rows import BLOCK, halves, in_order, of_half
+from pallas_kernels.decode_attention.tiles.word_rows import BLOCK, halves, in_order, of_half
+from pallas_kernels.quantize_pack import Packed
 from pallas_kernels.tpu_decode import (
+    Cost,
     Keys,
+    Loader,
     Stored,
     Values,
-    attend,
     logits_bytes,
-    padded_rows,
     product,
     repeated_rows,
-    row_limit,
     sum_of_copies,
 )
-from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
+from pallas_kernels.words import WORD_BITS
 
 _MOST_GROUPS = 16  # of channels
 _CHUNK = 256  # slots that are multiplied by the same queries: those that the largest matrix unit holds
@@ -68,14 +64,14 @@ def _halved(words: jax.Array, H: int, slots: int) -> bool:
     return 2 * H == words.shape[1] == LANES and slots % BLOCK == 0
 
 
-def keys_per_channel(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Keys:
+def keys_per_channel(k: Packed, q: jax.Array, kv_heads: int) -> Keys:
     """Scales and zeros [B, K, S / g, 2 * H].
 
     Scales multiply the queries: of a chunk of slots every group has its own, all of which are multiplied by all slots
     of the chunk, where the matrix unit has nothing else to do. Where that makes too many queries groups are restored in
     float32, as in the reference.
     """
-    group, H = slots // k.affine.shape[2], k.affine.shape[3] // 2
+    group, H, bits = k.group, k.shape[3], k.bits
     half, dtype, per_word = 2.0 ** (bits - 1), q.dtype, WORD_BITS // bits
     chunk, per, period = _chunk(q, kv_heads, group)
     base = max(period, SUBLANES)
@@ -138,7 +134,7 @@ def keys_per_channel(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: i
         found = [jnp.concatenate(x, axis=1) for x in found]
         return sum_of_copies(in_order(*found, per_word, dtype) if parts > 1 else found[0], period)
 
-    return Keys((_words(k, slots), Stored(k.affine, 2, group, mixed=True)), logits, queries)
+    return Keys((_words(k), Stored(k.affine, 2, group, mixed=True)), logits, queries)
 
 
 def _chunk(q: jax.Array, kv_heads: int, group: int) -> tuple[int, int, int]:
@@ -150,8 +146,9 @@ def _chunk(q: jax.Array, kv_heads: int, group: int) -> tuple[int, int, int]:
     return (chunk, per, period) if folds else (0, 0, 0)
 
 
-def keys_per_token(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Keys:
+def keys_per_token(k: Packed, q: jax.Array, kv_heads: int) -> Keys:
     """Scales and zeros [B, K, 2 * n, S]: `sum_i scale[i, s] <q_i, code_i[s]> + zero[i, s] sum(q_i)`, i of n groups."""
+    bits = k.bits
     period, dtype, half = repeated_rows(q, kv_heads), q.dtype, 2.0 ** (bits - 1)
 
     def logits(q, pos, words, affine):
@@ -170,12 +167,12 @@ def keys_per_token(k: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int
         found = found.reshape(*scale.shape) + half * sums
         return sum_of_copies(jnp.sum(found * scale + sums * zero, axis=0), period)
 
-    return Keys((_words(k, slots), Stored(k.affine, 3)), logits)
+    return Keys((_words(k), Stored(k.affine, 3)), logits)
 
 
-def values_per_token(v: Packed, bits: int, slots: int, q: jax.Array, kv_heads: int) -> Values:
+def values_per_token(v: Packed, q: jax.Array, kv_heads: int) -> Values:
     """Scales and zeros [B, K, 2 * n, S]: `sum_s p[s] scale[i, s] code_i[s] + sum_s p[s] zero[i, s]`, i of n groups."""
-    n, H = v.affine.shape[2] // 2, v.channels(bits, slots)
+    n, H, bits = v.affine.shape[2] // 2, v.shape[3], v.bits
     period, dtype, half = repeated_rows(q, kv_heads), q.dtype, 2.0 ** (bits - 1)
     width = v.words.shape[3] if 2 * H == LANES else H  # of sums: what halves of rows add is kept apart
     groups = -(-n * period // max(period, SUBLANES))  # of registers of rows, a group of channels for each copy
@@ -199,7 +196,7 @@ def values_per_token(v: Packed, bits: int, slots: int, q: jax.Array, kv_heads: i
         own = _own_channels(codes.shape, n, period)
         return sum_of_copies(jnp.sum(jnp.where(own, codes + zeros, 0.0), axis=0), period)
 
-    return Values((_words(v, slots), Stored(v.affine, 3)), ((groups, width), (groups, 1)), weigh, output, H)
+    return Values((_words(v), Stored(v.affine, 3)), ((groups, width), (groups, 1)), weigh, output, H)
 
 
 def _of_rows(affine: jax.Array, rows: int, period: int) -> tuple[jax.Array, jax.Array]:
@@ -242,95 +239,45 @@ def _index(shape, axis: int, step: int) -> jax.Array:
     return jax.lax.div(index, jnp.int32(step)) if step > 1 else index
 
 
-def _words(x: Packed, slots: int) -> Stored:
-    return Stored(x.words, 2, slots // x.words.shape[2])
+def _words(x: Packed) -> Stored:
+    return Stored(x.words, 2, WORD_BITS // x.bits * x.in_row)
 
 
-def sizes(
-    q,
-    k: Packed,
-    v: Packed,
-    S: int,
-    bits: int,
-    key_axis: str,
-    *,
-    name: str = "quantized_decode_attention.mosaic_tpu",
-    unit: int = 0,
-    step: int = 1,
-    expanded: float = 0.0,
-) -> Blocks | None:
-    """What a step of the grid reads, for a kernel of this `name`, with what it adds for units of pages."""
-    K = k.words.shape[1]
-    slot_bytes, expanded = 4.0, expanded + logits_bytes(q, K)
+def cost(x: Packed, q: jax.Array, kv_heads: int) -> Cost:
+    """See `Loader`."""
     in_lanes = lambda width: -(-width // LANES) * LANES
-    for x, axis in ((k, key_axis), (v, "token")):
-        in_row = S // x.words.shape[2]  # slots
-        slot_bytes += 4 * in_lanes(x.words.shape[3]) / in_row
-        restored = axis == "channel" and not _chunk(q, K, S // x.affine.shape[2])[0]
-        expanded += in_lanes(x.channels(bits, S)) * (8 if restored else q.dtype.itemsize)  # codes, and what they are
-        step = math.lcm(step, SUBLANES * in_row)
-        if axis == "token":
-            slot_bytes += x.affine.shape[2] * x.affine.dtype.itemsize
-            expanded += x.affine.shape[2] * logits_bytes(q, K) / 4  # a row for every query and scale
-        else:
-            group = S // x.affine.shape[2]
-            slot_bytes += in_lanes(x.affine.shape[3]) / group * x.affine.dtype.itemsize
-            step = math.lcm(step, SUBLANES * group)
-    group_of = lambda x, axis: (S if axis == "channel" else 2 * x.channels(bits, S)) // x.affine.shape[2]
-    key = block_sizes.key(
-        heads=K,
-        rows=padded_rows(q, K),
-        H=q.shape[3],
-        bits=bits,
-        key_axis=key_axis,
-        key_group=group_of(k, key_axis),
-        value_group=group_of(v, "token"),
-        q=q.dtype,
-        scale=k.affine.dtype,
-        unit=unit,
-    )
-    return blocks(name, key, K, S, slot_bytes, expanded, rows=padded_rows(q, K), step=step)
+    in_row, group = WORD_BITS // x.bits * x.in_row, x.group  # slots of a row of words
+    H, scales, width = x.shape[3], x.affine.shape[2], x.affine.dtype.itemsize
+    stored, step = 4 * in_lanes(x.words.shape[3]) / in_row, SUBLANES * in_row
+    restored = x.axis == "channel" and not _chunk(q, kv_heads, group)[0]
+    expanded = in_lanes(H) * (8 if restored else q.dtype.itemsize)  # codes, and what they are
+    if x.axis == "token":
+        stored += scales * width
+        expanded += scales * logits_bytes(q, kv_heads) / 4  # a row for every query and scale
+    else:
+        stored += in_lanes(x.affine.shape[3]) / group * width
+        step = math.lcm(step, SUBLANES * group)
+    key = (("", f"int{x.bits}"), ("width", H), ("axis", x.axis), ("group", group), ("scale", x.affine.dtype))
+    heads = x.words.shape[1] / kv_heads
+    return Cost(stored * heads, expanded, step, key)
 
 
-def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> str | None:
-    if v is None:
-        return "takes values of their own"
-    S = k_pos.shape[2]
-    if limit := row_limit(q, k.words.shape[1], S) or unsupported_groups(q, k, v, S, key_axis):
-        return limit
-    if sizes(q, k, v, S, bits, key_axis) is None:
-        group = S // k.affine.shape[2]
-        return f"finds no tile of [K, S, H] = {[*k_pos.shape[1:], q.shape[3]]} in groups of {group} that fits"
-    return None
-
-
-def unsupported_groups(q, k: Packed, v: Packed, S: int, key_axis: str) -> str | None:
-    """What is wrong with what shares a scale."""
-    group = S // k.affine.shape[2]
-    if key_axis == "channel" and group % SUBLANES:
-        return f"takes groups of a multiple of {SUBLANES} tokens, got {group}"
-    groups = max(x.affine.shape[2] // 2 for x in ((v,) if key_axis == "channel" else (k, v)))
+def _unsupported(x: Packed, q: jax.Array, kv_heads: int, role: str) -> str | None:
+    if role == "values" and x.axis != "token":
+        return "takes values that are packed per token"
+    if x.axis == "channel":
+        return f"takes groups of a multiple of {SUBLANES} tokens, got {x.group}" if x.group % SUBLANES else None
+    groups = x.affine.shape[2] // 2
     if groups > _MOST_GROUPS:
         return f"takes up to {_MOST_GROUPS} groups of channels, got {groups}"
-    rows = q.shape[1] * q.shape[2] // k.words.shape[1] * groups
+    rows = q.shape[1] * q.shape[2] // kv_heads * groups
     if rows > _MOST_SUMS:
         return f"takes up to {_MOST_SUMS} queries of a KV head times groups of channels, got T * G * {groups} = {rows}"
     return None
 
 
-def _quantized_decode_attention(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis, window, scale) -> Partial:
-    keys, S = keys_per_channel if key_axis == "channel" else keys_per_token, k_pos.shape[2]
-    return attend(
-        q,
-        keys(k, bits, S, q, k.words.shape[1]),
-        values_per_token(v, bits, S, q, k.words.shape[1]),
-        q_pos,
-        k_pos,
-        bias,
-        sizes=sizes(q, k, v, S, bits, key_axis),
-        window=window,
-        scale=scale,
-    )
+def _keys(x: Packed, q: jax.Array, kv_heads: int) -> Keys:
+    return (keys_per_channel if x.axis == "channel" else keys_per_token)(x, q, kv_heads)
 
 
-kernel = Kernel(_quantized_decode_attention, _unsupported)
+loader = Loader(_keys, values_per_token, cost, _unsupported)

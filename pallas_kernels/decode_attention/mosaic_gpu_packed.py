@@ -1,9 +1,9 @@
-"""`quantized_decode_attention` for Hopper GPUs. It was lowered for CUDA and has never run on a GPU: ask for it by name.
+"""Packed slots on Hopper GPUs. Lowered for CUDA, never run on a GPU.
 
-The dense kernel (see `pallas_kernels.decode_attention.mosaic_gpu`) with one step before each product: 64 slots are
-restored in registers and put into shared memory as bfloat16. Which 64 is what makes that simple. Attention does not
-mind the order of slots, so a tile is 64 groups of g slots, and a step of it takes one slot of every group: words are
-rows of a strided copy, keys' scales per channel are one row a group as they are stored, and nothing is shuffled.
+The dense kernel (see `mosaic_gpu_dense`) with one step before each product: 64 slots are restored in registers and put
+into shared memory as bfloat16. Which 64 is what makes that simple. Attention does not mind the order of slots, so a
+tile is 64 groups of g slots, and a step of it takes one slot of every group: words are rows of a strided copy, keys'
+scales per channel are one row a group as they are stored, and nothing is shuffled.
 
 It is written to be right, not fast: every element is unpacked by itself and multiplied with 64 rows, most of them
 empty, which by the published peaks of an H100 takes longer than reading 2 bits.
@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.mosaic_gpu import (
+from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention.mosaic_gpu_dense import (
     PROGRAMS,
     ROWS,
     SHARED_BYTES,
@@ -35,66 +36,64 @@ from pallas_kernels.decode_attention.mosaic_gpu import (
     visible_rows,
 )
 from pallas_kernels.dispatch import Kernel
+from pallas_kernels.encoded import cut
 from pallas_kernels.partial import Partial, combine
-from pallas_kernels.quantize_pack import WORD_BITS, Packed
-from pallas_kernels.quantized_decode_attention import reference
+from pallas_kernels.quantize_pack import Packed
+from pallas_kernels.words import WORD_BITS
 
 _GROUP = 32  # slots of a group where keys have a scale per token: any number would do
 _CHANNELS = 32  # that are restored at a time at least: the width of a swizzled row of `restored`
 
 
-def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis="channel", window=None, scale=None) -> str | None:
+def _unsupported(q, k: Packed, v: Packed, q_pos, k_pos, bias=None, *, window=None, scale=None) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del q_pos, window, scale
-    H, S = q.shape[-1], k_pos.shape[-1]
-    if v is None:
-        return "takes values of their own"
+    H, S, bits = q.shape[-1], k_pos.shape[-1], k.bits
+    if v.bits != bits or v.axis != "token":
+        return f"takes values of {bits} bits like the keys, packed per token, got {v.bits} per {v.axis}"
     if q.dtype != jnp.bfloat16 or {k.affine.dtype, v.affine.dtype} != {jnp.dtype(jnp.bfloat16)}:
         return f"takes bfloat16 queries and scales, got {q.dtype} and {k.affine.dtype}"
-    if H not in (64, 128) or v.channels(bits, S) != H:
-        return f"takes heads of 64 or 128 in q, k and v alike, got {H} and {v.channels(bits, S)}"
+    if H not in (64, 128) or v.shape[3] != H:
+        return f"takes heads of 64 or 128 in q, k and v alike, got {H} and {v.shape[3]}"
     if limit := row_limit(q, k.words.shape[1]):
         return limit
-    group = _group(k, key_axis, S)
+    group = _group(k)
     if group % (WORD_BITS // bits) or group % 8:
         return f"takes groups of whole words and a multiple of 8 tokens, got {group} for {bits} bits"
     if S < SLOTS * group or S % group:
         return f"takes whole groups of {group} slots, {SLOTS} or more, got S = {S}"
-    for name, x in [("values", v)] + [("keys", k)] * (key_axis == "token"):
+    for name, x in [("values", v)] + [("keys", k)] * (k.axis == "token"):
         width = 2 * H // x.affine.shape[2]
         if width % _CHANNELS:
             return f"takes {name} with a scale for a multiple of {_CHANNELS} channels, got {width}"
-    if _buffers(k, v, H, key_axis, group, bias) == 0:
+    if _buffers(k, v, H, bias) == 0:
         return f"holds {SLOTS} groups of slots in shared memory, too much in groups of {group}"
     return None
 
 
-def _buffers(k: Packed, v: Packed, H: int, key_axis: str, group: int, bias) -> int:
+def _buffers(k: Packed, v: Packed, H: int, bias) -> int:
     """Tiles of words in flight, two if there is room."""
-    slots = SLOTS * group
+    slots = SLOTS * _group(k)
     of_token = lambda x: 2 * x.affine.shape[2] * slots
-    of_keys = 4 * SLOTS * H if key_axis == "channel" else of_token(k)
+    of_keys = 4 * SLOTS * H if k.axis == "channel" else of_token(k)
     fixed = 2 * SLOTS * H + of_keys + of_token(v) + (4 if bias is None else 8) * (slots + SLOTS)
     return min(2, max(0, SHARED_BYTES - fixed) // (2 * 4 * SLOTS * H))
 
 
-def _group(k: Packed, key_axis: str, slots: int) -> int:
+def _group(k: Packed) -> int:
     """Slots of a group."""
-    return _GROUP if key_axis == "token" else slots // k.affine.shape[2]
+    return _GROUP if k.axis == "token" else k.group
 
 
-def _quantized_decode_attention(
-    q, k, v, q_pos, k_pos, bias=None, *, bits, key_axis="channel", window=None, scale=None
-) -> Partial:
-    """See `pallas_kernels.quantized_decode_attention.api.quantized_decode_attention`."""
+def _decode_attention(q, k: Packed, v: Packed, q_pos, k_pos, bias=None, *, window=None, scale=None) -> Partial:
     B, T, N, H = q.shape
     K, S = k_pos.shape[1:]
-    group = _group(k, key_axis, S)
+    group = _group(k)
     rows, row_pos = as_rows(q, q_pos, K, scale)
     tiles = S // (SLOTS * group)
     splits = block_sizes.choose(
-        "quantized_decode_attention.mosaic_gpu",
-        block_sizes.key(H=H, bits=bits, key_axis=key_axis, group=group, biased=int(bias is not None)),
+        "decode_attention.mosaic_gpu",
+        block_sizes.key(H=H, bits=k.bits, key_axis=k.axis, group=group, biased=int(bias is not None)),
         default=dict(programs=PROGRAMS[0]),
         candidates=[dict(programs=programs) for programs in PROGRAMS],
         fit=lambda sizes: parts(B * K, tiles, sizes["programs"]),
@@ -104,10 +103,10 @@ def _quantized_decode_attention(
     by_group = lambda x, *more: flat(x, *more, S // group, group)
     by_slot = lambda x: by_group(x.affine, x.affine.shape[2])
     words = [flat(x.words, S // group, -1, H) for x in (k, v)]  # one in a row
-    keys = by_channel(k) if key_axis == "channel" else by_slot(k)
+    keys = by_channel(k) if k.axis == "channel" else by_slot(k)
     per_slot = [by_group(k_pos)] + ([] if bias is None else [by_group(bias.astype(jnp.float32))])
     metadata = [keys, by_slot(v), *per_slot]
-    buffers = _buffers(k, v, H, key_axis, group, bias)
+    buffers = _buffers(k, v, H, bias)
     # What a tile needs of each: groups are its rows.
     in_tile = lambda x: plgpu.SMEM((*x.shape[1:-2], SLOTS, x.shape[-1]), x.dtype)
     written = -(-T * N // K // 8) * 8  # rows
@@ -118,8 +117,8 @@ def _quantized_decode_attention(
             tiles=tiles,
             splits=splits,
             buffers=buffers,
-            bits=bits,
-            key_axis=key_axis,
+            bits=k.bits,
+            key_axis=k.axis,
             window=window,
             biased=bias is not None,
         ),
@@ -144,25 +143,9 @@ def _quantized_decode_attention(
     partials = [by_token(Partial(out[i], lse[i]), B, T, N) for i in range(splits)]
     first = tiles * SLOTS * group
     if first < S:
-        cut = lambda x, axis, at: jax.lax.slice_in_dim(x, at, x.shape[axis], axis=axis)
-        behind = lambda x, axis: Packed(
-            cut(x.words, 2, x.words.shape[2] * first // S),
-            cut(x.affine, 2, first // group) if axis == "channel" else cut(x.affine, 3, first),
-        )
-        partials.append(
-            reference.quantized_decode_attention(
-                q,
-                behind(k, key_axis),
-                behind(v, "token"),
-                q_pos,
-                cut(k_pos, 2, first),
-                None if bias is None else cut(bias, 2, first),
-                bits=bits,
-                key_axis=key_axis,
-                window=window,
-                scale=scale,
-            )
-        )
+        rest = lambda x: None if x is None else cut(x, first, S - first)
+        slots = q, rest(k), rest(v), q_pos, rest(k_pos), rest(bias)
+        partials.append(reference.decode_attention(*slots, window=window, scale=scale))
     return combine(partials)
 
 
@@ -297,4 +280,4 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-kernel = Kernel(_quantized_decode_attention, _unsupported)
+kernel = Kernel(_decode_attention, _unsupported)

@@ -1,0 +1,1 @@
+"""How TPU kernels read keys and values, one file a representation."""
