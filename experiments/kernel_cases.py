@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.levels import Levels, nearest_levels
 from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack, words_in_row
@@ -108,6 +109,18 @@ def _draw_packed(shape: DecodeShape, key, bits: int) -> tuple:
     return q, k, v, q_pos, _positions(shape, keys[3])
 
 
+def _draw_levels(shape: DecodeShape, key, bits: int) -> tuple:
+    """Codes of every level of both, and norms."""
+    keys = jax.random.split(key, 7)
+    q, q_pos = _queries(shape, keys[0], 1)
+    slots, in_row = (shape.B, shape.K, shape.S), words_in_row(shape.H, shape.S // WORD_BITS)
+    table = jnp.linspace(-2.5, 2.5, 2**bits)
+    words = jax.eval_shape(lambda: nearest_levels(jnp.zeros((*slots, shape.H)), table, in_row=in_row)).planes
+    drawn = lambda key: Levels(tuple(jax.random.bits(key, x.shape, jnp.uint32) for x in words), table, in_row)
+    gains = [jax.random.uniform(i, slots, jnp.float32, 0.5, 1.5) for i in keys[3:5]]
+    return q, drawn(keys[1]), drawn(keys[2]), q_pos, _positions(shape, keys[5]), *gains
+
+
 def _draw_pages(shape: DecodeShape, key) -> tuple:
     """As many slots as in the dense case, half of them of head 0."""
     q, k, v, q_pos, k_pos = _draw_dense(shape, key)
@@ -176,6 +189,14 @@ def _quantized(bits: int) -> KernelCase:
     return KernelCase(f"int{bits}", op, functools.partial(_draw_packed, bits=bits))
 
 
+def _levels(bits: int) -> KernelCase:
+    return KernelCase(f"levels {bits}", _of_norms, functools.partial(_draw_levels, bits=bits))
+
+
+def _of_norms(q, k, v, q_pos, k_pos, k_gain, v_gain, **how):
+    return decode_attention(q, k, v, q_pos, k_pos, k_gain=k_gain, v_gain=v_gain, **how)
+
+
 def _packing(name: str, axis: str) -> KernelCase:
     op = functools.partial(quantize_pack, bits=4, group=_GROUP, axis=axis, scale_dtype="bfloat16")
     return KernelCase(name, op, _draw_slots, every_step=False)
@@ -191,6 +212,7 @@ CASES = (
     KernelCase(DENSE, decode_attention, _draw_dense),
     KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
     *map(_quantized, (8, 4, 2)),
+    *map(_levels, (4, 3, 2)),
     KernelCase("ragged", ragged_decode_attention, _draw_pages, static=lambda shape: {"kv_heads": shape.K}),
     _quantized_pages(4),
     KernelCase(f"rank {_RANK}", lowrank_decode_attention, _draw_lowrank),

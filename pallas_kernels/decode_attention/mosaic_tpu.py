@@ -7,16 +7,17 @@ import math
 import jax
 
 from pallas_kernels import block_sizes
-from pallas_kernels.decode_attention.tiles import dense, packed, rotated
+from pallas_kernels.decode_attention.tiles import dense, levels, packed, rotated
 from pallas_kernels.decode_attention.tiles.owned import OwnedSlots, head_limit
 from pallas_kernels.dispatch import Kernel
 from pallas_kernels.encoded import Encoded, is_encoded
+from pallas_kernels.levels import Levels
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import Packed
 from pallas_kernels.tpu_decode import Loader, attend, logits_bytes, padded_rows, row_limit
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 
-_LOADERS = {Packed: packed.loader}
+_LOADERS = {Packed: packed.loader, Levels: levels.loader}
 
 
 def _loader(x: jax.Array | Encoded) -> Loader | None:
