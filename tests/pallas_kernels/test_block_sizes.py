@@ -24,7 +24,7 @@ from tests.quick_jit import quick_jit
 
 KERNEL = "decode_attention.mosaic_tpu"
 SHAPE = DecodeShape(K=2, G=2, S=1024)
-KEY = "heads=2 rows=8 H=128 H_v=128 q=float32 k=float32 v=float32"
+KEY = "heads=2 rows=8 H=128 q=float32 k=float32 k_width=128 v=float32 v_width=128"
 op = functools.partial(decode_attention, implementation="mosaic_tpu")
 
 

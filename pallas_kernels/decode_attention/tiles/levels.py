@@ -14,45 +14,49 @@ from pallas_kernels.tpu_decode import Cost, Keys, Loader, Stored, Values, produc
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 from pallas_kernels.words import WORD_BITS, planes
 
-_CODE = 4  # bits of a code when it is looked up
+_UPPER = 8  # levels that a register's sublanes hold; 16 are two registers
 
 
 def _stored(x: Levels) -> tuple[Stored, ...]:
     per = (WORD_BITS // width * x.in_row for width in planes(x.bits))
-    table = jnp.pad(x.table, (0, LANES - len(x.table)))[None, None, None]
-    return *(Stored(words, 2, n) for words, n in zip(x.planes, per)), Stored(table, None)
+    table = jnp.pad(x.table.astype(jnp.float32), (0, 2 * _UPPER - len(x.table)))
+    of_lanes = jnp.broadcast_to(table[:, None], (1, 1, 2 * _UPPER, LANES))
+    return *(Stored(words, 2, n) for words, n in zip(x.planes, per)), Stored(of_lanes, None)
 
 
 def _restored(words: list[jax.Array], table: jax.Array, bits: int, dtype) -> jax.Array:
-    """u32[s * b / 32, H] of every plane of b bits -> levels [s, H]."""
-    code = sum(_in_nibbles(x, plane) << shift for x, plane, shift in zip(words, planes(bits), (0, 2)))
-    code = pltpu.bitcast(code, jnp.uint4).astype(jnp.int32)
-    table = jnp.broadcast_to(table, (code.shape[0], LANES))
-    found = [
-        jnp.take_along_axis(table, code[:, i : i + LANES], axis=1, mode="promise_in_bounds")
-        for i in range(0, code.shape[1], LANES)
-    ]
-    return jnp.concatenate(found, axis=1).astype(dtype)
+    """u32[s * b / 32, X] of every plane of b bits and levels f32[16, 128] -> levels [s, X].
+
+    A level is fetched from the sublane of the table that a code names, eight codes of each lane at a time: where there
+    are 16 levels from both halves of the table, of which the code's sign bit chooses one.
+    """
+    if bits == 4:
+        code = pltpu.bitcast(words[0], jnp.int4).astype(jnp.int32)
+        low = code & 7
+        return jnp.where(code < 0, _fetched(table[_UPPER:], low), _fetched(table[:_UPPER], low)).astype(dtype)
+    if bits == 2:
+        code = pltpu.bitcast(words[0], jnp.int2).astype(jnp.int32) & 3
+    else:
+        code = _spread(words[0], jnp.uint16, 2) | _spread(words[1], jnp.uint8, 1) << 2
+        code = pltpu.bitcast(code, jnp.int4).astype(jnp.int32)
+    return _fetched(table[:_UPPER], code).astype(dtype)
 
 
-def _in_nibbles(words: jax.Array, bits: int) -> jax.Array:
-    """u32[w, H] of codes of 4, 2 or 1 bits -> u32[w * 4 / bits, H], four bits a code."""
-    if bits == _CODE:
-        return words
-    rows, width = words.shape
-    half = WORD_BITS // 2
-    parts = [_spread(words & jnp.uint32(0xFFFF), bits), _spread(words >> half, bits)]
-    row = jax.lax.broadcasted_iota(jnp.int32, (rows, 2, width), 1)
-    apart = jnp.where(row == 0, parts[0][:, None], parts[1][:, None]).reshape(2 * rows, width)
-    return _in_nibbles(apart, 2 * bits)
+def _fetched(table: jax.Array, code: jax.Array) -> jax.Array:
+    """f32[8, 128] at i32[s, X], codes from 0 to 7."""
+    s, width = code.shape
+    code = code.reshape(s // SUBLANES, SUBLANES, width)
+    table = jnp.broadcast_to(jnp.concatenate([table] * (width // LANES), axis=1), code.shape)
+    return jnp.take_along_axis(table, code, axis=1, mode="promise_in_bounds").reshape(s, width)
 
 
-def _spread(words: jax.Array, bits: int) -> jax.Array:
-    """Moves the codes of the lower half of a word apart, so that each has twice its bits."""
-    field = WORD_BITS // 4
-    while field >= bits:
-        mask = sum(((1 << field) - 1) << i for i in range(0, WORD_BITS, 2 * field))
-        words = (words | (words << field)) & jnp.uint32(mask)
+def _spread(words: jax.Array, part, bits: int) -> jax.Array:
+    """u32[w, X] of codes of one or two bits -> u32 that hold eight codes of four bits; `part` is as wide as eight."""
+    words = pltpu.bitcast(words, part).astype(jnp.uint32)
+    field = 4  # codes that stay beside one another
+    while field:
+        mask = sum(((1 << field * bits) - 1) << i for i in range(0, WORD_BITS, 4 * field))
+        words = (words | words << field * (4 - bits)) & jnp.uint32(mask)
         field //= 2
     return words
 
