@@ -31,6 +31,7 @@ _SCORES = (
     "dispersion",
     "future_attention",
     "key_difference",
+    "lag_relative",
     "last_query_attention",
     "massive_activations",
     "negative_key_norm",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
+from kvjax.scores_of_keys import lag_relative
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer

@@ -16,6 +16,7 @@ from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
+from kvjax.methods.lagkv import lagkv
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.lococo import lococo
 from kvjax.methods.kqsvd import kqsvd
@@ -55,6 +56,7 @@ __all__ = [
     "knorm",
     "kvmerger",
     "kvzip",
+    "lagkv",
     "lazyeviction",
     "lococo",
     "locret",

@@ -413,6 +413,7 @@ CASES = [
         "razorattention.recent = 4",
         "razorattention.fraction = 0.25",
     ),
+    _config("lagkv", grows(16), "lagkv.lag = 5", "lagkv.sinks = 2", budget=16, exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -495,6 +496,7 @@ METHODS = {
     "kvmerger": "kvmerger",
     "kvzip": "kvzip",
     "kqsvd": "kqsvd",
+    "lagkv": "lagkv",
     "lazyeviction": "lazyeviction",
     "lococo": "lococo",
     "locret": "locret",

@@ -521,3 +521,24 @@ def minicache(keys, values, retain: int, t: float):
     for (one, other), new in zip((keys, values), merged):
         new[0][exact], new[1][exact] = one[exact], other[exact]
     return exact, *merged
+
+
+def lagkv(k: np.ndarray, v: np.ndarray, budget: int, lag: int, sinks: int) -> np.ndarray:
+    """LagKV, `LagKVPress.score` for one head, [T, H] each: the tokens that stay."""
+    T = len(k)
+    newest_first = 10.0 + np.arange(T)  # above every rank
+    newest_first[:sinks] = np.inf
+    if T < sinks + 2 * lag:
+        return _top(newest_first, budget)
+    end = sinks + (T - sinks) // lag * lag
+
+    def part(x):
+        x = x[sinks:end].reshape(-1, lag, x.shape[1])
+        low, high = x[1:].min(axis=1, keepdims=True), x[1:].max(axis=1, keepdims=True)
+        deviation = ((x[:-1] - low) / (high - low)).std(axis=-1, ddof=1)
+        weights = np.exp(deviation - deviation.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True)
+
+    score = ((part(k) + part(v)) / 2).argsort(axis=-1).argsort(axis=-1) / lag
+    newest_first[sinks : end - lag] = score.ravel()
+    return _top(newest_first, budget)

@@ -332,3 +332,22 @@ def test_reasoncache_of_a_texts_keys_and_values_is_that_text_read_before(chunk, 
         np.testing.assert_allclose(run.logits[row], prompt.out, **CLOSE)
         np.testing.assert_allclose(after.logits[row], token.out, **CLOSE)
         assert positions(after.cache, row)[1][0] == [0] * m + list(range(length + 1))
+
+
+def _head(row: int, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rotated keys and values [T, H] of a prompt, in float64."""
+    tokens = _tokens(row, LENGTHS[row])
+    _, k, v = (np.asarray(x[layer, tokens], np.float64) for x in TABLES)
+    return table_decoder.turn(k[:, head], np.arange(len(tokens))), v[:, head]
+
+
+def _each_head(kept) -> list:
+    """`kept(row, layer, head)` of every row, layer and head, for `_kept`."""
+    heads = lambda row, layer: [kept(row, layer, head) for head in range(table_decoder.KV_HEADS)]
+    return [[heads(row, layer) for layer in range(table_decoder.LAYERS)] for row in range(2)]
+
+
+@pytest.mark.parametrize("lag, chunk", [(7, None), (7, 9), (16, None)])
+def test_lagkv(lag, chunk):
+    kept = _each_head(lambda *head: papers.lagkv(*_head(*head), budget=22, lag=lag, sinks=3))
+    _kept(methods.lagkv(22, lag=lag, sinks=3), kept, chunk=chunk)
