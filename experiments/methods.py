@@ -27,17 +27,21 @@ METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
     "accumulated_attention",
+    "blend",
     "call_attention",
     "dispersion",
     "future_attention",
+    "in_blocks",
     "key_difference",
     "lag_relative",
     "last_query_attention",
     "massive_activations",
     "negative_key_norm",
+    "over_heads",
     "random",
     "reconstruction",
     "recurrence",
+    "redundancy",
     "retaining_heads",
     "window_attention",
 )

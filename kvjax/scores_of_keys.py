@@ -10,6 +10,8 @@ from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import ranks, token_order, without_rounding
 from kvjax.transforms.evict import Scorer
 
+_BLOCK = 256  # keys that are compared with all others at a time
+
 
 def lag_relative(lag: int = 128, sinks: int = 4) -> Scorer:
     """Ranks the tokens of a partition by how unevenly they lie in the range that the next partition spans.
@@ -55,5 +57,44 @@ def lag_relative(lag: int = 128, sinks: int = 4) -> Scorer:
         fill = jnp.take_along_axis(newer_first, order, axis=2)
         ranked = fill.at[:, :, sinks : sinks + ranked.shape[2]].set(ranked)
         return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+
+    return Scorer(score=score)
+
+
+def redundancy(threshold: float = 0.5) -> Scorer:
+    """Minus how similar a key is to the others of its head: `-softmax_j(mean_i c[i, j])`.
+
+    `c[i, j] = cos(k_i, k_j)`, 0 for i = j, and 0 where j is the newest token with `c[i, j] > threshold`: of tokens
+    that repeat each other the newest is not blamed for it.
+
+    Args:
+      threshold: cosine above which two keys are taken for a repetition.
+
+    Source: Cai et al., R-KV (2025), arXiv:2505.24133, section 3.3; its code, `cal_similarity`.
+    """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold must be a cosine in [-1, 1], got {threshold}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        occupied, pos = segment.pos >= 0, segment.pos
+        k = jnp.where(occupied[..., None], segment.k.astype(jnp.float32), 0.0)
+        unit = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
+        B, K, S, H = unit.shape
+        count = -(-S // _BLOCK)
+        blocks = jnp.pad(unit, ((0, 0), (0, 0), (0, count * _BLOCK - S), (0, 0))).reshape(B, K, count, _BLOCK, H)
+        own = jnp.arange(count * _BLOCK).reshape(count, _BLOCK)
+
+        def column_sums(total, block):
+            rows, index = block
+            cosine = jnp.einsum("bkih,bkjh->bkij", rows, unit, precision=jax.lax.Precision.HIGHEST)
+            cosine = jnp.where(index[:, None] == jnp.arange(S), 0.0, cosine)
+            alike = jnp.where(without_rounding(cosine) > threshold, pos[:, :, None], -1)
+            newest = jnp.max(alike, axis=-1, keepdims=True)
+            cosine = jnp.where((alike == newest) & (newest >= 0), 0.0, cosine)
+            return total + jnp.sum(cosine, axis=2), None
+
+        total, _ = jax.lax.scan(column_sums, jnp.zeros(pos.shape), (jnp.moveaxis(blocks, 2, 0), own))
+        mean = total / jnp.maximum(jnp.sum(occupied, axis=-1, keepdims=True), 1)
+        return -without_rounding(jax.nn.softmax(jnp.where(occupied, mean, -jnp.inf), axis=-1))
 
     return Scorer(score=score)

@@ -3,6 +3,7 @@
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
 from kvjax.methods.attention_gate import attention_gate
 from kvjax.methods.cake import cake
+from kvjax.methods.chunkkv import chunkkv
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
 from kvjax.methods.duoattention import duoattention, duoattention_trained
@@ -28,6 +29,7 @@ from kvjax.methods.minicache import minicache
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.reasoncache import reasoncache
+from kvjax.methods.rkv import rkv
 from kvjax.methods.rotatekv import rotatekv
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.snapkv import snapkv
@@ -41,6 +43,7 @@ __all__ = [
     "adakv_snapkv",
     "attention_gate",
     "cake",
+    "chunkkv",
     "cskv",
     "cskv_trained",
     "d2o",
@@ -68,6 +71,7 @@ __all__ = [
     "minicache",
     "pyramidkv",
     "random_eviction",
+    "rkv",
     "rotatekv",
     "razorattention",
     "reasoncache",

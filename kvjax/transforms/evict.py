@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from kvjax.budget import check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_best, lowest, priority
+from kvjax.segments.slots import LAST, keep_best, lowest, priority, token_order
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
 from kvjax.transforms.order import PLAIN, Order
@@ -39,6 +39,23 @@ class Scorer(NamedTuple):
     aligned: bool = False
 
 
+class Told(NamedTuple):
+    """The scores of one layer's slots, for the tokens of another."""
+
+    scores: jax.Array  # f32[B, K, S]
+    pos: jax.Array  # i32[B, K, S]
+
+    def of(self, pos: jax.Array) -> jax.Array:
+        """Returns f32[B, K, n], the scores of the tokens at i32[B, K, n]; -inf for those that the layer lacks."""
+        order = token_order(self.pos)
+        known = jnp.take_along_axis(jnp.where(self.pos < 0, LAST, self.pos), order, axis=-1)
+        find = jax.vmap(jax.vmap(jnp.searchsorted))
+        place = jnp.minimum(find(known, pos), known.shape[2] - 1)
+        there = jnp.take_along_axis(known, place, axis=-1) == pos
+        scores = jnp.take_along_axis(jnp.take_along_axis(self.scores, order, axis=-1), place, axis=-1)
+        return jnp.where(there, scores, -jnp.inf)
+
+
 def evict(
     scorer: Scorer,
     budget: int | float,
@@ -46,6 +63,7 @@ def evict(
     sinks: int = 0,
     recent: int | float = 0,
     layers: LayerBudgets | None = None,
+    reuse: int = 1,
 ) -> CacheTransform:
     """Keeps, per KV head, the `budget` slots with the highest scores, and frees the memory of the rest.
 
@@ -59,49 +77,67 @@ def evict(
       sinks: first tokens of the sequence that are always kept.
       recent: newest tokens that are always kept: a count, or a fraction of the budget, as far as sinks leave room.
       layers: splits the budget of each row unevenly over the layers.
+      reuse: layers in a row that keep what the first of them scores, by token and head; 1: each scores for itself.
 
     Raises:
       TypeError: scorer is not a `Scorer`.
-      ValueError: the budget cannot hold the sinks and the recent tokens.
+      ValueError: the budget cannot hold the sinks and the recent tokens, or fewer than one layer in a row, or several
+        with a scorer that keeps statistics.
     """
     check_scorer(scorer, "evict")
     always = check_protected(budget, sinks, recent)
+    if reuse < 1:
+        raise ValueError(f"reuse must be at least 1 layer, got {reuse}.")
+    if reuse > 1 and scorer.stats:
+        raise ValueError(f"reuse must be 1 for a scorer that keeps {', '.join(scorer.stats)} of each layer, got {reuse}.")
 
-    def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array) -> jax.Array:
-        return worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
+    def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, told: Told | None) -> tuple:
+        if told is None:
+            told = Told(slot_scores(scorer, segment, seen), segment.pos)
+            scores = told.scores
+        else:
+            scores = told.of(segment.pos)
+        protected = is_protected(segment.pos, rows, sinks, recent)
+        return priority(scores, segment.pos, protected), told
 
     @functools.partial(jax.jit, static_argnames="slots")
-    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
+    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, told: Told | None, *, slots: int):
         segment = dense_tail(layer, "evict")
         if segment.pos.shape[2] < slots:
             segment = segment.resize(slots)
         segment = scorer.observe(with_stats(segment, scorer), seen)
-        scores = worth(segment, seen, rows)
-        return layer.with_tail(keep_best(segment, scores, slots, rows))
+        order, told = worth(segment, seen, rows, told)
+        return layer.with_tail(keep_best(segment, order, slots, rows)), told if reuse > 1 else None
 
     @jax.jit
     def see(layer: LayerCache, seen: LayerObservation):
         return layer.with_tail(scorer.observe(dense_tail(layer, "evict"), seen))
 
     @jax.jit
-    def drop_excess(layer: LayerCache, seen: LayerObservation, rows: jax.Array):
+    def drop_excess(layer: LayerCache, seen: LayerObservation, rows: jax.Array, told: Told | None):
         segment = dense_tail(layer, "evict")
         excess = jnp.sum(segment.pos >= 0, axis=-1) - rows[:, None]  # [B, K]
-        return layer.with_tail(segment.drop(lowest(worth(segment, seen, rows), segment.pos, excess)))
+        order, told = worth(segment, seen, rows, told)
+        return layer.with_tail(segment.drop(lowest(order, segment.pos, excess))), told if reuse > 1 else None
+
+    def each_layer(run: Callable, cache: Cache, observation: Observation, *rest: Sequence) -> Cache:
+        """`run(layer, seen, *entries of rest, told) -> (layer, told)`: the first of `reuse` layers tells the others."""
+        shrunk, told = [], None
+        for index, entries in enumerate(zip(cache.layers, observation.layers, *rest, strict=True)):
+            layer, told = run(*entries, None if index % reuse == 0 else told)
+            shrunk.append(layer)
+        return cache.replace(layers=tuple(shrunk))
 
     def init(cache: Cache, observation: Observation):
         each = split_budget(budget, len(cache.layers), observation, layers, always)
-        shrunk = [
-            compress(layer, seen, rows, slots=slots)
-            for layer, seen, (slots, rows) in zip(cache.layers, observation.layers, each, strict=True)
-        ]
-        return cache.replace(layers=tuple(shrunk)), tuple(rows for _, rows in each)
+        run = lambda layer, seen, to, told: compress(layer, seen, to[1], told, slots=to[0])
+        return each_layer(run, cache, observation, each), tuple(rows for _, rows in each)
 
     def observe(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
         return cache.map_layers(see, observation.layers), rows
 
     def update(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
-        return cache.map_layers(drop_excess, observation.layers, rows), rows
+        return each_layer(drop_excess, cache, observation, rows), rows
 
     return CacheTransform(
         init=init,

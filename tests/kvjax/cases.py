@@ -414,6 +414,10 @@ CASES = [
         "razorattention.fraction = 0.25",
     ),
     _config("lagkv", grows(16), "lagkv.lag = 5", "lagkv.sinks = 2", budget=16, exact=True),
+    _config(
+        "rkv", bounded(12, 4), "rkv.window = 4", "rkv.kernel = 3", "rkv.interval = 4", exact=True, slack=3
+    ),
+    _config("chunkkv", grows(12), "chunkkv.window = 4", "chunkkv.chunk = 3", "chunkkv.reuse = 2", exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -480,6 +484,7 @@ METHODS = {
     "adakv_snapkv": "adakv_snapkv",
     "attention_gate": "attention_gate",
     "cake": "cake",
+    "chunkkv": "chunkkv",
     "cskv": "cskv",
     "cskv_trained": "cskv_trained",
     "d2o": "d2o",
@@ -507,6 +512,7 @@ METHODS = {
     "minicache": "minicache",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
+    "rkv": "rkv",
     "rotatekv": "rotatekv",
     "razorattention": "razorattention",
     "reasoncache": "reasoncache",

@@ -542,3 +542,53 @@ def lagkv(k: np.ndarray, v: np.ndarray, budget: int, lag: int, sinks: int) -> np
     score = ((part(k) + part(v)) / 2).argsort(axis=-1).argsort(axis=-1) / lag
     newest_first[sinks : end - lag] = score.ravel()
     return _top(newest_first, budget)
+
+
+@dataclasses.dataclass
+class RKV:
+    """R-KV, `R1KV.update_kv` and `cal_similarity`, every `interval` tokens; attention as SnapKV has it."""
+
+    budget: int
+    window: int
+    kernel: int
+    mix: float
+    threshold: float
+    interval: int
+    since: int | None = None
+
+    def __call__(self, probability, slots, keys, done):
+        self.since = self.interval if self.since is None else self.since + 1
+        if self.since < self.interval:
+            return slots
+        self.since = 0
+        return [self.kept(*head) for head in zip(probability, slots, keys)]
+
+    def kept(self, weights, at, key):
+        older = len(at) - self.window
+        vote = np.pad(weights[:, -self.window :, :older].mean(axis=(0, 1)), self.kernel // 2)
+        important = np.lib.stride_tricks.sliding_window_view(vote, self.kernel).max(axis=-1)
+        unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+        cosine = unit @ unit.T
+        np.fill_diagonal(cosine, 0.0)
+        for row in cosine:
+            alike = np.flatnonzero(row > self.threshold)
+            if len(alike):
+                row[alike[-1]] = 0.0
+        redundant = np.exp(cosine.mean(axis=0))
+        redundant = (redundant / redundant.sum())[:older]
+        chosen = _top(self.mix * important - (1 - self.mix) * redundant, self.budget - self.window)
+        return np.concatenate([at[chosen], at[older:]])
+
+
+def chunkkv(probability: list[np.ndarray], budget: int, chunk: int, window: int) -> np.ndarray:
+    """ChunkKV, `ChunkKVPress.compress`: the tokens of a layer that stay, of attention per KV head [G, T, T].
+
+    Tokens of the last chunk that is chosen stay while there is room, oldest first.
+    """
+    T = probability[0].shape[-1]
+    score = np.mean([head[:, -window:, :-window].mean(axis=(0, 1)) for head in probability], axis=0)
+    score = np.append(score, np.zeros(window))
+    chunks = [np.arange(at, min(at + chunk, T)) for at in range(0, T, chunk)]
+    best = sorted(chunks, key=lambda c: -score[c].mean())
+    chosen = [t for c in best for t in c if t < T - window][: budget - window]
+    return np.array(sorted([*chosen, *range(T - window, T)]))

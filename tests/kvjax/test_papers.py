@@ -351,3 +351,37 @@ def _each_head(kept) -> list:
 def test_lagkv(lag, chunk):
     kept = _each_head(lambda *head: papers.lagkv(*_head(*head), budget=22, lag=lag, sinks=3))
     _kept(methods.lagkv(22, lag=lag, sinks=3), kept, chunk=chunk)
+
+
+@pytest.mark.parametrize("mix, threshold", [(0.1, 0.5), (0.9, 0.2)])
+def test_rkv(mix, threshold):
+    method = methods.rkv(BUDGET, window=5, kernel=3, mix=mix, threshold=threshold, interval=30)
+    _follow(method, lambda row: papers.RKV(BUDGET, 5, 3, mix, threshold, interval=30), decoded=4)
+
+
+def test_rkv_judges_generated_tokens_every_interval():
+    # With mix = 0 only keys count: the policy sees the queries of one step alone.
+    method = methods.rkv(BUDGET, window=3, kernel=3, mix=0.0, interval=5)
+    _follow(method, lambda row: papers.RKV(BUDGET, 3, 3, 0.0, 0.5, interval=5))
+
+
+def _attention(row: int) -> list[list[np.ndarray]]:
+    """What the queries of a prompt give each token: per layer and KV head [G, T, T], in float64."""
+    seen = []
+
+    def look(probability, slots, keys, done):
+        seen.append(probability)
+        return slots
+
+    table_decoder.simulate(TABLES, _tokens(row, LENGTHS[row]), [LENGTHS[row]], 1, lambda: look)
+    return seen
+
+
+@pytest.mark.parametrize("reuse, chunk", [(1, None), (2, 9)])
+def test_chunkkv(reuse, chunk):
+    kept = []
+    for row in range(2):
+        layers = [papers.chunkkv(layer, 21, 4, 6) for layer in _attention(row)]
+        kept.append([[layers[i // reuse * reuse]] * table_decoder.KV_HEADS for i in range(len(layers))])
+    assert not np.array_equal(*layers)  # layers would choose differently
+    _kept(methods.chunkkv(21, chunk=4, window=6, reuse=reuse), kept, chunk=chunk)

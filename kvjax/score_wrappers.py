@@ -1,0 +1,126 @@
+"""Scorers made of other scorers: blends of several, one score for all heads, one score for a block of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.observation import LayerObservation, Needs
+from kvjax.segments.dense import DenseSegment
+from kvjax.segments.slots import without_rounding
+from kvjax.transforms.evict import Scorer
+
+Standard = Literal["none", "deviation", "range"]
+"""What makes scores comparable: nothing, `(x - mean) / std` (unbiased), or `(x - min) / (max - min)`."""
+
+
+def blend(parts: Sequence[tuple[float, Scorer]], standard: Standard = "none") -> Scorer:
+    """Returns the weighted sum of several scores.
+
+    Each is first made comparable over all slots of a row's layer whose score is finite; a score without spread is 0.
+    A slot that any part scores -inf stays -inf.
+
+    Args:
+      parts: weights and scorers.
+      standard: "none", "deviation" or "range".
+
+    Raises:
+      ValueError: no parts, two that keep the same statistic, or another `standard`.
+    """
+    stats = [name for _, scorer in parts for name in scorer.stats]
+    if len(set(stats)) < len(stats):
+        raise ValueError(f"blend needs scorers whose statistics have different names, got {', '.join(stats)}.")
+    if not parts:
+        raise ValueError("blend needs at least one pair of a weight and a scorer, got none.")
+    if standard not in get_args(Standard):
+        raise ValueError(f"standard must be one of {', '.join(get_args(Standard))}, got {standard!r}.")
+
+    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        for _, scorer in parts:
+            segment = scorer.observe(segment, seen)
+        return segment
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        total = 0.0
+        for weight, scorer in parts:
+            total = total + weight * _standardised(scorer.score(segment, seen), segment.pos >= 0, standard)
+        return without_rounding(total)
+
+    needs = Needs()
+    for _, scorer in parts:
+        needs = needs.union(scorer.needs)
+    return Scorer(
+        score=score,
+        needs=needs,
+        stats=tuple(stats),
+        observe=observe,
+        aligned=all(scorer.aligned for _, scorer in parts),
+    )
+
+
+def over_heads(scorer: Scorer) -> Scorer:
+    """Returns the mean of a score over the KV heads of a layer: every head keeps the same tokens.
+
+    A token must lie in the same slot in every head, as it does in a prompt and after transforms that keep it so.
+    """
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        mean = jnp.mean(scorer.score(segment, seen), axis=1, keepdims=True)
+        return without_rounding(jnp.broadcast_to(mean, segment.pos.shape))
+
+    return scorer._replace(score=score, aligned=True)
+
+
+def in_blocks(scorer: Scorer, size: int, top: int | None = None) -> Scorer:
+    """Gives all tokens of a block the mean score of the block.
+
+    Block b holds positions `b * size` to `(b + 1) * size - 1`; of one that a budget cuts, the oldest tokens stay.
+
+    Args:
+      scorer: what a token is worth; finite.
+      size: tokens of a block, at least 1.
+      top: the mean of so many highest scores; None: of all.
+
+    Source: Liu et al., ChunkKV (2025), arXiv:2502.00299, algorithm 1; `top` is of WindowKV (2025), arXiv:2503.17922.
+    """
+    if size < 1 or not (top is None or 1 <= top <= size):
+        raise ValueError(f"size must be at least 1 token and top at most size or None, got {size} and {top}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        pos, scores = segment.pos, scorer.score(segment, seen)
+        S = pos.shape[2]
+        # Blocks are runs of the slots in token order: numbered as they come, so that positions may lie far apart.
+        key = jnp.where(pos < 0, jnp.iinfo(jnp.int32).max, pos // size)
+        by = -scores if top else pos.astype(jnp.float32)
+        index = jnp.broadcast_to(jnp.arange(S), pos.shape)
+        key, _, _, order = jax.lax.sort((key, by, pos, index), num_keys=3)
+        first = jnp.pad(key[..., 1:] != key[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=True)
+        block = jnp.cumsum(first, axis=-1) - 1
+        start = jax.lax.cummax(jnp.where(first, jnp.arange(S), 0), axis=2)
+        counted = jnp.arange(S) - start < (top or S)
+        total = jax.vmap(jax.vmap(lambda x, of: jax.ops.segment_sum(x, of, S, indices_are_sorted=True)[of]))
+        ordered = jnp.take_along_axis(scores, order, axis=-1)
+        mean = total(jnp.where(counted, ordered, 0.0), block) / total(counted.astype(jnp.float32), block)
+        return without_rounding(jnp.take_along_axis(mean, jnp.argsort(order, axis=-1), axis=-1))
+
+    return scorer._replace(score=score)
+
+
+def _standardised(scores: jax.Array, occupied: jax.Array, standard: Standard) -> jax.Array:
+    """f32[B, K, S], made comparable over the occupied slots of a row that have a finite score."""
+    if standard == "none":
+        return scores
+    counted = occupied & jnp.isfinite(scores)
+    axes = dict(axis=(1, 2), keepdims=True)
+    if standard == "range":
+        low = jnp.min(jnp.where(counted, scores, jnp.inf), **axes)
+        spread = jnp.max(jnp.where(counted, scores, -jnp.inf), **axes) - low
+    else:
+        count = jnp.sum(counted, **axes)
+        low = jnp.sum(jnp.where(counted, scores, 0.0), **axes) / jnp.maximum(count, 1)
+        squares = jnp.sum(jnp.where(counted, (scores - low) ** 2, 0.0), **axes)
+        spread = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+    return jnp.where(counted, jnp.where(spread > 0, (scores - low) / jnp.where(spread > 0, spread, 1.0), 0.0), scores)
