@@ -418,6 +418,7 @@ CASES = [
         "rkv", bounded(12, 4), "rkv.window = 4", "rkv.kernel = 3", "rkv.interval = 4", exact=True, slack=3
     ),
     _config("chunkkv", grows(12), "chunkkv.window = 4", "chunkkv.chunk = 3", "chunkkv.reuse = 2", exact=True),
+    _config("keydiff_chunked", grows(12), exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(

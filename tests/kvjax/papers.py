@@ -120,6 +120,17 @@ class KeyDiff(Knorm):
 
 
 @dataclasses.dataclass
+class KeyDiffByBlock(KeyDiff):
+    """KeyDiff, algorithm 2: after every block of the prompt the cache shrinks to its budget."""
+
+    prompt: int = 0  # tokens of it; afterwards nothing happens
+
+    def __call__(self, probability, slots, keys, done):
+        self.acted = slots[0][-1] >= self.prompt
+        return super().__call__(probability, slots, keys, done)
+
+
+@dataclasses.dataclass
 class StreamingLLM:
     """StreamingLLM, `StartRecentKVCache`: slots [0, n_s) and the newest n_r."""
 

@@ -123,6 +123,11 @@ def test_keydiff():
     _follow(methods.keydiff(BUDGET), lambda row: papers.KeyDiff(BUDGET), decoded=2)
 
 
+def test_keydiff_block_by_block_drops_before_it_reads_on():
+    policy = lambda row: papers.KeyDiffByBlock(BUDGET, prompt=LENGTHS[row])
+    _follow(methods.keydiff(BUDGET, by_chunk=True), policy, chunk=9, decoded=2)
+
+
 @pytest.mark.parametrize("reindex, chunk", [(True, None), (True, 9), (False, 9)])
 def test_streamingllm(reindex, chunk):
     method = methods.streamingllm(BUDGET, sinks=3, reindex=reindex)
