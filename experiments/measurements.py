@@ -160,6 +160,12 @@ def attention_directions(model: Model, settings: Settings) -> Calibration:
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
+def output_projections(model: Model, settings: Settings) -> Calibration:
+    """`output`, f32[L, N, H, D]: the model's own weights, in the order of its query heads."""
+    shape = (model.config.num_heads, model.config.head_dim, -1)
+    return {"output": jnp.stack([dense(x.wo).astype(jnp.float32).reshape(shape) for x in model.params.layers])}
+
+
 def weight_directions(model: Model, settings: Settings) -> Calibration:
     """Directions of the key and value projections in the order of an activation-aware SVD, per layer."""
     config = model.config
@@ -253,6 +259,7 @@ def demonstration(model: Model, tokens: int) -> Calibration:
 
 _OF_ATTENTION = ("d2o", "duoattention", "razorattention")  # measures nothing of values
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
+    "criticalkv": output_projections,
     "cskv": weight_directions,
     "d2o": layer_variance,
     "duoattention": head_types,

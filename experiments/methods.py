@@ -37,6 +37,7 @@ _SCORES = (
     "last_query_attention",
     "massive_activations",
     "negative_key_norm",
+    "output_perturbation",
     "over_heads",
     "random",
     "reconstruction",

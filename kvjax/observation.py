@@ -118,6 +118,18 @@ class LargestInputs(NamedTuple):
         return cls(jnp.maximum(size, 0.0), jnp.where(size < 0, -1, pos).astype(jnp.int32))
 
 
+class Quota(NamedTuple):
+    """What a selection of slots will keep, for scorers whose scores depend on it."""
+
+    rows: jax.Array  # i32[B], slots that each head of a row may keep
+    protected: jax.Array  # bool[B, K, S], those among them that are kept in any case
+
+    def free(self, share: float = 1.0) -> jax.Array:
+        """Returns i32[B, K]: how many slots beside the protected may stay, or a share of them."""
+        left = jnp.maximum(self.rows[:, None] - jnp.sum(self.protected, axis=-1), 0)
+        return jnp.floor(share * left + 1e-3).astype(jnp.int32)
+
+
 @struct.dataclass
 class LayerObservation:
     """What one layer saw in the last call of the decoder."""
@@ -129,6 +141,7 @@ class LayerObservation:
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
     reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
     learned: Any = None  # the layer's arrays of a trained scorer; see `kvjax.transforms.learned`
+    quota: Quota | None = None  # what the scores are for, where every head of a row keeps the same number of slots
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: Scale | None = struct.field(pytree_node=False, default=None)
 
@@ -229,6 +242,17 @@ def take_last(x: jax.Array, pos: jax.Array, count: int, *, fill: int | None = No
     expand = (...,) + (None,) * (x.ndim - 2)
     taken = jnp.take_along_axis(x, jnp.maximum(index, 0)[expand], axis=1)
     return taken if fill is None else jnp.where((index >= 0)[expand], taken, fill)
+
+
+def quota_of(seen: LayerObservation, scorer: str) -> Quota:
+    """Returns what a selection will keep.
+
+    Raises:
+      TypeError: heads keep different numbers of slots, or nobody said how many; names the scorer.
+    """
+    if seen.quota is None:
+        raise TypeError(f"{scorer} scores slots for a known budget of each head: use it in evict or merge.")
+    return seen.quota
 
 
 def newest(seen: LayerObservation, count: int) -> LayerObservation:

@@ -1,4 +1,4 @@
-"""Scorers made of other scorers: blends of several, one score for all heads, one score for a block of tokens."""
+"""Scorers made of other scorers: blends of several, one score for all heads or a block of tokens, two stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from kvjax.observation import LayerObservation, Needs
+from kvjax.observation import LayerObservation, Needs, quota_of
 from kvjax.segments.dense import DenseSegment
-from kvjax.segments.slots import without_rounding
+from kvjax.segments.slots import highest_first, places, priority, without_rounding
 from kvjax.transforms.evict import Scorer
+
+_BLOCK = 64  # slots whose values are projected at a time
 
 Standard = Literal["none", "deviation", "range"]
 """What makes scores comparable: nothing, `(x - mean) / std` (unbiased), or `(x - min) / (max - min)`."""
@@ -107,6 +109,45 @@ def in_blocks(scorer: Scorer, size: int, top: int | None = None) -> Scorer:
         return without_rounding(jnp.take_along_axis(mean, jnp.argsort(order, axis=-1), axis=-1))
 
     return scorer._replace(score=score)
+
+
+def output_perturbation(scorer: Scorer, first: float = 0.5, epsilon: float = 1e-4) -> Scorer:
+    """Weighs what a scorer says with how much of a slot's value reaches the layer's output.
+
+    The `first` of the slots that may stay beside the protected are those the scorer says; the others are those of
+    highest `(s + epsilon) * mean_g ||W_g v||_1`, W_g the output projection of query head g of the group.
+
+    Args:
+      scorer: what a slot is worth, at least 0: the attention it receives.
+      first: share of the budget that the scorer decides alone.
+      epsilon: lets slots without attention count by their value.
+
+    The layer's projections are `LayerObservation.learned["output"]`, f32[N, H, D]; see `kvjax.transforms.learned`.
+
+    Source: Feng et al., CriticalKV (2025), arXiv:2502.03805, algorithm 1; kvpress, `CriticalKVPress`.
+    """
+    if not 0 <= first <= 1 or epsilon < 0:
+        raise ValueError(f"first must be in [0, 1] and epsilon at least 0, got {first} and {epsilon}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        quota, scores = quota_of(seen, "output_perturbation"), scorer.score(segment, seen)
+        projected = _projected_norm(segment.values_apart("output_perturbation"), seen.learned["output"])
+        order = places(highest_first(priority(jnp.where(quota.protected, -jnp.inf, scores), segment.pos), segment.pos))
+        chosen = order < quota.free(first)[..., None]
+        return jnp.where(chosen, jnp.inf, without_rounding((scores + epsilon) * projected))
+
+    return scorer._replace(score=score)
+
+
+def _projected_norm(values: jax.Array, output: jax.Array) -> jax.Array:
+    """f32[B, K, S]: the mean over a query group of `||W_g v||_1`, of values [B, K, S, H] and W [N, H, D]."""
+    B, K, S, H = values.shape
+    count = -(-S // _BLOCK)
+    blocks = jnp.pad(values, ((0, 0), (0, 0), (0, count * _BLOCK - S), (0, 0))).reshape(B, K, count, _BLOCK, H)
+    output = output.reshape(K, -1, *output.shape[1:])
+    norm = lambda v: jnp.mean(jnp.sum(jnp.abs(jnp.einsum("bksh,kghd->bkgsd", v, output)), axis=-1), axis=2)
+    each = jax.lax.map(norm, jnp.moveaxis(blocks, 2, 0).astype(jnp.float32))  # [blocks, B, K, _BLOCK]
+    return jnp.moveaxis(each, 0, 2).reshape(B, K, -1)[..., :S]
 
 
 def _standardised(scores: jax.Array, occupied: jax.Array, standard: Standard) -> jax.Array:

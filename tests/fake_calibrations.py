@@ -54,6 +54,8 @@ def calibrate(config: DecoderConfig):
         if recipe == "attention_gate":
             gate = {"qkv": normal(L, 2, K, H, 3, 2, 4) * (2 * K * H) ** -0.5, "out": normal(L, 2, 4, K)}
             return gate | {"bias": normal(L, K)}
+        if recipe == "criticalkv":
+            return {"output": normal(L, config.num_heads, H, config.width)}
         if recipe == "reasoncache":
             return {"key": normal(L, K, 3, H), "value": normal(L, K, 3, H)}
         if recipe == "lococo":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kvjax.budget import check_budget
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Needs, Observation
+from kvjax.observation import LayerObservation, Needs, Observation, Quota
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import LAST, keep_best, lowest, priority, token_order
 from kvjax.transforms.base import CacheTransform
@@ -92,13 +92,11 @@ def evict(
         raise ValueError(f"reuse must be 1 for a scorer that keeps {', '.join(scorer.stats)} of each layer, got {reuse}.")
 
     def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, told: Told | None) -> tuple:
-        if told is None:
-            told = Told(slot_scores(scorer, segment, seen), segment.pos)
-            scores = told.scores
-        else:
-            scores = told.of(segment.pos)
         protected = is_protected(segment.pos, rows, sinks, recent)
-        return priority(scores, segment.pos, protected), told
+        if told is not None:
+            return priority(told.of(segment.pos), segment.pos, protected), told
+        scores = slot_scores(scorer, segment, seen.replace(quota=Quota(rows, protected)))
+        return priority(scores, segment.pos, protected), Told(scores, segment.pos)
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, told: Told | None, *, slots: int):

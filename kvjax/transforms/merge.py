@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Observation
+from kvjax.observation import LayerObservation, Observation, Quota
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked
 from kvjax.transforms.base import CacheTransform
@@ -119,7 +119,7 @@ def merge(
         if most <= 0:
             return segment, state
         protected = is_protected(segment.pos, rows, sinks, recent)
-        worth = worth_keeping(scorer, segment, seen, protected)
+        worth = worth_keeping(scorer, segment, seen.replace(quota=Quota(rows, protected)), protected)
         moves, state = rule.move(Ranked(segment, worth, protected, rows, most), state)
         return move(segment, moves), state
 

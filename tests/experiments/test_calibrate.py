@@ -42,7 +42,7 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
     for name, x in data.items():
         assert f"{name:<14} {x.dtype}{list(x.shape)}" in out and jnp.isfinite(x).all()
     method = load_method(recipe, budget=0.5, calibrate=lambda recipe, path: data)
-    assert method.transform.schedule.budget == (0.5 if recipe == "d2o" else None)
+    assert method.transform.schedule.budget == (0.5 if recipe in ("criticalkv", "d2o") else None)
     code, _, err = calibrate(*given)
     assert code == 2 and "is not empty; pass --replace" in err
     assert calibrate(*given, "--replace")[0] == 0

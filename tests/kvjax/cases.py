@@ -419,6 +419,7 @@ CASES = [
     ),
     _config("chunkkv", grows(12), "chunkkv.window = 4", "chunkkv.chunk = 3", "chunkkv.reuse = 2", exact=True),
     _config("keydiff_chunked", grows(12), exact=True),
+    _config("criticalkv", grows(12), "criticalkv.window = 4", "criticalkv.kernel = 3", exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -486,6 +487,7 @@ METHODS = {
     "attention_gate": "attention_gate",
     "cake": "cake",
     "chunkkv": "chunkkv",
+    "criticalkv": "criticalkv",
     "cskv": "cskv",
     "cskv_trained": "cskv_trained",
     "d2o": "d2o",

@@ -603,3 +603,29 @@ def chunkkv(probability: list[np.ndarray], budget: int, chunk: int, window: int)
     best = sorted(chunks, key=lambda c: -score[c].mean())
     chosen = [t for c in best for t in c if t < T - window][: budget - window]
     return np.array(sorted([*chosen, *range(T - window, T)]))
+
+
+def criticalkv(
+    weights: np.ndarray, v: np.ndarray, output: np.ndarray, budget: int, window: int, kernel: int, first: float
+) -> np.ndarray:
+    """CriticalKV, algorithm 1 over SnapKV's scores, for one KV head.
+
+    Args:
+      weights: [G, T, T].
+      v: [T, H].
+      output: [G, H, D].
+      budget: tokens, the window included.
+      window: of SnapKV.
+      kernel: the same.
+      first: share of the first stage.
+    """
+    older = weights.shape[-1] - window
+    vote = np.pad(weights[:, -window:, :older].mean(axis=(0, 1)), kernel // 2)
+    score = np.lib.stride_tricks.sliding_window_view(vote, kernel).mean(axis=-1)
+    norm = np.mean([np.abs(v[:older] @ w).sum(axis=-1) for w in output], axis=0)
+    count = int(first * (budget - window))
+    stage_one = _top(score, count)
+    weighted = (score + 1e-4) * norm
+    weighted[stage_one] = -np.inf
+    stage_two = _top(weighted, budget - window - count)
+    return np.array(sorted([*stage_one, *stage_two, *range(older, older + window)]))

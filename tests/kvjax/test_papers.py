@@ -390,3 +390,17 @@ def test_chunkkv(reuse, chunk):
         kept.append([[layers[i // reuse * reuse]] * table_decoder.KV_HEADS for i in range(len(layers))])
     assert not np.array_equal(*layers)  # layers would choose differently
     _kept(methods.chunkkv(21, chunk=4, window=6, reuse=reuse), kept, chunk=chunk)
+
+
+@pytest.mark.parametrize("first, chunk", [(0.5, None), (0.0, 9)])
+def test_criticalkv(first, chunk):
+    L, K, G, H = table_decoder.LAYERS, table_decoder.KV_HEADS, table_decoder.GROUP, table_decoder.HEAD_DIM
+    output = np.random.default_rng(3).normal(size=(L, K * G, H, 10))
+    attention = [_attention(row) for row in range(2)]
+
+    def kept(row, layer, head):
+        mine = output[layer, head * G : (head + 1) * G]
+        return papers.criticalkv(attention[row][layer][head], _head(row, layer, head)[1], mine, 21, 6, 5, first)
+
+    method = methods.criticalkv({"output": jnp.float32(output)}, 21, window=6, first=first)
+    _kept(method, _each_head(kept), chunk=chunk)
