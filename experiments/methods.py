@@ -31,6 +31,7 @@ _SCORES = (
     "call_attention",
     "dispersion",
     "future_attention",
+    "gumbel_attention",
     "in_blocks",
     "key_difference",
     "lag_relative",

@@ -141,6 +141,7 @@ class LayerObservation:
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
     reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
     learned: Any = None  # the layer's arrays of a trained scorer; see `kvjax.transforms.learned`
+    prompt: jax.Array | None = None  # i32[B], tokens of the whole prompt, where a transform passes them on
     quota: Quota | None = None  # what the scores are for, where every head of a row keeps the same number of slots
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: Scale | None = struct.field(pytree_node=False, default=None)
@@ -171,6 +172,10 @@ class Observation:
     phase: Phase = struct.field(pytree_node=False, default="prefill")
     room: int | None = struct.field(pytree_node=False, default=None)  # tokens that will follow the prompt, if known
     grows: bool = struct.field(pytree_node=False, default=False)  # the cache makes room for each of them by itself
+
+    def each_layer(self) -> tuple[LayerObservation, ...]:
+        """Returns what every layer saw, with the length of the prompt."""
+        return tuple(layer.replace(prompt=self.prompt) for layer in self.layers)
 
     def slots_of(self, budget: int, *, grows: bool | None = None) -> int:
         """Returns the slots that a budget of tokens needs: no more than there can be tokens, where that is known.

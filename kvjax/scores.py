@@ -16,6 +16,7 @@ from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
 from kvjax.score_wrappers import blend, in_blocks, output_perturbation, over_heads
 from kvjax.scores_of_keys import lag_relative, redundancy
+from kvjax.scores_of_noise import gumbel_attention
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer

@@ -14,6 +14,7 @@ from kvjax.methods.full import full
 from kvjax.methods.gear import gear
 from kvjax.methods.h2o import h2o
 from kvjax.methods.keydiff import keydiff
+from kvjax.methods.keyformer import keyformer
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
 from kvjax.methods.kvmerger import kvmerger
@@ -57,6 +58,7 @@ __all__ = [
     "gear",
     "h2o",
     "keydiff",
+    "keyformer",
     "kivi",
     "knorm",
     "kvmerger",

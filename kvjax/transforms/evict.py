@@ -121,7 +121,7 @@ def evict(
     def each_layer(run: Callable, cache: Cache, observation: Observation, *rest: Sequence) -> Cache:
         """`run(layer, seen, *entries of rest, told) -> (layer, told)`: the first of `reuse` layers tells the others."""
         shrunk, told = [], None
-        for index, entries in enumerate(zip(cache.layers, observation.layers, *rest, strict=True)):
+        for index, entries in enumerate(zip(cache.layers, observation.each_layer(), *rest, strict=True)):
             layer, told = run(*entries, None if index % reuse == 0 else told)
             shrunk.append(layer)
         return cache.replace(layers=tuple(shrunk))
@@ -132,7 +132,7 @@ def evict(
         return each_layer(run, cache, observation, each), tuple(rows for _, rows in each)
 
     def observe(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
-        return cache.map_layers(see, observation.layers), rows
+        return cache.map_layers(see, observation.each_layer()), rows
 
     def update(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
         return each_layer(drop_excess, cache, observation, rows), rows

@@ -147,15 +147,15 @@ def merge(
         return split_budget(budget, len(cache.layers), observation, layers, always)
 
     def init(cache: Cache, observation: Observation):
-        each = zip(cache.layers, observation.layers, split(cache, observation), strict=True)
+        each = zip(cache.layers, observation.each_layer(), split(cache, observation), strict=True)
         done = [compress(layer, seen, rows, slots=slots) for layer, seen, (slots, rows) in each]
         return cache.replace(layers=tuple(layer for layer, _ in done)), tuple(state for _, state in done)
 
     def observe(cache: Cache, states: tuple, observation: Observation):
-        return cache.map_layers(see, observation.layers), states
+        return cache.map_layers(see, observation.each_layer()), states
 
     def update(cache: Cache, states: tuple, observation: Observation):
-        each = zip(cache.layers, observation.layers, split(cache, observation), states, strict=True)
+        each = zip(cache.layers, observation.each_layer(), split(cache, observation), states, strict=True)
         done = [
             shrink_in_place(layer, seen, rows, state, slots=slots) for layer, seen, (slots, rows), state in each
         ]

@@ -420,6 +420,7 @@ CASES = [
     _config("chunkkv", grows(12), "chunkkv.window = 4", "chunkkv.chunk = 3", "chunkkv.reuse = 2", exact=True),
     _config("keydiff_chunked", grows(12), exact=True),
     _config("criticalkv", grows(12), "criticalkv.window = 4", "criticalkv.kernel = 3", exact=True),
+    _config("keyformer", bounded(12, 1, stats=1), exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -499,6 +500,7 @@ METHODS = {
     "gear": "gear",
     "h2o": "h2o",
     "keydiff": "keydiff",
+    "keyformer": "keyformer",
     "kivi": "int8",
     "knorm": "knorm",
     "kvmerger": "kvmerger",

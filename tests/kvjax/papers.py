@@ -629,3 +629,47 @@ def criticalkv(
     weighted[stage_one] = -np.inf
     stage_two = _top(weighted, budget - window - count)
     return np.array(sorted([*stage_one, *stage_two, *range(older, older + window)]))
+
+
+def gumbel_noise(seed: int, head: int, query: int, key: int) -> float:
+    """-log(-log u), u of the top 23 bits of a hash of (seed, head, query, key): MurmurHash3's finaliser, in turn."""
+    mask, mixed = 0xFFFFFFFF, seed
+    for number in (head, query, key):
+        mixed ^= number * 0x9E3779B1 & mask
+        mixed = (mixed ^ mixed >> 16) * 0x85EBCA6B & mask
+        mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 & mask
+        mixed ^= mixed >> 16
+    return -np.log(-np.log(((mixed >> 9) + 0.5) / 2**23))
+
+
+@dataclasses.dataclass
+class Keyformer:
+    """Keyformer, `attention.py`: H2O's loop over softmax((x + zeta) / tau), tau growing with every generated token."""
+
+    budget: int
+    recent: int
+    temperature: float
+    growth: float
+    seed: int
+    first_head: int  # query heads of the layers below
+    prompt: int
+    mass: list[dict] | None = None
+
+    def __call__(self, probability, slots, keys, done):
+        self.mass = self.mass or [{} for _ in slots]
+        kept = []
+        for index, (weights, at, mass) in enumerate(zip(probability, slots, self.mass)):
+            group, calls, _ = weights.shape
+            for g, t in np.ndindex(group, calls):
+                query = at[len(at) - calls + t]
+                sees = at <= query
+                head = self.first_head + index * group + g
+                noise = np.array([gumbel_noise(self.seed, head, int(query), int(key)) for key in at[sees]])
+                tau = self.temperature + self.growth * max(query - self.prompt + 1, 0)
+                x = np.exp((np.log(weights[g, t, sees]) + noise) / tau)
+                for token, p in zip(at[sees], x / x.sum()):
+                    mass[token] = mass.get(token, 0.0) + p / group
+            older, recent = at[at <= at[-1] - self.recent], at[at > at[-1] - self.recent]
+            heavy = older[_top(np.array([mass[t] for t in older]), self.budget - len(recent))]
+            kept.append(np.concatenate([heavy, recent]))
+        return kept

@@ -404,3 +404,20 @@ def test_criticalkv(first, chunk):
 
     method = methods.criticalkv({"output": jnp.float32(output)}, 21, window=6, first=first)
     _kept(method, _each_head(kept), chunk=chunk)
+
+
+def test_keyformer_without_noise_is_h2o():
+    method = methods.keyformer(BUDGET, recent=0.5, growth=0.0, noise=0.0)
+    _follow(method, lambda row: papers.H2O(BUDGET, BUDGET // 2), chunk=9, decoded=4)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_keyformer(chunk):
+    layers = {row: iter(range(table_decoder.LAYERS)) for row in range(2)}
+    heads = table_decoder.QUERY_HEADS
+
+    def policy(row):
+        return papers.Keyformer(BUDGET, BUDGET // 2, 1.5, 0.1, 7, heads * next(layers[row]), LENGTHS[row])
+
+    method = methods.keyformer(BUDGET, recent=0.5, temperature=1.5, growth=0.1, seed=7)
+    _follow(method, policy, chunk=chunk, decoded=6)
