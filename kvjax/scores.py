@@ -15,8 +15,8 @@ from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
 from kvjax.score_wrappers import blend, in_blocks, output_perturbation, over_heads
-from kvjax.scores_of_keys import lag_relative, redundancy
-from kvjax.scores_of_noise import gumbel_attention
+from kvjax.scores_of_keys import lag_relative, leverage, redundancy
+from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, slots_of_call
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
@@ -305,12 +305,7 @@ def retaining_heads() -> Scorer:
         B, T = queries.pos.shape
         if T == 0:
             return segment
-        # The tokens of a call are the newest of every head; its queries come in their order, padding last.
-        newest_first = jax.lax.top_k(segment.pos, min(T, S))[1]  # [B, K, T]
-        new = jnp.sum(queries.pos >= 0, axis=1)[:, None]
-        place = new - 1 - jnp.arange(T)[None]  # [B, T], of each query among the newest
-        there = (place >= 0) & (place < newest_first.shape[2])
-        slot = jnp.take_along_axis(newest_first, jnp.clip(place, 0, newest_first.shape[2] - 1)[:, None], axis=2)
+        slot, there = slots_of_call(segment, queries)
         at = slot[..., None]
         k = jnp.take_along_axis(segment.k, at, axis=2)
         if segment.key_rope == "stored":

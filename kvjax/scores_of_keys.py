@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import LayerObservation
+from kvjax.rope import re_rotate
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import ranks, token_order, without_rounding
 from kvjax.transforms.evict import Scorer
@@ -98,3 +99,44 @@ def redundancy(threshold: float = 0.5) -> Scorer:
         return -without_rounding(jax.nn.softmax(jnp.where(occupied, mean, -jnp.inf), axis=-1))
 
     return Scorer(score=score)
+
+
+def leverage(sketch: int = 48, sinks: int = 8, seed: int = 0) -> Scorer:
+    """How much of the span of a head's keys a key carries by itself: its statistical leverage, from a random sketch.
+
+    With X the un-rotated keys after the sinks, their mean taken off, times a Gaussian matrix of `sketch` columns:
+    `s_j = x_j^T (X^T X + e I)^-1 x_j`, `e = 0.01 + 1e-5 mean diag(X^T X)`. Sinks score -inf: protect them.
+
+    Args:
+      sketch: columns of the random matrix, one for each layer and head.
+      sinks: first tokens, which take no part.
+      seed: of the random matrices.
+
+    Source: Chari, Van Durme. Compactor (2025), arXiv:2507.08143; kvpress, `LeverageScorePress`.
+    """
+    if sketch < 1 or sinks < 0:
+        raise ValueError(f"sketch must be at least 1 and sinks at least 0, got {sketch} and {sinks}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        K, H = segment.k.shape[1], segment.k.shape[3]
+        k = segment.k.astype(jnp.float32)
+        if segment.key_rope == "stored":
+            k = re_rotate(k, -segment.pos, seen.queries.rope)
+        counted = (segment.pos >= sinks)[..., None]
+        count = jnp.maximum(jnp.sum(counted, axis=2, keepdims=True), 1)
+        mean = jnp.sum(jnp.where(counted, k, 0.0), axis=2, keepdims=True) / count
+        with jax.default_matmul_precision("highest"):
+            x = jnp.where(counted, k - mean, 0.0) @ random_sketch(seed, seen.layer, K, H, sketch)
+            gram = x.mT @ x  # [B, K, sketch, sketch]
+            level = jnp.trace(gram, axis1=2, axis2=3)[..., None, None] / sketch
+            factors = jnp.linalg.cholesky(gram + (1e-2 + 1e-5 * level) * jnp.eye(sketch))
+            half = jax.scipy.linalg.solve_triangular(factors, x.mT, lower=True)
+        return jnp.where(counted[..., 0], without_rounding(jnp.sum(half**2, axis=2)), -jnp.inf)
+
+    return Scorer(score=score)
+
+
+def random_sketch(seed: int, layer: jax.Array, kv_heads: int, head_dim: int, columns: int) -> jax.Array:
+    """Returns f32[K, H, columns], of normal numbers with variance `1 / columns`, the same at every call."""
+    key = jax.random.fold_in(jax.random.key(seed), layer)
+    return jax.random.normal(key, (kv_heads, head_dim, columns)) / columns**0.5

@@ -4,6 +4,7 @@ from kvjax.methods.adakv import adakv_expected, adakv_snapkv
 from kvjax.methods.attention_gate import attention_gate
 from kvjax.methods.cake import cake
 from kvjax.methods.chunkkv import chunkkv
+from kvjax.methods.compactor import compactor
 from kvjax.methods.criticalkv import criticalkv
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
@@ -46,6 +47,7 @@ __all__ = [
     "attention_gate",
     "cake",
     "chunkkv",
+    "compactor",
     "criticalkv",
     "cskv",
     "cskv_trained",

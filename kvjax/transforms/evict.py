@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kvjax.budget import check_budget
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Needs, Observation, Quota
+from kvjax.observation import ALL, LayerObservation, Needs, Observation, Quota
 from kvjax.segments.dense import DenseSegment, dense_tail
 from kvjax.segments.slots import LAST, keep_best, lowest, priority, token_order
 from kvjax.transforms.base import CacheTransform
@@ -137,12 +137,19 @@ def evict(
     def update(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
         return each_layer(drop_excess, cache, observation, rows), rows
 
+    def collect(cache: Cache, observation: Observation):
+        with_stat = lambda layer: layer.with_tail(with_stats(dense_tail(layer, "evict"), scorer))
+        return cache.map_layers(with_stat).map_layers(see, observation.each_layer())
+
+    observer = Observer()
+    if scorer.stats:  # what a prompt's last queries alone decide is seen at its end
+        observer = Observer(observe, collect if scorer.needs.queries == ALL else None)
     return CacheTransform(
         init=init,
         update=update,
         schedule=Schedule(
             needs=scorer.needs,
-            observer=Observer(after_call=observe if scorer.stats else None),
+            observer=observer,
             frees_in_prefill=1,
             frees_in_decode=1,
             budget=budget,

@@ -421,6 +421,14 @@ CASES = [
     _config("keydiff_chunked", grows(12), exact=True),
     _config("criticalkv", grows(12), "criticalkv.window = 4", "criticalkv.kernel = 3", exact=True),
     _config("keyformer", bounded(12, 1, stats=1), exact=True),
+    _config(
+        "compactor",
+        lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch,
+        "compactor.chunk = 7",
+        "compactor.sketch = 5",
+        "compactor.sinks = 3",
+        exact=True,
+    ),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -488,6 +496,7 @@ METHODS = {
     "attention_gate": "attention_gate",
     "cake": "cake",
     "chunkkv": "chunkkv",
+    "compactor": "compactor",
     "criticalkv": "criticalkv",
     "cskv": "cskv",
     "cskv_trained": "cskv_trained",

@@ -673,3 +673,22 @@ class Keyformer:
             heavy = older[_top(np.array([mass[t] for t in older]), self.budget - len(recent))]
             kept.append(np.concatenate([heavy, recent]))
         return kept
+
+
+def leverage(k: np.ndarray, sketch: np.ndarray) -> np.ndarray:
+    """Compactor, `compute_leverage_scores` for one head: un-rotated keys [T, H], a sketch [H, n]."""
+    x = (k - k.mean(axis=0)) @ sketch
+    gram = x.T @ x
+    inverse = np.linalg.inv(gram + (1e-2 + 1e-5 * np.trace(gram) / len(gram)) * np.eye(len(gram)))
+    return np.einsum("ti,ij,tj->t", x, inverse, x)
+
+
+def noncausal(q: np.ndarray, k: np.ndarray, v: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+    """Compactor, `NonCausalAttnPress.score` before it is standardised: q [G, T, H], k and v [T, H], chunk of each [T]."""
+    received = np.zeros(len(k))
+    for each in set(chunk.tolist()):
+        part = chunk == each
+        x = np.exp(q[:, part] @ k[part].T / np.sqrt(k.shape[1]))
+        received[part] = (x / x.sum(axis=-1, keepdims=True)).sum(axis=1).mean(axis=0)
+    received = np.pad(received * np.linalg.norm(v, axis=-1), 1)
+    return (received[:-2] + received[1:-1] + received[2:]) / 3

@@ -421,3 +421,31 @@ def test_keyformer(chunk):
 
     method = methods.keyformer(BUDGET, recent=0.5, temperature=1.5, growth=0.1, seed=7)
     _follow(method, policy, chunk=chunk, decoded=6)
+
+
+@pytest.mark.parametrize("chunk, calls", [(8, None), (8, 16), (64, None)])
+def test_compactor(chunk, calls):
+    """Read in calls that begin where chunks do, or all at once."""
+    sinks, recent, G = 3, 2, table_decoder.GROUP
+    scores = np.full((2, table_decoder.LAYERS, table_decoder.KV_HEADS, T), np.nan)
+    for row, layer in np.ndindex(scores.shape[:2]):
+        length = LENGTHS[row]
+        at = np.arange(sinks, length)
+        q, k, v = (np.asarray(x[layer, _tokens(row, length)[sinks:]], np.float64) for x in TABLES)
+        sketch = np.asarray(kvjax.scores_of_keys.random_sketch(5, jnp.int32(layer), 2, table_decoder.HEAD_DIM, 4))
+        parts = [[], []]
+        for head in range(table_decoder.KV_HEADS):
+            rotated = table_decoder.turn(q[:, head * G : (head + 1) * G].swapaxes(0, 1), at)
+            parts[0].append(papers.leverage(k[:, head], np.float64(sketch[head])))
+            parts[1].append(papers.noncausal(rotated, table_decoder.turn(k[:, head], at), v[:, head], at // chunk))
+        one, other = ((x - np.mean(x)) / np.std(x, ddof=1) for x in parts)
+        scores[row, layer, :, sinks:length] = 0.3 * one + other
+
+    def kept(row, layer, head):
+        length = LENGTHS[row]
+        free = np.arange(sinks, length - recent)
+        best = free[np.argsort(-scores[row, layer, head, free])[: BUDGET - sinks - recent]]
+        return np.array(sorted([*range(sinks), *best, *range(length - recent, length)]))
+
+    method = methods.compactor(BUDGET, 0.3, sketch=4, chunk=chunk, sinks=sinks, recent=recent, seed=5)
+    _kept(method, _each_head(kept), chunk=calls)
