@@ -15,6 +15,7 @@ from experiments import synthetic
 from kvjax.calibration import (
     Moments,
     activation_aware_svd,
+    attention_coverage,
     attention_variance,
     copying_scores,
     greedy_ranks,
@@ -209,6 +210,15 @@ def layer_variance(model: Model, settings: Settings) -> Calibration:
     return {"variance": jnp.mean(jnp.asarray(found), axis=0)}
 
 
+def layer_coverage(model: Model, settings: Settings) -> Calibration:
+    """Which share of the attention the most attended tokens of each layer hold: `coverage`, f32[L, 257]."""
+    found, coverage = [], jax.jit(attention_coverage)
+    for tokens in _progress(_texts(model, settings)):
+        out = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL))
+        found.append(jnp.stack([coverage(x.segments[0], seen) for x, seen in zip(out.cache.layers, out.layers)]))
+    return {"coverage": jnp.mean(jnp.stack(found), axis=0)}
+
+
 def key_means(model: Model, settings: Settings) -> Calibration:
     """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
     ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
@@ -257,7 +267,7 @@ def demonstration(model: Model, tokens: int) -> Calibration:
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
-_OF_ATTENTION = ("d2o", "duoattention", "razorattention")  # measures nothing of values
+_OF_ATTENTION = ("d2o", "duoattention", "prefixkv", "razorattention")  # measures nothing of values
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "criticalkv": output_projections,
     "cskv": weight_directions,
@@ -266,6 +276,7 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "kqsvd": attention_directions,
     "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,
+    "prefixkv": layer_coverage,
     "razorattention": head_types,
     "rotatekv": key_means,
 }

@@ -53,6 +53,7 @@ _TRANSFORMS = (
     "adaptive",
     "at_prefill_end",
     "balance_channels",
+    "by_coverage",
     "by_variance",
     "cast",
     "every",

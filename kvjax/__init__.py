@@ -36,6 +36,7 @@ from kvjax.transforms import (
     adaptive,
     at_prefill_end,
     balance_channels,
+    by_coverage,
     by_variance,
     cast,
     chain,

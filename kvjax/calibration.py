@@ -223,6 +223,25 @@ def attention_variance(keys: DenseSegment, seen: LayerObservation) -> jax.Array:
     return jnp.mean((variance - low) / jnp.maximum(high - low, 1e-12))
 
 
+def attention_coverage(keys: DenseSegment, seen: LayerObservation, points: int = 256) -> jax.Array:
+    """f32[points + 1]: the share of attention that the fraction `i / points` of tokens received, the highest first.
+
+    Attention is summed over the queries of a text and averaged over heads.
+
+    Args:
+      keys: the layer's cache after the whole text, one row.
+      seen: all queries of the text with their lse.
+      points: of the curve.
+
+    Source: Wang et al., PrefixKV (2024), arXiv:2412.03409, section 3.2.
+    """
+    received = keys.mass(seen.queries, seen.lse, window=seen.window, scale=seen.scale)  # [1, N, S]
+    highest_first = -jnp.sort(-jnp.mean(received, axis=(0, 1)))
+    share = jnp.pad(jnp.cumsum(highest_first) / jnp.sum(highest_first), (1, 0))
+    S = highest_first.shape[0]
+    return jnp.interp(jnp.linspace(0.0, 1.0, points + 1), jnp.arange(S + 1) / S, share)
+
+
 def _probability(keys: DenseSegment, seen: LayerObservation, query_at: jax.Array, key_at: jax.Array) -> jax.Array:
     """f32[n, N]: what each of n queries gives one slot each."""
     q = seen.queries.rotated[0, query_at].astype(jnp.float32)  # [n, N, H]

@@ -29,6 +29,7 @@ from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
+from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.reasoncache import reasoncache
@@ -75,6 +76,7 @@ __all__ = [
     "mikv",
     "million",
     "minicache",
+    "prefixkv",
     "pyramidkv",
     "random_eviction",
     "rkv",

@@ -7,7 +7,7 @@ from kvjax.transforms.convolve import convolve
 from kvjax.transforms.evict import Scorer, evict
 from kvjax.transforms.evict_across_layers import evict_across_layers
 from kvjax.transforms.evict_by_head import adaptive, evict_by_head
-from kvjax.transforms.layer_budgets import by_variance, pyramid, whole_layers
+from kvjax.transforms.layer_budgets import by_coverage, by_variance, pyramid, whole_layers
 from kvjax.transforms.learned import learned
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_layers import merge_layers
@@ -38,6 +38,7 @@ __all__ = [
     "at_prefill_end",
     "balance_channels",
     "bounded_layers",
+    "by_coverage",
     "by_rank",
     "by_variance",
     "cast",

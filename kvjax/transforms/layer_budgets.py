@@ -67,6 +67,49 @@ def by_variance(variance: Sequence[float], least: float = 0.01) -> LayerBudgets:
     return split
 
 
+def by_coverage(coverage: Sequence[Sequence[float]]) -> LayerBudgets:
+    """Budgets with which every layer holds the same share of its attention, the sum being that of even budgets.
+
+    Layer l needs a fraction `f_l(p)` of the prompt's tokens to hold a share p of the attention they received. With n
+    slots a layer of a prompt of T tokens, p is such that `mean_l f_l(p) = n / T`, and `n_l = f_l(p) T`, rounded so that
+    the sum over layers is `L n`.
+
+    Args:
+      coverage: for each layer the share p that the i-th fraction `i / (len - 1)` of tokens holds, those that received
+        most first; from 0 to 1, as `kvjax.calibration.attention_coverage` measures it.
+
+    Source: Wang et al., PrefixKV (2024), arXiv:2412.03409, section 3.
+    """
+    curves = np.maximum.accumulate(np.asarray(coverage, np.float64), axis=1)
+    if curves.ndim != 2 or curves.shape[1] < 2:
+        raise ValueError(f"coverage must be a curve of at least two points for each layer, got {list(curves.shape)}.")
+    fractions = np.linspace(0, 1, curves.shape[1])
+    share = np.linspace(0, 1, 1025)
+    needed = np.stack([np.interp(share, curve / curve[-1], fractions) for curve in curves])  # f_l(p)
+    needed[:, 0] = 0.0
+
+    def split(layers: int, slots: jax.Array, prompt: jax.Array) -> tuple[jax.Array, ...]:
+        if len(curves) != layers:
+            raise ValueError(f"coverage is of {len(curves)} layers, but the cache has {layers}.")
+        mean, prompt_or_one = jnp.asarray(needed.mean(axis=0), jnp.float32), jnp.maximum(prompt, 1)
+        place = jnp.interp(jnp.minimum(slots / prompt_or_one, 1.0), mean, jnp.asarray(share, jnp.float32))
+        each = [jnp.interp(place, share, of_layer) * prompt for of_layer in needed.astype(np.float32)]
+        return tuple(jnp.where(prompt <= slots, slots, n) for n in _rounded(each, layers * slots, prompt))
+
+    return split
+
+
+def _rounded(shares: Sequence[jax.Array], total: jax.Array, most: jax.Array) -> list[jax.Array]:
+    """Rounds shares so that they add up to a total: each is what its layer adds to the rounded sum, at most `most`."""
+    before, sums, counts = 0, 0.0, []
+    for index, share in enumerate(shares):
+        sums = sums + share
+        upto = total if index + 1 == len(shares) else jnp.floor(sums + _SLACK).astype(jnp.int32)
+        counts.append(jnp.clip(upto - before, 0, most))
+        before = upto
+    return counts
+
+
 def whole_layers(whole: Sequence[int], others: LayerBudgets | None = None) -> LayerBudgets:
     """Lets some layers keep as many tokens as the prompt has, on top of the budget.
 

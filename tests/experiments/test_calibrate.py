@@ -42,7 +42,7 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
     for name, x in data.items():
         assert f"{name:<14} {x.dtype}{list(x.shape)}" in out and jnp.isfinite(x).all()
     method = load_method(recipe, budget=0.5, calibrate=lambda recipe, path: data)
-    assert method.transform.schedule.budget == (0.5 if recipe in ("criticalkv", "d2o") else None)
+    assert method.transform.schedule.budget == (0.5 if recipe in ("criticalkv", "d2o", "prefixkv") else None)
     code, _, err = calibrate(*given)
     assert code == 2 and "is not empty; pass --replace" in err
     assert calibrate(*given, "--replace")[0] == 0
@@ -53,7 +53,7 @@ def test_recipes_about_values_refuse_latent_attention():
     params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)
     model = Model(config, params, None)
     assert len(calibrations.fingerprint(model)) == 16
-    for recipe in measurements.RECIPES.keys() - {"d2o", "duoattention", "razorattention"}:
+    for recipe in measurements.RECIPES.keys() - {"d2o", "duoattention", "prefixkv", "razorattention"}:
         with pytest.raises(ValueError, match=f"{recipe} compresses values apart from keys, .* of latent the keys are"):
             measurements.measure(recipe, model, SMALL)
 
@@ -108,6 +108,14 @@ def test_ranks_pass_through_their_rates_and_the_method_takes_that_many_bytes(mod
     ranks = np.stack([found["key_ranks"], found["value_ranks"]])
     np.testing.assert_allclose(ranks.mean(axis=(0, 2, 3)), H * np.asarray(found["rates"]), atol=H / 4)
     assert (np.diff(ranks, axis=1) <= 0).all() and ranks.min() >= H // 4 and (ranks % (H // 4) == 0).all()
+
+
+def test_coverage_is_the_share_of_attention_of_the_most_attended_tokens(model):
+    data = np.asarray(measurements.layer_coverage(model, SMALL)["coverage"])
+    assert data.shape == (model.config.num_layers, 257) and (data[:, 0] == 0).all()
+    np.testing.assert_allclose(data[:, -1], 1.0, rtol=1e-5)
+    rises = np.diff(data, axis=1)
+    assert (rises > 0).all() and (np.diff(rises, axis=1) < 1e-6).all()  # the most attended first: concave
 
 
 def test_copying_heads_are_found_by_hand():

@@ -429,6 +429,13 @@ CASES = [
         "compactor.sinks = 3",
         exact=True,
     ),
+    _config(
+        "prefixkv",
+        # two beside; of the 20 others p + p^2 = 20 / 22 gives 12.7 to the first layer; short rows have 10 in the second
+        lambda s: (_dense(2 + 12, s, stats=1) + _dense(2 + 10, s, stats=1)) // 2 + _dense(s.room, s, 1) + INDEX * s.batch,
+        exact=True,
+        shared_by="cache",
+    ),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -524,6 +531,7 @@ METHODS = {
     "mikv": "mikv",
     "million": "million",
     "minicache": "minicache",
+    "prefixkv": "prefixkv",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",
     "rkv": "rkv",

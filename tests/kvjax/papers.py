@@ -692,3 +692,30 @@ def noncausal(q: np.ndarray, k: np.ndarray, v: np.ndarray, chunk: np.ndarray) ->
         received[part] = (x / x.sum(axis=-1, keepdims=True)).sum(axis=1).mean(axis=0)
     received = np.pad(received * np.linalg.norm(v, axis=-1), 1)
     return (received[:-2] + received[1:-1] + received[2:]) / 3
+
+
+def prefixkv_budgets(coverage: np.ndarray, fraction: float, tokens: int) -> np.ndarray:
+    """PrefixKV: bisects the share of attention whose prefixes [L], in tokens, are a fraction of all on average."""
+    low, high = 0.0, 1.0
+    grid = np.linspace(0, 1, coverage.shape[1])
+    for _ in range(60):
+        share = (low + high) / 2
+        needed = np.array([np.interp(share, curve, grid) for curve in coverage])
+        low, high = (share, high) if needed.mean() < fraction else (low, share)
+    return needed * tokens
+
+
+@dataclasses.dataclass
+class PrefixKV:
+    """PrefixKV, online: of a layer the most attended tokens, averaged over heads, the first and the last in any case."""
+
+    keep: int
+    acted: bool = False
+
+    def __call__(self, probability, slots, keys, done):
+        if self.acted:
+            return slots
+        self.acted = True
+        score = np.concatenate(probability).sum(axis=1).mean(axis=0)
+        score[[0, -1]] = np.inf
+        return [slots[0][_top(score, self.keep)]] * len(slots)

@@ -449,3 +449,15 @@ def test_compactor(chunk, calls):
 
     method = methods.compactor(BUDGET, 0.3, sketch=4, chunk=chunk, sinks=sinks, recent=recent, seed=5)
     _kept(method, _each_head(kept), chunk=calls)
+
+
+def test_prefixkv():
+    coverage = np.linspace(0, 1, 33) ** np.array([[0.5], [0.2]])
+    counts = {}
+    for row, length in enumerate(LENGTHS):
+        first = papers.prefixkv_budgets(coverage, (BUDGET - 2) / (length - 2), length - 2)[0]
+        counts[row] = [int(first) + 2, 2 * BUDGET - int(first) - 2]
+        assert counts[row][0] > counts[row][1]
+    layers = {row: iter(counts[row]) for row in counts}
+    method = methods.prefixkv({"coverage": jnp.float32(coverage)}, BUDGET)
+    _follow(method, lambda row: papers.PrefixKV(next(layers[row])), decoded=2)

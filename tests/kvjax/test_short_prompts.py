@@ -101,7 +101,15 @@ def test_every_row_of_a_ring_has_its_own_size(sinks, reindex):
             assert closed == 16 - size
 
 
-@pytest.mark.parametrize("layers", [kvjax.pyramid(4), kvjax.by_variance([0.0, 1.0, 0.3]), kvjax.whole_layers((0,))])
+SPLITS = [
+    kvjax.pyramid(4),
+    kvjax.by_variance([0.0, 1.0, 0.3]),
+    kvjax.whole_layers((0,)),
+    kvjax.by_coverage(np.linspace(0, 1, 9) ** [[1.0], [0.5], [0.1]]),
+]
+
+
+@pytest.mark.parametrize("layers", SPLITS)
 @pytest.mark.parametrize("budget", [12, 0.3])
 def test_the_split_over_layers_is_a_rows_own(layers, budget):
     lengths = np.arange(1, 65)
