@@ -40,6 +40,7 @@ from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
 from kvjax.methods.tova import tova
+from kvjax.methods.windowkv import windowkv
 from kvjax.methods.xkv import xkv
 
 __all__ = [
@@ -87,5 +88,6 @@ __all__ = [
     "streamingllm",
     "think",
     "tova",
+    "windowkv",
     "xkv",
 ]

@@ -20,27 +20,38 @@ All beside what is always kept. A row's split depends on that row alone; it is a
 """
 
 
-def pyramid(beta: int = 20) -> LayerBudgets:
-    """Budgets that fall linearly with depth, from about `2 n` to `n / beta`.
+def pyramid(beta: float = 20, group: int = 1) -> LayerBudgets:
+    """Budgets that fall linearly with depth, from about `2 n` to `n / beta`, whose mean is n.
 
-    With n slots a layer: `low = n // beta`, `high = 2 n - low`, `n_l = high - l * ((high - low) // (L - 1))`. A
-    prompt of fewer than `high` tokens caps `high` and raises `low`; one of fewer than `2 n` is split evenly.
+    With n slots a layer: `low = floor(n / beta)`, `high = 2 n - low`, and on the line from `high` in the first layer to
+    `low` in the last. A prompt of fewer than `high` tokens caps `high` and raises `low`; one of fewer than `2 n` is
+    split evenly. Counts are rounded so that their sum is `L n`; those of groups are rounded down.
 
     Args:
       beta: how steep; at least 1.
+      group: layers in a row that get the same; the line then goes from the first group to the last.
 
-    Source: Cai et al., PyramidKV (2024), section 3.2; KVCache-Factory, `pyramidkv_utils.py`.
+    Source: Cai et al., PyramidKV (2024), section 3.2; KVCache-Factory, `pyramidkv_utils.py`, whose step from layer to
+    layer is rounded down, so that it keeps more than its budget; `group` is of Zuo et al., WindowKV (2025).
     """
     if beta < 1:
         raise ValueError(f"beta must be at least 1, got {beta}.")
+    if group < 1:
+        raise ValueError(f"group must be at least 1 layer, got {group}.")
 
     def split(layers: int, slots: jax.Array, prompt: jax.Array) -> tuple[jax.Array, ...]:
-        low = slots // beta
-        high = jnp.minimum(2 * slots - low, prompt)
-        low = 2 * slots - high
-        step = (high - low) // max(layers - 1, 1)
-        evenly = (prompt < 2 * slots) | (layers == 1)
-        return tuple(jnp.where(evenly, slots, high - layer * step) for layer in range(layers))
+        groups = -(-layers // group)
+        line = np.array([1 - 2 * (layer // group) / max(groups - 1, 1) for layer in range(layers)])
+        line = line - line.mean()  # the last group may be smaller
+        low = jnp.floor(slots / beta + _SLACK).astype(jnp.int32)
+        slope = jnp.minimum(2 * slots - low, prompt) - slots  # what the first layer of even groups has above the mean
+        shares = [slots + slope * float(x) for x in line]
+        if group == 1:
+            counts = _rounded(shares, layers * slots, prompt)
+        else:
+            counts = [jnp.clip(jnp.floor(share + _SLACK).astype(jnp.int32), 0, prompt) for share in shares]
+        evenly = (prompt < 2 * slots) | (groups == 1)
+        return tuple(jnp.where(evenly, slots, count) for count in counts)
 
     return split
 

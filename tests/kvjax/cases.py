@@ -436,6 +436,7 @@ CASES = [
         exact=True,
         shared_by="cache",
     ),
+    _config("windowkv", grows(12), "windowkv.suffix = 4", "windowkv.window = 3", exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -542,6 +543,7 @@ METHODS = {
     "streamingllm": "streamingllm",
     "think": "think",
     "tova": "tova",
+    "windowkv": "windowkv",
     "xkv": "xkv",
 }
 """The case that stands for each public method."""

@@ -719,3 +719,23 @@ class PrefixKV:
         score = np.concatenate(probability).sum(axis=1).mean(axis=0)
         score[[0, -1]] = np.inf
         return [slots[0][_top(score, self.keep)]] * len(slots)
+
+
+def windowkv_budgets(layers: int, cap: int, group: int, beta: float) -> list[int]:
+    """WindowKV, `compress_utils.py`: beside the suffix, equal in a group, falling linearly from group to group."""
+    groups = layers // group
+    last = int(cap / beta) if groups > 1 else cap
+    first = 2 * cap - last
+    return [first - layer // group * ((first - last) // max(groups - 1, 1)) for layer in range(layers)]
+
+
+def windowkv(probability: list[np.ndarray], budget: int, suffix: int, window: int, strategy: str) -> np.ndarray:
+    """WindowKV: the tokens of a layer that stay, of attention per KV head [G, T, T]; a window may stay in part."""
+    T = probability[0].shape[-1]
+    score = np.stack([head[:, -suffix:, :-suffix].mean(axis=(0, 1)) for head in probability])
+    score = np.pad(score, ((0, 0), (0, suffix)))
+    windows = [np.arange(at, min(at + window, T)) for at in range(0, T, window)]
+    top = window // 2 if strategy == "max" else window
+    worth = [np.sort(score[:, w], axis=1)[:, ::-1][:, :top].mean() for w in windows]
+    chosen = [t for i in np.argsort(-np.array(worth), kind="stable") for t in windows[i] if t < T - suffix][:budget]
+    return np.array(sorted([*chosen, *range(T - suffix, T)]))
