@@ -1,4 +1,4 @@
-"""Attention that the decoder did not compute, from all pairs of a call's queries and slots: perturbed, or non-causal."""
+"""Attention that the decoder did not compute, from all pairs of queries and slots: perturbed, or non-causal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _BLOCK = 64  # queries whose logits exist at a time
 def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: float = 1.0, seed: int = 0) -> Scorer:
     """All the tempered, perturbed attention a token has received, averaged over the query group.
 
-    A query adds `softmax_j((x_j + noise * z_j) / tau)`, x its logits over the slots it sees and z of the standard Gumbel
-    distribution, drawn anew for every query, slot, head and layer. `tau = temperature + growth * t` for the t-th token
+    A query adds `softmax_j((x_j + noise * z_j) / tau)`, x its logits over the slots it sees and z of the standard
+    Gumbel distribution, drawn anew for every query, slot, head and layer. `tau = temperature + growth * t` for the t-th token
     after the prompt, `temperature` for those of the prompt.
 
     Args:
@@ -98,10 +98,11 @@ def _mixed(x: jax.Array) -> jax.Array:
 def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
     """What a token receives from all tokens of its chunk, those before it too, times `||v||_2`, pooled over three.
 
-    Positions are cut into chunks of `chunk`, the first one without the sinks; in each, `a_j = sum_i softmax_j(scale <q_i, k_j>)`, averaged
-    over the query group. `s_j = mean(a ||v||)` over a token and its two neighbours, zeros beyond the ends. Sinks score
-    -inf: protect them. A token is scored when it is read: a chunk is cut where a call ends, so that a prompt that comes in
-    calls of a multiple of `chunk` is scored as one that comes at once.
+    Positions are cut into chunks of `chunk`, the first one without the sinks; in each,
+    `a_j = sum_i softmax_j(scale <q_i, k_j>)`, averaged over the query group. `s_j = mean(a ||v||)` over a token and its
+    two neighbours, zeros beyond the ends. Sinks score -inf: protect them. A token is scored when it is read: a chunk is
+    cut where a call ends, so that a prompt that comes in calls of a multiple of `chunk` is scored as one that comes at
+    once.
 
     Args:
       chunk: tokens that attend to each other.

@@ -27,7 +27,8 @@ def compactor(
     Deviations: as in kvpress, leverage is solved with a Cholesky factor, with a larger multiple of the identity, and
     blending follows the budget; the paper calibrates it for each context, and the rate with it. Non-causal attention is
     scaled as the model's is, and padding takes no part in it; kvpress does neither. Its chunks begin at multiples of
-    `chunk`; in kvpress the first begins after the sinks. The newest tokens are kept but take part in the scores of others.
+    `chunk`; in kvpress the first begins after the sinks. The newest tokens are kept, but take part in the
+    scores of others.
 
     Bytes: 4 a slot beside those of the kept tokens, for the attention that is noted while the prompt arrives.
 

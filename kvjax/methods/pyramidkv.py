@@ -18,7 +18,7 @@ def pyramidkv(
     Each row of a batch is split by its own length. Under twice the budget that is evenly, and so, where the budget is a
     count, every layer has room for as many tokens, however little it keeps of a long prompt.
 
-    Deviation: budgets add up to what was asked for. The official code rounds the step from layer to layer down, and keeps
+    Deviation: budgets add up to what was asked for. The official code rounds the step between layers down, and keeps
     a tenth more at small budgets.
 
     Args:

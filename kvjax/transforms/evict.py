@@ -89,7 +89,7 @@ def evict(
     if reuse < 1:
         raise ValueError(f"reuse must be at least 1 layer, got {reuse}.")
     if reuse > 1 and scorer.stats:
-        raise ValueError(f"reuse must be 1 for a scorer that keeps {', '.join(scorer.stats)} of each layer, got {reuse}.")
+        raise ValueError(f"reuse must be 1 for a scorer that keeps statistics of each layer, got {reuse}.")
 
     def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, told: Told | None) -> tuple:
         protected = is_protected(segment.pos, rows, sinks, recent)
