@@ -29,6 +29,7 @@ _SCORES = (
     "accumulated_attention",
     "blend",
     "call_attention",
+    "crushed",
     "dispersion",
     "future_attention",
     "gumbel_attention",

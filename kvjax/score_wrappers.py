@@ -19,6 +19,10 @@ Standard = Literal["none", "deviation", "range"]
 """What makes scores comparable: nothing, `(x - mean) / std` (unbiased), or `(x - min) / (max - min)`."""
 
 
+Anchor = Literal["alternate", "zeros", "ones", "mean"]
+"""The signature that those of tokens are compared with."""
+
+
 def blend(parts: Sequence[tuple[float, Scorer]], standard: Standard = "none") -> Scorer:
     """Returns the weighted sum of several scores.
 
@@ -137,6 +141,52 @@ def output_perturbation(scorer: Scorer, first: float = 0.5, epsilon: float = 1e-
         return jnp.where(chosen, jnp.inf, without_rounding((scores + epsilon) * projected))
 
     return scorer._replace(score=score)
+
+
+def crushed(scorer: Scorer, share: float = 0.25, anchor: Anchor = "alternate") -> Scorer:
+    """Spends a share of the budget on tokens that stand for the others, the rest on the highest scores.
+
+    Every head keeps the same tokens. `1 - share` of the slots that may stay beside the protected are those of highest
+    mean score over the KV heads. Each token left has a signature of K bits, bit h set where it is in the upper half of
+    them for head h. They are sorted by the Hamming distance of their signature to the anchor, the oldest of a tie
+    first, and as many of them, evenly spaced, stay as there is room for.
+
+    Args:
+      scorer: what a slot is worth.
+      share: of the budget, for representatives.
+      anchor: "alternate" (bits 0101...), "zeros", "ones", or "mean" (a bit is set where it is for most tokens).
+
+    Source: Jha, Zhang et al., KVCrush (2025), arXiv:2503.00022; openvino.genai, `kvcrush.cpp`.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}.")
+    if anchor not in get_args(Anchor):
+        raise ValueError(f"anchor must be one of {', '.join(get_args(Anchor))}, got {anchor!r}.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        quota, by_head, pos = quota_of(seen, "crushed"), scorer.score(segment, seen), segment.pos
+        left = jnp.where(quota.protected, -1, pos)
+        place = lambda x, among: places(highest_first(priority(x, among), among))
+        mean = without_rounding(jnp.broadcast_to(jnp.mean(by_head, axis=1, keepdims=True), pos.shape))
+        order = place(mean, left)
+        room, kept = quota.free()[..., None], quota.free(1 - share)[..., None]
+        important = (order < kept) & (left >= 0)
+        left = jnp.where(important, -1, left)
+        count = jnp.sum(left >= 0, axis=-1, keepdims=True)
+        bits = place(by_head, left) < (count + 1) // 2
+        K = pos.shape[1]
+        if anchor == "mean":
+            of_head = 2 * jnp.sum(bits & (left >= 0), axis=-1, keepdims=True) > count
+        else:
+            of_head = jnp.arange(K)[:, None] % 2 == 1 if anchor == "alternate" else jnp.full((K, 1), anchor == "ones")
+        distance = jnp.broadcast_to(jnp.sum(bits ^ of_head, axis=1, keepdims=True), pos.shape)
+        nearest = place(-distance.astype(jnp.float32), left)
+        rate = (room - kept) / jnp.maximum(count, 1)
+        upto = lambda index: jnp.floor(index * rate + 1e-3)
+        stands = (left >= 0) & (upto(nearest + 1) > upto(nearest))
+        return jnp.where(important, jnp.inf, jnp.where(stands, 0.0, -1.0 - order))
+
+    return scorer._replace(score=score, aligned=True)
 
 
 def _projected_norm(values: jax.Array, output: jax.Array) -> jax.Array:

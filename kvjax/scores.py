@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
-from kvjax.score_wrappers import blend, in_blocks, output_perturbation, over_heads
+from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads
 from kvjax.scores_of_keys import lag_relative, leverage, redundancy
 from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, slots_of_call
 from kvjax.segments.dense import DenseSegment

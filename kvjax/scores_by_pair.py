@@ -19,8 +19,8 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
     """All the tempered, perturbed attention a token has received, averaged over the query group.
 
     A query adds `softmax_j((x_j + noise * z_j) / tau)`, x its logits over the slots it sees and z of the standard
-    Gumbel distribution, drawn anew for every query, slot, head and layer. `tau = temperature + growth * t` for the t-th token
-    after the prompt, `temperature` for those of the prompt.
+    Gumbel distribution, drawn anew for every query, slot, head and layer. `tau = temperature + growth * t` for the t-th
+    token after the prompt, `temperature` for those of the prompt.
 
     Args:
       temperature: of the prompt's queries, above 0.

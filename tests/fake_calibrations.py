@@ -54,7 +54,7 @@ def calibrate(config: DecoderConfig):
         if recipe == "attention_gate":
             gate = {"qkv": normal(L, 2, K, H, 3, 2, 4) * (2 * K * H) ** -0.5, "out": normal(L, 2, 4, K)}
             return gate | {"bias": normal(L, K)}
-        if recipe == "prefixkv":  # even attention in the first layer, the root of the share of tokens in the second, ...
+        if recipe == "prefixkv":  # even attention in the first layer, the root of that in the second, ...
             return {"coverage": jnp.linspace(0.0, 1.0, 257) ** (1 / (1 + jnp.arange(L)[:, None]))}
         if recipe == "criticalkv":
             return {"output": normal(L, config.num_heads, H, config.width)}

@@ -18,6 +18,7 @@ from kvjax.methods.keydiff import keydiff
 from kvjax.methods.keyformer import keyformer
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
+from kvjax.methods.kvcrush import kvcrush
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lagkv import lagkv
@@ -65,6 +66,7 @@ __all__ = [
     "keyformer",
     "kivi",
     "knorm",
+    "kvcrush",
     "kvmerger",
     "kvzip",
     "lagkv",

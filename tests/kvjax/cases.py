@@ -437,6 +437,7 @@ CASES = [
         shared_by="cache",
     ),
     _config("windowkv", grows(12), "windowkv.suffix = 4", "windowkv.window = 3", exact=True),
+    _config("kvcrush", grows(12), "kvcrush.window = 4", "kvcrush.sinks = 2", exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -520,6 +521,7 @@ METHODS = {
     "keyformer": "keyformer",
     "kivi": "int8",
     "knorm": "knorm",
+    "kvcrush": "kvcrush",
     "kvmerger": "kvmerger",
     "kvzip": "kvzip",
     "kqsvd": "kqsvd",

@@ -739,3 +739,25 @@ def windowkv(probability: list[np.ndarray], budget: int, suffix: int, window: in
     worth = [np.sort(score[:, w], axis=1)[:, ::-1][:, :top].mean() for w in windows]
     chosen = [t for i in np.argsort(-np.array(worth), kind="stable") for t in windows[i] if t < T - suffix][:budget]
     return np.array(sorted([*chosen, *range(T - suffix, T)]))
+
+
+def kvcrush(
+    probability: list[np.ndarray], budget: int, window: int, kernel: int, sinks: int, share: float, anchor: str
+) -> np.ndarray:
+    """KVCrush, `kvcrush.cpp` on single tokens: the tokens of a layer that stay, of attention per KV head [G, T, T]."""
+    T, K = probability[0].shape[-1], len(probability)
+    votes = [np.pad(head[:, -window:, :-window].mean(axis=(0, 1)), kernel // 2) for head in probability]
+    score = np.lib.stride_tricks.sliding_window_view(np.stack(votes), kernel, axis=-1).mean(axis=-1)
+    room = budget - window - sinks
+    important = int((1 - share) * room + 1e-9)
+    free = np.arange(sinks, T - window)
+    ranked = free[np.argsort(-score[:, free].mean(axis=0), kind="stable")]
+    kept, rest = ranked[:important], np.sort(ranked[important:])
+    bits = np.zeros((K, len(rest)), bool)
+    for head in range(K):
+        bits[head, np.argsort(-score[head, rest], kind="stable")[: (len(rest) + 1) // 2]] = True
+    reference = {"alternate": np.arange(K) % 2 == 1, "ones": np.ones(K, bool), "mean": bits.mean(axis=1) > 0.5}[anchor]
+    distance = (bits != reference[:, None]).sum(axis=0)
+    nearest, count = rest[np.argsort(distance, kind="stable")], room - important
+    stands = [nearest[-(-(i + 1) * len(rest) // count) - 1] for i in range(count)]
+    return np.array(sorted([*range(sinks), *kept, *stands, *range(T - window, T)]))

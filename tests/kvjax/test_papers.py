@@ -479,3 +479,12 @@ def test_windowkv(strategy, suffix, group):
     assert group == 2 or counts[0] > counts[1]
     method = methods.windowkv(14, strategy, suffix=suffix, window=4, group=group, beta=1.5)
     _kept(method, kept)
+
+
+@pytest.mark.parametrize("share, anchor", [(0.3, "alternate"), (0.5, "ones"), (1.0, "mean")])
+def test_kvcrush(share, anchor):
+    kept = []
+    for row in range(2):
+        layers = [papers.kvcrush(layer, 19, 6, 5, 2, share, anchor) for layer in _attention(row)]
+        kept.append([[layer] * table_decoder.KV_HEADS for layer in layers])
+    _kept(methods.kvcrush(19, share, anchor, window=6, sinks=2), kept)
