@@ -27,6 +27,7 @@ METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
     "accumulated_attention",
+    "accumulated_entropy",
     "blend",
     "call_attention",
     "crushed",

@@ -156,7 +156,7 @@ def crushed(scorer: Scorer, share: float = 0.25, anchor: Anchor = "alternate") -
       share: of the budget, for representatives.
       anchor: "alternate" (bits 0101...), "zeros", "ones", or "mean" (a bit is set where it is for most tokens).
 
-    Source: Jha, Zhang et al., KVCrush (2025), arXiv:2503.00022; openvino.genai, `kvcrush.cpp`.
+    Source: Jha et al., KVCrush (2025), arXiv:2503.00022; openvino.genai, `kvcrush.cpp`.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], got {share}.")

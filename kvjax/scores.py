@@ -172,6 +172,21 @@ def accumulated_attention(normalise: bool = False) -> Scorer:
     )
 
 
+def accumulated_entropy() -> Scorer:
+    """Of all the attention a token has received, `-sum_q p log p`, averaged over the query group.
+
+    What spreads over many queries counts more than as much from a few that are sure, or from many that hardly look.
+    """
+    stat = "entropy"
+
+    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        entropy = _group_mean(_mass(segment, seen, "entropy"), segment)
+        return segment.replace(stats={**segment.stats, stat: segment.stats[stat] + entropy})
+
+    score = lambda segment, seen: segment.stats[stat]
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
+
+
 def call_attention() -> Scorer:
     """All the attention a token receives from the queries of a call, averaged over the query group."""
     score = lambda segment, seen: _group_mean(_mass(segment, seen), segment)

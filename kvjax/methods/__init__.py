@@ -1,10 +1,12 @@
 """Methods: published compression schemes, one paper a file, each a short composition of transforms."""
 
 from kvjax.methods.adakv import adakv_expected, adakv_snapkv
+from kvjax.methods.alisa import alisa
 from kvjax.methods.attention_gate import attention_gate
 from kvjax.methods.cake import cake
 from kvjax.methods.chunkkv import chunkkv
 from kvjax.methods.compactor import compactor
+from kvjax.methods.critic import critic
 from kvjax.methods.criticalkv import criticalkv
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
@@ -47,10 +49,12 @@ from kvjax.methods.xkv import xkv
 __all__ = [
     "adakv_expected",
     "adakv_snapkv",
+    "alisa",
     "attention_gate",
     "cake",
     "chunkkv",
     "compactor",
+    "critic",
     "criticalkv",
     "cskv",
     "cskv_trained",

@@ -1,6 +1,6 @@
 """ChunkKV: keep whole chunks of tokens, the same ones in several layers.
 
-Liu, Tang, Chen, Dong, Li, Pan, Li, Chu. "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context
+Liu, Tang, Dong, Li, Liu, Li, Hu, Chu. "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context
 LLM Inference". NeurIPS 2025. arXiv:2502.00299.
 """
 

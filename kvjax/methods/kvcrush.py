@@ -1,7 +1,7 @@
 """KVCrush: a part of the budget for tokens that stand for what is dropped.
 
-Jha, Zhang, Gopalakrishnan, Sundaram, Wang, et al. "KVCrush: Key Value Cache Size-Reduction Using Similarity in
-Head-Behaviour". 2025. arXiv:2503.00022.
+Jha, Gobriel, Talamanova, Jain. "KVCrush: Key Value Cache Size-Reduction Using Similarity in Head-Behaviour". 2025.
+arXiv:2503.00022.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PrefixKV: every layer keeps as many tokens as it needs for the same share of its attention.
 
-Wang, Chen, Lin, Han, Ding. "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for
-Efficient Generation". NeurIPS 2025. arXiv:2412.03409.
+Wang, Chen, Li, Tan, Zhang, Cai, Lin, Han, Ding. "PrefixKV: Adaptive Prefix KV Cache is What Vision
+Instruction-Following Models Need for Efficient Generation". NeurIPS 2025. arXiv:2412.03409.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """WindowKV: keep windows of eight neighbouring tokens, the same ones in a group of layers.
 
-Zuo, Wang, Huang, Zhang, Liu, Zhao, Yin. "WindowKV: Task-Adaptive Group-Wise KV Cache Window Selection for Efficient LLM
+Zuo, Wei, Zhang, Liu, Lu, Song. "WindowKV: Task-Adaptive Group-Wise KV Cache Window Selection for Efficient LLM
 Inference". 2025. arXiv:2503.17922.
 """
 

@@ -432,12 +432,14 @@ CASES = [
     _config(
         "prefixkv",
         # two beside; of the 20 others p + p^2 = 20 / 22 gives 12.7 to the first layer; short rows have 10 in the second
-        lambda s: (_dense(2 + 12, s, stats=1) + _dense(2 + 10, s, stats=1)) // 2 + _dense(s.room, s, 1) + INDEX * s.batch,
+        lambda s: (_dense(14, s, stats=1) + _dense(12, s, stats=1)) // 2 + _dense(s.room, s, 1) + INDEX * s.batch,
         exact=True,
         shared_by="cache",
     ),
     _config("windowkv", grows(12), "windowkv.suffix = 4", "windowkv.window = 3", exact=True),
     _config("kvcrush", grows(12), "kvcrush.window = 4", "kvcrush.sinks = 2", exact=True),
+    _config("critic", bounded(12, 1, stats=2), exact=True, aligned=True),
+    _config("alisa", bounded(12, 1), "alisa.window = 3", exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -502,10 +504,12 @@ CASES = [
 METHODS = {
     "adakv_expected": "adakv_expected",
     "adakv_snapkv": "adakv_snapkv",
+    "alisa": "alisa",
     "attention_gate": "attention_gate",
     "cake": "cake",
     "chunkkv": "chunkkv",
     "compactor": "compactor",
+    "critic": "critic",
     "criticalkv": "criticalkv",
     "cskv": "cskv",
     "cskv_trained": "cskv_trained",

@@ -684,7 +684,7 @@ def leverage(k: np.ndarray, sketch: np.ndarray) -> np.ndarray:
 
 
 def noncausal(q: np.ndarray, k: np.ndarray, v: np.ndarray, chunk: np.ndarray) -> np.ndarray:
-    """Compactor, `NonCausalAttnPress.score` before it is standardised: q [G, T, H], k and v [T, H], chunk of each [T]."""
+    """Compactor, `NonCausalAttnPress.score` before it is standardised: q [G, T, H], k, v [T, H], chunk of each [T]."""
     received = np.zeros(len(k))
     for each in set(chunk.tolist()):
         part = chunk == each
@@ -707,7 +707,7 @@ def prefixkv_budgets(coverage: np.ndarray, fraction: float, tokens: int) -> np.n
 
 @dataclasses.dataclass
 class PrefixKV:
-    """PrefixKV, online: of a layer the most attended tokens, averaged over heads, the first and the last in any case."""
+    """PrefixKV, online: of a layer the most attended tokens, averaged over heads, and the first and the last one."""
 
     keep: int
     acted: bool = False
@@ -761,3 +761,50 @@ def kvcrush(
     nearest, count = rest[np.argsort(distance, kind="stable")], room - important
     stands = [nearest[-(-(i + 1) * len(rest) // count) - 1] for i in range(count)]
     return np.array(sorted([*range(sinks), *kept, *stands, *range(T - window, T)]))
+
+
+@dataclasses.dataclass
+class CRITIC:
+    """CRITIC, appendix A, with sums over what a token receives: scaled to [0, 1], weighted, the lowest dropped."""
+
+    budget: int
+    recent: int
+    weights: tuple[float, float]
+    mass: dict | None = None
+    entropy: dict | None = None
+
+    def __call__(self, probability, slots, keys, done):
+        self.mass, self.entropy = self.mass or {}, self.entropy or {}
+        p, at = np.concatenate(probability), slots[0]
+        surprise = -p * np.log(np.where(p > 0, p, 1.0))
+        for j, token in enumerate(at):
+            self.mass[token] = self.mass.get(token, 0.0) + p[:, :, j].sum(axis=1).mean()
+            self.entropy[token] = self.entropy.get(token, 0.0) + surprise[:, :, j].sum(axis=1).mean()
+        score = 0.0
+        for weight, of in zip(self.weights, (self.mass, self.entropy)):
+            x = np.array([of[t] for t in at])
+            score = score + weight * (x - x.min()) / (x.max() - x.min())
+        score[at > at[-1] - self.recent] = np.inf
+        return [at[_top(score, self.budget)]] * len(slots)
+
+
+@dataclasses.dataclass
+class ALISA:
+    """ALISA, section 4: half newest tokens, half those with most attention from the last `window` queries."""
+
+    budget: int
+    recent: int
+    window: int
+    queries: np.ndarray  # [T, N, H], rotated, of the prompt and what follows
+
+    def __call__(self, probability, slots, keys, done):
+        kept = []
+        for head, (at, key) in enumerate(zip(slots, keys)):
+            group = probability[head].shape[0]
+            q = self.queries[at[-1] + 1 - self.window : at[-1] + 1, head * group : (head + 1) * group]
+            x = np.einsum("wgh,sh->gws", q, key) / np.sqrt(key.shape[1])
+            x = np.where(at <= np.arange(at[-1] + 1 - self.window, at[-1] + 1)[:, None], np.exp(x), 0.0)
+            score = (x / x.sum(axis=-1, keepdims=True)).sum(axis=1).mean(axis=0)
+            score[at > at[-1] - self.recent] = np.inf
+            kept.append(at[_top(score, self.budget)])
+        return kept

@@ -488,3 +488,21 @@ def test_kvcrush(share, anchor):
         layers = [papers.kvcrush(layer, 19, 6, 5, 2, share, anchor) for layer in _attention(row)]
         kept.append([[layer] * table_decoder.KV_HEADS for layer in layers])
     _kept(methods.kvcrush(19, share, anchor, window=6, sinks=2), kept)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_critic(chunk):
+    method = methods.critic(BUDGET, attention=0.7, entropy=0.3, recent=4)
+    _follow(method, lambda row: papers.CRITIC(BUDGET, 4, (0.7, 0.3)), chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_alisa(chunk):
+    layers = {row: iter(range(table_decoder.LAYERS)) for row in range(2)}
+
+    def policy(row):
+        q = np.asarray(TABLES.q[next(layers[row]), _tokens(row, LENGTHS[row] + DECODED)], np.float64)
+        rotated = table_decoder.turn(q, np.arange(len(q))[:, None])
+        return papers.ALISA(BUDGET, BUDGET // 2, 5, rotated)
+
+    _follow(methods.alisa(BUDGET, window=5), policy, chunk=chunk)
