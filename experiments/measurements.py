@@ -20,6 +20,7 @@ from kvjax.calibration import (
     copying_scores,
     greedy_ranks,
     product_codebook,
+    retrieval_scores,
     weighted_components,
 )
 from kvjax.rope import re_rotate
@@ -201,6 +202,25 @@ def head_types(model: Model, settings: Settings, repeats: int = 4) -> Calibratio
     return {"echo": mean[:, 0], "induction": mean[:, 1]}
 
 
+def retrieval_heads(model: Model, settings: Settings) -> Calibration:
+    """How much KV heads attend to a needle that is quoted: `retrieval`, f32[L, K].
+
+    The needle is of random tokens, planted in a text at other depths in each, and repeated at its end.
+    """
+    rng, found, score = np.random.default_rng(settings.seed), [], jax.jit(retrieval_scores)
+    size = max(2, min(16, settings.tokens // 8))
+    for index, tokens in enumerate(_progress(_texts(model, settings))):
+        text = np.asarray(tokens[0, : settings.tokens - 2 * size])
+        needle = rng.integers(0, model.config.vocab_size, size=size)
+        at = int((index + 0.5) / settings.texts * len(text))
+        planted = np.concatenate([text[:at], needle, text[at:], needle])
+        out = _read(model, jnp.int32(planted)[None], kvjax.Needs(queries=kvjax.ALL))
+        needle_at, query_at = at + jnp.arange(size), len(planted) - size + jnp.arange(size - 1)
+        layers = zip(out.cache.layers, out.layers)
+        found.append(jnp.stack([score(layer.segments[0], seen, needle_at, query_at) for layer, seen in layers]))
+    return {"retrieval": jnp.mean(jnp.stack(found), axis=0)}
+
+
 def layer_variance(model: Model, settings: Settings) -> Calibration:
     """How unevenly the heads of each layer spread their attention over text: `variance`, f32[L]."""
     found, variance = [], jax.jit(attention_variance)
@@ -267,12 +287,13 @@ def demonstration(model: Model, tokens: int) -> Calibration:
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
-_OF_ATTENTION = ("d2o", "duoattention", "prefixkv", "razorattention")  # measures nothing of values
+_OF_ATTENTION = ("d2o", "duoattention", "headkv", "prefixkv", "razorattention")  # measures nothing of values
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "criticalkv": output_projections,
     "cskv": weight_directions,
     "d2o": layer_variance,
     "duoattention": head_types,
+    "headkv": retrieval_heads,
     "kqsvd": attention_directions,
     "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,

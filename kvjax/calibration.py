@@ -205,6 +205,34 @@ def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> t
     return per_kv_head(echo), per_kv_head(induction)
 
 
+def retrieval_scores(
+    keys: DenseSegment, seen: LayerObservation, needle_at: jax.Array, query_at: jax.Array
+) -> jax.Array:
+    """f32[K]: how much of the attention of queries that quote a needle goes to it, among what they attend to most.
+
+    For each query, the probabilities of those of its m most attended tokens that lie in the needle, over m; averaged
+    over the queries and over the query group.
+
+    Args:
+      keys: the layer's cache after the whole text, rotated keys, one row, token t in slot t.
+      seen: all queries of the text with their lse.
+      needle_at: i32[m], positions of the needle.
+      query_at: i32[n], positions of the queries.
+
+    Source: Fu et al., HeadKV (2024), arXiv:2410.19258, section 3.1; after Wu et al., retrieval heads (2024).
+    """
+    picked = lambda x: x[:, query_at]
+    queries = seen.queries._replace(raw=picked(seen.queries.raw), pos=picked(seen.queries.pos))
+    K, S = keys.pos.shape[1:]
+    each = lambda q, lse: keys.mass(q, lse, window=seen.window, scale=seen.scale)[0]
+    one = lambda raw, pos, lse: each(queries._replace(raw=raw[None, None], pos=pos[None, None]), lse[None, None])
+    p = jax.lax.map(lambda of: one(*of), (queries.raw[0], queries.pos[0], picked(seen.lse)[0]))  # [n, N, S]
+    most, index = jax.lax.top_k(p, needle_at.shape[0])
+    found = jnp.any(index[..., None] == needle_at, axis=-1)
+    share = jnp.sum(jnp.where(found, most, 0.0), axis=-1) / needle_at.shape[0]
+    return jnp.mean(share.reshape(share.shape[0], K, -1), axis=(0, 2))
+
+
 def attention_variance(keys: DenseSegment, seen: LayerObservation) -> jax.Array:
     """f32[]: how unevenly a layer's heads spread their attention over a text, 0 for evenly.
 

@@ -16,6 +16,7 @@ from kvjax.methods.fp8 import fp8
 from kvjax.methods.full import full
 from kvjax.methods.gear import gear
 from kvjax.methods.h2o import h2o
+from kvjax.methods.headkv import headkv
 from kvjax.methods.keydiff import keydiff
 from kvjax.methods.keyformer import keyformer
 from kvjax.methods.kivi import kivi
@@ -66,6 +67,7 @@ __all__ = [
     "full",
     "gear",
     "h2o",
+    "headkv",
     "keydiff",
     "keyformer",
     "kivi",

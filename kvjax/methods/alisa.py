@@ -16,8 +16,8 @@ def alisa(budget: int | float = 0.2, recent: int | float = 0.5, window: int = 8)
     This is the paper's sparse window attention: H2O whose sums forget.
 
     Deviations: there is no official code. How many steps are summed is unverified. The sums are of the queries over
-    what the cache holds now, averaged over a query group. 8-bit keys and values are not beside it: what drops a token at
-    every step has no packed form here. The schedule between GPU, CPU and recomputation is that of a serving system.
+    what the cache holds now, averaged over a query group. 8-bit keys and values are not beside it: what drops a token
+    at every step has no packed form here. The schedule between GPU, CPU and recomputation is that of a serving system.
 
     Args:
       budget: tokens per KV head, as a count or as a fraction of the prompt (the paper keeps a fifth).

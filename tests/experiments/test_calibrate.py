@@ -42,7 +42,7 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
     for name, x in data.items():
         assert f"{name:<14} {x.dtype}{list(x.shape)}" in out and jnp.isfinite(x).all()
     method = load_method(recipe, budget=0.5, calibrate=lambda recipe, path: data)
-    assert method.transform.schedule.budget == (0.5 if recipe in ("criticalkv", "d2o", "prefixkv") else None)
+    assert method.transform.schedule.budget == (0.5 if recipe in ("criticalkv", "d2o", "headkv", "prefixkv") else None)
     code, _, err = calibrate(*given)
     assert code == 2 and "is not empty; pass --replace" in err
     assert calibrate(*given, "--replace")[0] == 0
@@ -53,7 +53,7 @@ def test_recipes_about_values_refuse_latent_attention():
     params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)
     model = Model(config, params, None)
     assert len(calibrations.fingerprint(model)) == 16
-    for recipe in measurements.RECIPES.keys() - {"d2o", "duoattention", "prefixkv", "razorattention"}:
+    for recipe in measurements.RECIPES.keys() - {"d2o", "duoattention", "headkv", "prefixkv", "razorattention"}:
         with pytest.raises(ValueError, match=f"{recipe} compresses values apart from keys, .* of latent the keys are"):
             measurements.measure(recipe, model, SMALL)
 
@@ -116,6 +116,25 @@ def test_coverage_is_the_share_of_attention_of_the_most_attended_tokens(model):
     np.testing.assert_allclose(data[:, -1], 1.0, rtol=1e-5)
     rises = np.diff(data, axis=1)
     assert (rises > 0).all() and (np.diff(rises, axis=1) < 1e-6).all()  # the most attended first: concave
+
+
+def test_retrieval_scores_count_what_the_most_attended_tokens_of_a_query_hold_of_a_needle():
+    """Logits are given: one head looks at the needle, its neighbour of the group does not."""
+    import kvjax
+    from kvjax.calibration import retrieval_scores
+
+    S, needle = 8, np.array([2, 3])
+    logits = np.zeros((2, S))
+    logits[0, needle], logits[1, [0, 5]] = 3.0, 3.0
+    keys = np.eye(S)[None, None]
+    pos = jnp.arange(S)[None]
+    segment = kvjax.DenseSegment(k=jnp.float32(keys), v=jnp.float32(keys), pos=pos[:, None])
+    raw = jnp.float32(np.broadcast_to(logits * S**0.5, (1, S, 2, S)))  # the scale divides
+    queries = kvjax.Queries(raw, pos, kvjax.Rope(jnp.zeros(S // 2)))
+    seen = kvjax.LayerObservation(queries, segment.attend(queries).lse, jnp.int32(0))
+    got = retrieval_scores(segment, seen, jnp.array(needle), jnp.array([6, 7]))
+    want = [2 * np.exp(3) / (2 * np.exp(3) + n - 2) / 2 for n in (7, 8)]  # of a query that sees n tokens
+    np.testing.assert_allclose(got, [np.mean(want) / 2], rtol=1e-5)  # half the group finds it
 
 
 def test_copying_heads_are_found_by_hand():

@@ -440,6 +440,15 @@ CASES = [
     _config("kvcrush", grows(12), "kvcrush.window = 4", "kvcrush.sinks = 2", exact=True),
     _config("critic", bounded(12, 1, stats=2), exact=True, aligned=True),
     _config("alisa", bounded(12, 1), "alisa.window = 3", exact=True),
+    _config(
+        "headkv",
+        pool(12, 4),
+        "headkv.window = 4",
+        "headkv.kernel = 3",
+        "headkv.page = 4",
+        exact=True,
+        shared_by="cache",
+    ),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -521,6 +530,7 @@ METHODS = {
     "full": "full",
     "gear": "gear",
     "h2o": "h2o",
+    "headkv": "headkv",
     "keydiff": "keydiff",
     "keyformer": "keyformer",
     "kivi": "int8",

@@ -808,3 +808,9 @@ class ALISA:
             score[at > at[-1] - self.recent] = np.inf
             kept.append(at[_top(score, self.budget)])
         return kept
+
+
+def headkv_counts(retrieval: np.ndarray, base: int, beta: float) -> np.ndarray:
+    """HeadKV, `snapkv_utils.py`: slots [L, K] beside the window; a pool for retrieval and the same minimum for all."""
+    pool = base / beta * retrieval.size
+    return retrieval / retrieval.sum() * pool + base - base / beta

@@ -506,3 +506,20 @@ def test_alisa(chunk):
         return papers.ALISA(BUDGET, BUDGET // 2, 5, rotated)
 
     _follow(methods.alisa(BUDGET, window=5), policy, chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
+def test_headkv(chunk):
+    retrieval = np.array([[0.4, 0.1], [0.2, 0.3]])
+    counts = papers.headkv_counts(retrieval, BUDGET - 6, 1.25)  # 14.8, 5.2, 8.4, 11.6: 38 of 40, the first two get one
+    counts = np.floor(counts).astype(int) + [[1, 1], [0, 0]]
+    attention = [_attention(row) for row in range(2)]
+
+    def kept(row, layer, head):
+        snap = papers.SnapKV(counts[layer, head] + 6, 6, 3, "max")
+        length = LENGTHS[row]
+        return snap([attention[row][layer][head]], [np.arange(length)], [None], True)[0]
+
+    method = methods.headkv({"retrieval": jnp.float32(retrieval)}, BUDGET, 1.25, window=6, kernel=3, page=4)
+    run = _kept(method, _each_head(kept), chunk=chunk)
+    assert sum(len(head) for layer in positions(run.cache, 0) for head in layer) == 4 * (BUDGET + 2)  # two decoded
