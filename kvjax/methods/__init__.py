@@ -4,6 +4,7 @@ from kvjax.methods.adakv import adakv_expected, adakv_snapkv
 from kvjax.methods.alisa import alisa
 from kvjax.methods.attention_gate import attention_gate
 from kvjax.methods.cake import cake
+from kvjax.methods.cam import cam
 from kvjax.methods.chunkkv import chunkkv
 from kvjax.methods.compactor import compactor
 from kvjax.methods.critic import critic
@@ -11,6 +12,7 @@ from kvjax.methods.criticalkv import criticalkv
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
 from kvjax.methods.duoattention import duoattention, duoattention_trained
+from kvjax.methods.elasticcache import elasticcache
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
 from kvjax.methods.full import full
@@ -29,6 +31,7 @@ from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.lococo import lococo
 from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.locret import locret
+from kvjax.methods.lookm import lookm
 from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
@@ -53,6 +56,7 @@ __all__ = [
     "alisa",
     "attention_gate",
     "cake",
+    "cam",
     "chunkkv",
     "compactor",
     "critic",
@@ -62,6 +66,7 @@ __all__ = [
     "d2o",
     "duoattention",
     "duoattention_trained",
+    "elasticcache",
     "expected_attention",
     "fp8",
     "full",
@@ -80,6 +85,7 @@ __all__ = [
     "lococo",
     "locret",
     "kqsvd",
+    "lookm",
     "matryoshka_pca",
     "matryoshka_trained",
     "mikv",

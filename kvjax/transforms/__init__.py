@@ -11,7 +11,7 @@ from kvjax.transforms.layer_budgets import by_coverage, by_variance, pyramid, wh
 from kvjax.transforms.learned import learned
 from kvjax.transforms.merge import MergeRule, merge
 from kvjax.transforms.merge_layers import merge_layers
-from kvjax.transforms.merge_rules import into_nearest, into_runs
+from kvjax.transforms.merge_rules import into_nearest, into_neighbour, into_next, into_runs, into_similar
 from kvjax.transforms.prefix import prefix
 from kvjax.transforms.product_quantize import product_quantize
 from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
@@ -53,7 +53,10 @@ __all__ = [
     "evict_by_head",
     "identity",
     "into_nearest",
+    "into_neighbour",
+    "into_next",
     "into_runs",
+    "into_similar",
     "learned",
     "merge",
     "merge_layers",

@@ -108,10 +108,6 @@ def evict(
         return layer.with_tail(keep_best(segment, order, slots, rows)), told if reuse > 1 else None
 
     @jax.jit
-    def see(layer: LayerCache, seen: LayerObservation):
-        return layer.with_tail(scorer.observe(dense_tail(layer, "evict"), seen))
-
-    @jax.jit
     def drop_excess(layer: LayerCache, seen: LayerObservation, rows: jax.Array, told: Told | None):
         segment = dense_tail(layer, "evict")
         excess = jnp.sum(segment.pos >= 0, axis=-1) - rows[:, None]  # [B, K]
@@ -131,25 +127,15 @@ def evict(
         run = lambda layer, seen, to, told: compress(layer, seen, to[1], told, slots=to[0])
         return each_layer(run, cache, observation, each), tuple(rows for _, rows in each)
 
-    def observe(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
-        return cache.map_layers(see, observation.each_layer()), rows
-
     def update(cache: Cache, rows: tuple[jax.Array, ...], observation: Observation):
         return each_layer(drop_excess, cache, observation, rows), rows
 
-    def collect(cache: Cache, observation: Observation):
-        with_stat = lambda layer: layer.with_tail(with_stats(dense_tail(layer, "evict"), scorer))
-        return cache.map_layers(with_stat).map_layers(see, observation.each_layer())
-
-    observer = Observer()
-    if scorer.stats:  # what a prompt's last queries alone decide is seen at its end
-        observer = Observer(observe, collect if scorer.needs.queries == ALL else None)
     return CacheTransform(
         init=init,
         update=update,
         schedule=Schedule(
             needs=scorer.needs,
-            observer=observer,
+            observer=observer_of(scorer, "evict"),
             frees_in_prefill=1,
             frees_in_decode=1,
             budget=budget,
@@ -205,6 +191,31 @@ def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | floa
         share = jnp.floor(recent * rows + 1e-3).astype(jnp.int32)
         recent = jnp.clip(share, int(recent > 0), jnp.maximum(rows - sinks, 0))[:, None, None]
     return (pos >= 0) & ((pos > newest - recent) | (pos < sinks))
+
+
+def observer_of(scorer: Scorer, transform: str) -> Observer:
+    """Returns what keeps a scorer's statistics in the last segment of every layer.
+
+    Before `init` only those that add up over all queries are kept: what a prompt's last queries say is seen at its end.
+
+    Args:
+      scorer: whose statistics they are.
+      transform: what errors call it.
+    """
+    if not scorer.stats:
+        return Observer()
+
+    @jax.jit
+    def see(layer: LayerCache, seen: LayerObservation) -> LayerCache:
+        return layer.with_tail(scorer.observe(with_stats(dense_tail(layer, transform), scorer), seen))
+
+    def after_call(cache: Cache, state, observation: Observation):
+        return cache.map_layers(see, observation.each_layer()), state
+
+    def after_chunk(cache: Cache, observation: Observation) -> Cache:
+        return cache.map_layers(see, observation.each_layer())
+
+    return Observer(after_call, after_chunk if scorer.needs.queries == ALL else None)
 
 
 def with_stats(segment: DenseSegment, scorer: Scorer) -> DenseSegment:

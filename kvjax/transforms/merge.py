@@ -12,19 +12,20 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation, Quota
 from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked
+from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked, priority
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
     check_protected,
     check_scorer,
     is_protected,
+    observer_of,
+    slot_scores,
     with_stats,
-    worth_keeping,
 )
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
 from kvjax.transforms.order import PLAIN, Order
-from kvjax.transforms.schedule import Observer, Schedule
+from kvjax.transforms.schedule import Schedule
 
 _FEW = 8  # slots up to which each is written by itself: the tokens of a decoding step, and room in whole tiles
 
@@ -33,6 +34,7 @@ class Ranked(NamedTuple):
     """Slots of a layer with what each is worth, for a rule to decide what becomes of them."""
 
     segment: DenseSegment
+    scores: jax.Array  # f32[B, K, S], what the scorer says of each slot
     worth: jax.Array  # i32[B, K, S], of which only the order means anything; protected slots above all others
     protected: jax.Array  # bool[B, K, S], always kept
     rows: jax.Array  # i32[B], slots that may stay
@@ -63,8 +65,9 @@ class Moves(NamedTuple):
 
     slots: jax.Array  # i32[B, K, E]
     real: jax.Array  # bool[B, K, E], false where a head gives up fewer than E
-    into: jax.Array  # i32[B, K, E], the slot that takes it up; S: none, its token is dropped
-    weight: jax.Array  # f32[B, K, E], beside the weight 1 of the slot that takes it up
+    into: jax.Array  # i32[B, K, F], the slot that takes one up; S: none, its token is dropped
+    weight: jax.Array  # f32[B, K, F], beside the weight 1 of the slot that takes it up
+    source: jax.Array | None = None  # i32[B, K, F], which of the E is taken up; None: each by one slot, F = E
 
 
 class MergeRule(NamedTuple):
@@ -73,10 +76,14 @@ class MergeRule(NamedTuple):
     Attributes:
       move: `(ranked slots, state) -> (moves, state)`.
       start: `batch -> state`, every leaf with the batch in front.
+      values_only: keys stay as they are.
+      mean: weights are those of a mean, in which the slot itself has the weight 1; False: weighted slots are added.
     """
 
     move: Callable[[Ranked, Any], tuple[Moves, Any]]
     start: Callable[[int], Any] = lambda batch: ()
+    values_only: bool = False
+    mean: bool = True
 
 
 def merge(
@@ -119,9 +126,10 @@ def merge(
         if most <= 0:
             return segment, state
         protected = is_protected(segment.pos, rows, sinks, recent)
-        worth = worth_keeping(scorer, segment, seen.replace(quota=Quota(rows, protected)), protected)
-        moves, state = rule.move(Ranked(segment, worth, protected, rows, most), state)
-        return move(segment, moves), state
+        scores = slot_scores(scorer, segment, seen.replace(quota=Quota(rows, protected)))
+        worth = priority(scores, segment.pos, protected)
+        moves, state = rule.move(Ranked(segment, scores, worth, protected, rows, most), state)
+        return move(segment, moves, values_only=rule.values_only, mean=rule.mean), state
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int):
@@ -133,10 +141,6 @@ def merge(
         segment = scorer.observe(with_stats(segment, scorer), seen)
         segment, state = shrink(segment, seen, rows, slots, rule.start(segment.pos.shape[0]))
         return layer.with_tail(segment.take(*keep_highest(segment.pos, segment.pos, slots))), state
-
-    @jax.jit
-    def see(layer: LayerCache, seen: LayerObservation):
-        return layer.with_tail(scorer.observe(dense_tail(layer, "merge"), seen))
 
     @functools.partial(jax.jit, static_argnames="slots")
     def shrink_in_place(layer: LayerCache, seen: LayerObservation, rows: jax.Array, state, *, slots: int):
@@ -151,9 +155,6 @@ def merge(
         done = [compress(layer, seen, rows, slots=slots) for layer, seen, (slots, rows) in each]
         return cache.replace(layers=tuple(layer for layer, _ in done)), tuple(state for _, state in done)
 
-    def observe(cache: Cache, states: tuple, observation: Observation):
-        return cache.map_layers(see, observation.each_layer()), states
-
     def update(cache: Cache, states: tuple, observation: Observation):
         each = zip(cache.layers, observation.each_layer(), split(cache, observation), states, strict=True)
         done = [
@@ -166,7 +167,7 @@ def merge(
         update=update,
         schedule=Schedule(
             needs=scorer.needs,
-            observer=Observer(after_call=observe if scorer.stats else None),
+            observer=observer_of(scorer, "merge"),
             frees_in_prefill=1,
             frees_in_decode=1,
             budget=budget,
@@ -177,16 +178,27 @@ def merge(
     )
 
 
-def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
-    """Adds slots to those that take them up, as `merge` says, and empties them."""
+def move(segment: DenseSegment, moves: Moves, *, values_only: bool = False, mean: bool = True) -> DenseSegment:
+    """Adds slots to those that take them up, as `merge` says, and empties them.
+
+    Args:
+      segment: of S slots.
+      moves: which slots go where.
+      values_only: keys stay as they are.
+      mean: divides by the sum of weights.
+    """
     B, K, S = segment.pos.shape
-    given, gone = segment.take(moves.slots, moves.real), marked(moves.slots, moves.real, S)
-    taken_up = moves.real & (moves.into < S)
+    gone = marked(moves.slots, moves.real, S)
+    slots, real = moves.slots, moves.real
+    if moves.source is not None:
+        slots, real = (jnp.take_along_axis(x, moves.source, axis=-1) for x in (slots, real))
+    given = segment.take(slots, real)
+    taken_up = real & (moves.into < S)
     taken_up &= ~jnp.take_along_axis(gone, jnp.minimum(moves.into, S - 1), axis=-1)  # what is given up takes up nothing
     weight = jnp.where(taken_up, moves.weight, 0.0)
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     into = jnp.where(taken_up, moves.into, S)
-    count = moves.slots.shape[2]
+    count = slots.shape[2]
     few = count <= _FEW
 
     def add(x):
@@ -198,9 +210,13 @@ def move(segment: DenseSegment, moves: Moves) -> DenseSegment:
 
     # A few tokens change as many slots, in place; many are summed for all slots at once.
     target = segment.take(jnp.minimum(into, S - 1), taken_up) if few else segment
-    total = 1.0 + add(weight)[..., None]
-    mean = lambda own, x: (own.astype(jnp.float32) + add(weight[..., None] * x.astype(jnp.float32))) / total
-    merged = target.map_vectors(mean, given).astype(segment.k.dtype)
+    total = 1.0 + add(weight)[..., None] if mean else 1.0
+    joined = lambda own, x: (own.astype(jnp.float32) + add(weight[..., None] * x.astype(jnp.float32))) / total
+    if values_only:
+        values = joined(target.values_apart("merging values"), given.v)
+        merged = target.replace(v=values.astype(segment.v.dtype))
+    else:
+        merged = target.map_vectors(joined, given).astype(segment.k.dtype)
     if segment.bias is not None:
         tokens = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
         merged = merged.replace(bias=jnp.log(tokens))

@@ -1,12 +1,17 @@
-"""What becomes of the slots above a budget: added to their nearest, or to the highest of their run."""
+"""What becomes of the slots above a budget: added to similar keys, to neighbours, or to the highest of a run."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.segments.slots import highest_first, highest_slot, marked, places, ranks, token_order, without_rounding
+from kvjax.segments.slots import LAST, highest_first, highest_slot, marked, places, ranks, token_order, without_rounding
 from kvjax.transforms.merge import MergeRule, Moves, Ranked
+
+Weigh = Literal["mean", "pivot", "similarity"]
+"""How much the slots that go to another count beside it."""
 
 _BLOCK = 256  # slots that are compared with all others at a time
 _LEAST = jnp.iinfo(jnp.int32).min
@@ -42,6 +47,111 @@ def into_nearest(smoothing: float = 0.5) -> MergeRule:
         return Moves(slots, real, into, jnp.exp(similarity - 1)), threshold
 
     return MergeRule(move, start=lambda batch: jnp.full((batch,), -jnp.inf, jnp.float32))
+
+
+def into_similar(weigh: Weigh = "pivot") -> MergeRule:
+    """Gives up the slots of lowest worth; each goes to the slot of most similar key that stays.
+
+    With n slots that go to slot c, and u the cosine of their keys to that of c, c becomes
+    `(x_c + sum x_e) / (1 + n)` ("mean"), the same with `(x_e + x_c) / 2` in place of `x_e` ("pivot"), or
+    `(x_c + sum u_e x_e) / (1 + sum u_e)` ("similarity"; slots whose u is below the mean of all, or 0, are dropped).
+
+    Args:
+      weigh: "mean", "pivot" or "similarity".
+
+    Source: Wan et al., LOOK-M (2024), arXiv:2406.18139, section 3.3.
+    """
+    if weigh not in get_args(Weigh):
+        raise ValueError(f"weigh must be one of {', '.join(get_args(Weigh))}, got {weigh!r}.")
+
+    def move(ranked: Ranked, state: tuple) -> tuple[Moves, tuple]:
+        B, K, S = ranked.worth.shape
+        slots, real = ranked.lowest(ranked.worth)
+        stays = ranked.occupied & ~marked(slots, real, S)
+        similarity, into = _nearest(ranked.segment.k, ranked.segment.pos, slots, stays)
+        into = jnp.where(real & (similarity > -jnp.inf), into, S)
+        if weigh == "mean":
+            weight = jnp.ones(slots.shape)
+        elif weigh == "pivot":
+            rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+            taken = jnp.zeros((B, K, S + 1)).at[rows, heads, into].add(1.0)
+            weight = 1 / (2 + jnp.take_along_axis(taken, into, axis=-1))
+        else:
+            count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1)
+            mean = jnp.sum(jnp.where(real, similarity, 0.0), axis=-1, keepdims=True) / count
+            alike = (similarity >= mean - _ROUNDING) & (similarity > 0)
+            into, weight = jnp.where(alike, into, S), jnp.maximum(similarity, 0.0)
+        return Moves(slots, real, into, weight), state
+
+    return MergeRule(move)
+
+
+def into_next(count: int = 16) -> MergeRule:
+    """Gives up the slots of lowest worth; their values are added to the `count` tokens after them that stay.
+
+    Of a slot e, `p v_e / m` is added to each of the m <= count tokens that follow, `p = s_e / mean(s of these)`, at
+    most 1, s being the scores. Keys stay as they are. Of more than `count` slots that are given up at once only the
+    newest `count` are added: the others, of a prompt, are dropped.
+
+    Args:
+      count: tokens that share a value, at least 1.
+
+    Source: Zhang, Du et al., CaM (2024), section 4; kvpress, `CAMPress`.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1 token, got {count}.")
+
+    def move(ranked: Ranked, state: tuple) -> tuple[Moves, tuple]:
+        S, pos = ranked.worth.shape[2], ranked.segment.pos
+        slots, real = ranked.lowest(ranked.worth)
+        most = min(count, slots.shape[2])
+        given_pos = jnp.where(real, jnp.take_along_axis(pos, slots, axis=-1), -1)
+        newest, source = jax.lax.top_k(given_pos, most)  # [B, K, F]
+        stays = ranked.occupied & ~marked(slots, real, S)
+        order = token_order(jnp.where(stays, pos, -1))
+        at = jnp.take_along_axis(jnp.where(stays, pos, LAST), order, axis=-1)
+        find = jax.vmap(jax.vmap(lambda sorted_pos, x: jnp.searchsorted(sorted_pos, x, side="right")))
+        place = find(at, newest)[..., None] + jnp.arange(count)  # [B, K, F, count]
+        held = jnp.sum(stays, axis=-1)[..., None, None]
+        there = (place < held) & (newest >= 0)[..., None]
+        into = jax.vmap(jax.vmap(lambda x, i: x[i]))(order, jnp.minimum(place, S - 1))
+        score_of = jax.vmap(jax.vmap(lambda x, i: x[i]))(ranked.scores, into)
+        followers = jnp.sum(there, axis=-1)
+        mean = jnp.sum(jnp.where(there, score_of, 0.0), axis=-1) / jnp.maximum(followers, 1)
+        own = jnp.take_along_axis(ranked.scores, jnp.take_along_axis(slots, source, axis=-1), axis=-1)
+        share = jnp.clip(own / jnp.maximum(mean, 1e-30), 0.0, 1.0)
+        weight = jnp.where(there, (share / jnp.maximum(followers, 1))[..., None], 0.0)
+        flat = lambda x: x.reshape(*x.shape[:2], -1)
+        source = jnp.broadcast_to(source[..., None], into.shape)
+        return Moves(slots, real, flat(jnp.where(there, into, S)), flat(weight), flat(source)), state
+
+    return MergeRule(move, values_only=True, mean=False)
+
+
+def into_neighbour() -> MergeRule:
+    """Gives up the slots of lowest worth; each goes to the slot of nearest position that stays, the older of a tie.
+
+    A slot becomes the plain mean of what it was and of all it takes up.
+
+    Source: Liu et al., Elastic Cache (2024), arXiv:2407.18121, section 3.2.
+    """
+
+    def move(ranked: Ranked, state: tuple) -> tuple[Moves, tuple]:
+        S, pos = ranked.worth.shape[2], ranked.segment.pos
+        slots, real = ranked.lowest(ranked.worth)
+        order = token_order(pos)
+        sort = lambda x: jnp.take_along_axis(x, order, axis=-1)
+        stays, at = sort(ranked.occupied & ~marked(slots, real, S)), sort(pos)
+        older = jax.lax.cummax(jnp.where(stays, jnp.arange(S), -1), axis=2)
+        newer = jax.lax.cummin(jnp.where(stays, jnp.arange(S), S), axis=2, reverse=True)
+        position = lambda place: jnp.take_along_axis(at, jnp.clip(place, 0, S - 1), axis=-1)
+        closer = (newer >= S) | (at - position(older) <= position(newer) - at)
+        place = jnp.where((older >= 0) & closer, older, newer)
+        into = jnp.where(place < S, jnp.take_along_axis(order, jnp.clip(place, 0, S - 1), axis=-1), S)
+        into = jnp.take_along_axis(into, jnp.argsort(order, axis=-1), axis=-1)
+        return Moves(slots, real, jnp.take_along_axis(into, slots, axis=-1), jnp.ones(slots.shape)), state
+
+    return MergeRule(move)
 
 
 def into_runs(threshold: float = 0.75, width: float = 5.0, heavy: float = 0.24) -> MergeRule:

@@ -449,6 +449,9 @@ CASES = [
         exact=True,
         shared_by="cache",
     ),
+    _config("elasticcache", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
+    _config("lookm", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
+    _config("cam", bounded(12, 1, stats=1), "cam.following = 3", exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -516,6 +519,7 @@ METHODS = {
     "alisa": "alisa",
     "attention_gate": "attention_gate",
     "cake": "cake",
+    "cam": "cam",
     "chunkkv": "chunkkv",
     "compactor": "compactor",
     "critic": "critic",
@@ -525,6 +529,7 @@ METHODS = {
     "d2o": "d2o",
     "duoattention": "duoattention",
     "duoattention_trained": "duoattention_trained",
+    "elasticcache": "elasticcache",
     "expected_attention": "expected_attention",
     "fp8": "fp8",
     "full": "full",
@@ -543,6 +548,7 @@ METHODS = {
     "lazyeviction": "lazyeviction",
     "lococo": "lococo",
     "locret": "locret",
+    "lookm": "lookm",
     "matryoshka_pca": "matryoshka_pca",
     "matryoshka_trained": "matryoshka_trained",
     "mikv": "mikv",

@@ -814,3 +814,77 @@ def headkv_counts(retrieval: np.ndarray, base: int, beta: float) -> np.ndarray:
     """HeadKV, `snapkv_utils.py`: slots [L, K] beside the window; a pool for retrieval and the same minimum for all."""
     pool = base / beta * retrieval.size
     return retrieval / retrieval.sum() * pool + base - base / beta
+
+
+@dataclasses.dataclass
+class MergedPrompt:
+    """Elastic Cache and LOOK-M: when the prompt is in, the least attended go to those that stay, by a rule each."""
+
+    budget: int
+    recent: int
+    sinks: int
+    rule: str  # "position", or how LOOK-M weighs: "mean", "pivot", "similarity"
+    acted: bool = False
+
+    def __call__(self, probability, heads):
+        if self.acted:
+            return heads
+        self.acted = True
+        mass = [weights.sum(axis=1).mean(axis=0) for weights in probability]
+        if self.rule == "position":
+            mass = [np.mean(mass, axis=0)] * len(mass)
+        return [self.merged(of, head) for of, head in zip(mass, heads)]
+
+    def merged(self, mass, head):
+        mass = mass.copy()
+        mass[: self.sinks] = mass[len(mass) - self.recent :] = np.inf
+        kept = _top(mass, self.budget)
+        evicted = np.setdiff1d(np.arange(len(mass)), kept)
+        unit = head.k / np.linalg.norm(head.k, axis=-1, keepdims=True)
+        cosine = unit[evicted] @ unit[kept].T
+        if self.rule == "position":
+            to = [kept[np.argmin(np.abs(kept - e))] for e in evicted]
+        else:
+            to = kept[cosine.argmax(axis=1)]
+        u, x = cosine.max(axis=1), [head.k, head.v]
+        new = [of.copy() for of in x]
+        for c in kept:
+            mine = np.flatnonzero(np.array(to) == c)
+            for of, out in zip(x, new):
+                source = of[evicted[mine]]
+                if self.rule == "pivot":
+                    source = (source + of[c]) / 2
+                if self.rule == "similarity":
+                    mine = [i for i in mine if u[i] >= u.mean()]
+                    out[c] = (of[c] + u[mine] @ of[evicted[mine]]) / (1 + u[mine].sum())
+                else:
+                    out[c] = (of[c] + source.sum(axis=0)) / (1 + len(mine))
+        return Slots(head.pos[kept], new[0][kept], new[1][kept])
+
+
+@dataclasses.dataclass
+class CaM:
+    """CaM, `kv_cache_cam.py` with the mean of its random mask: v_i p / m to the next m, p = A_i / mean(A of these)."""
+
+    budget: int
+    recent: int
+    sinks: int
+    following: int
+    mass: list[dict] | None = None
+
+    def __call__(self, probability, heads):
+        self.mass = self.mass or [{} for _ in heads]
+        return [self.merged(*each) for each in zip(probability, heads, self.mass)]
+
+    def merged(self, weights, head, mass):
+        for j, token in enumerate(head.pos):
+            mass[token] = mass.get(token, 0.0) + weights[:, :, j].sum(axis=1).mean()
+        worth = np.array([mass[t] for t in head.pos])
+        worth[(head.pos < self.sinks) | (head.pos > head.pos[-1] - self.recent)] = np.inf
+        kept = _top(worth, self.budget)
+        evicted, v = np.setdiff1d(np.arange(len(worth)), kept), head.v.copy()
+        for e in evicted[-self.following :]:
+            after = kept[kept > e][: self.following]
+            share = min(mass[head.pos[e]] / np.mean([mass[head.pos[c]] for c in after]), 1.0)
+            v[after] += share * head.v[e] / len(after)
+        return Slots(head.pos[kept], head.k[kept], v[kept])

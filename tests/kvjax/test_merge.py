@@ -116,6 +116,23 @@ def test_kvmerger(threshold):
     _follow(method, lambda row, layer: papers.KVMerger(BUDGET, 5, BUDGET // 4, threshold, 2.0))
 
 
+def test_elasticcache():
+    method = methods.elasticcache(BUDGET)
+    _follow(method, lambda row, layer: papers.MergedPrompt(BUDGET, 1, 1, "position"))
+
+
+@pytest.mark.parametrize("weigh", ["mean", "pivot", "similarity"])
+def test_lookm(weigh):
+    method = methods.lookm(BUDGET, recent=5, weigh=weigh, sinks=2)
+    _follow(method, lambda row, layer: papers.MergedPrompt(BUDGET, 5, 2, weigh))
+
+
+@pytest.mark.parametrize("recent, following, chunk", [(12, 3, None), (4, 5, 9)])
+def test_cam(recent, following, chunk):
+    method = methods.cam(BUDGET, sinks=4, recent=recent, following=following)
+    _follow(method, lambda row, layer: papers.CaM(BUDGET, recent, 4, following), chunk=chunk)
+
+
 @pytest.mark.parametrize("chunk", [None, 9])
 def test_lococo(chunk):
     rng, L = np.random.default_rng(5), table_decoder.LAYERS
