@@ -32,6 +32,7 @@ _SCORES = (
     "call_attention",
     "crushed",
     "dispersion",
+    "end_attention",
     "future_attention",
     "gumbel_attention",
     "in_blocks",
@@ -49,6 +50,7 @@ _SCORES = (
     "recurrence",
     "redundancy",
     "retaining_heads",
+    "strongest",
     "window_attention",
 )
 _TRANSFORMS = (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from kvjax.observation import LayerObservation, Needs, quota_of
+from kvjax.observation import ALL, LayerObservation, Needs, quota_of
 from kvjax.segments.dense import DenseSegment
 from kvjax.segments.slots import highest_first, places, priority, without_rounding
 from kvjax.transforms.evict import Scorer
@@ -34,20 +34,12 @@ def blend(parts: Sequence[tuple[float, Scorer]], standard: Standard = "none") ->
       standard: "none", "deviation" or "range".
 
     Raises:
-      ValueError: no parts, two that keep the same statistic, or another `standard`.
+      ValueError: no parts, parts that cannot be joined, or another `standard`.
     """
-    stats = [name for _, scorer in parts for name in scorer.stats]
-    if len(set(stats)) < len(stats):
-        raise ValueError(f"blend needs scorers whose statistics have different names, got {', '.join(stats)}.")
     if not parts:
         raise ValueError("blend needs at least one pair of a weight and a scorer, got none.")
     if standard not in get_args(Standard):
         raise ValueError(f"standard must be one of {', '.join(get_args(Standard))}, got {standard!r}.")
-
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
-        for _, scorer in parts:
-            segment = scorer.observe(segment, seen)
-        return segment
 
     def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
         total = 0.0
@@ -55,16 +47,33 @@ def blend(parts: Sequence[tuple[float, Scorer]], standard: Standard = "none") ->
             total = total + weight * _standardised(scorer.score(segment, seen), segment.pos >= 0, standard)
         return without_rounding(total)
 
-    needs = Needs()
-    for _, scorer in parts:
-        needs = needs.union(scorer.needs)
-    return Scorer(
-        score=score,
-        needs=needs,
-        stats=tuple(stats),
-        observe=observe,
-        aligned=all(scorer.aligned for _, scorer in parts),
-    )
+    return _joined([scorer for _, scorer in parts], score)
+
+
+def strongest(*scorers: Scorer) -> Scorer:
+    """Returns the largest of several scores, each divided by its mean over the slots of its head.
+
+    Args:
+      *scorers: scores at least 0.
+
+    Raises:
+      ValueError: no scorers, or some that cannot be joined.
+    """
+    if not scorers:
+        raise ValueError("strongest needs at least one scorer, got none.")
+
+    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+        occupied = segment.pos >= 0
+        count = jnp.maximum(jnp.sum(occupied, axis=-1, keepdims=True), 1)
+
+        def in_means(scorer):
+            scores = jnp.where(occupied, scorer.score(segment, seen), 0.0)
+            mean = jnp.sum(scores, axis=-1, keepdims=True) / count
+            return jnp.where(mean > 0, scores / jnp.where(mean > 0, mean, 1.0), 0.0)
+
+        return jnp.max(jnp.stack([in_means(scorer) for scorer in scorers]), axis=0)
+
+    return _joined(scorers, score)
 
 
 def over_heads(scorer: Scorer) -> Scorer:
@@ -198,6 +207,35 @@ def _projected_norm(values: jax.Array, output: jax.Array) -> jax.Array:
     norm = lambda v: jnp.mean(jnp.sum(jnp.abs(jnp.einsum("bksh,kghd->bkgsd", v, output)), axis=-1), axis=2)
     each = jax.lax.map(norm, jnp.moveaxis(blocks, 2, 0).astype(jnp.float32))  # [blocks, B, K, _BLOCK]
     return jnp.moveaxis(each, 0, 2).reshape(B, K, -1)[..., :S]
+
+
+def _joined(scorers: Sequence[Scorer], score: Callable[[DenseSegment, LayerObservation], jax.Array]) -> Scorer:
+    """Returns a scorer with what several need and keep.
+
+    Raises:
+      ValueError: two keep the same statistic, or one wants the last queries and another all of them: of a prompt that
+        comes in chunks, its end then shows nothing.
+    """
+    stats = [name for scorer in scorers for name in scorer.stats]
+    if len(set(stats)) < len(stats):
+        raise ValueError(f"scorers must keep statistics of different names to be joined, got {', '.join(stats)}.")
+    asked = {scorer.needs.queries for scorer in scorers} - {0}
+    if ALL in asked and len(asked) > 1:
+        raise ValueError(
+            f"scorers must all add up attention, or all look at the last queries, got {sorted(asked - {ALL})} queries "
+            "beside all of them: end_attention adds up what the last queries of a prompt give."
+        )
+    needs = Needs()
+    for scorer in scorers:
+        needs = needs.union(scorer.needs)
+
+    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        for scorer in scorers:
+            segment = scorer.observe(segment, seen)
+        return segment
+
+    aligned = all(scorer.aligned for scorer in scorers)
+    return Scorer(score=score, needs=needs, stats=tuple(stats), observe=observe, aligned=aligned)
 
 
 def _standardised(scores: jax.Array, occupied: jax.Array, standard: Standard) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
-from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads
+from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads, strongest
 from kvjax.scores_of_keys import lag_relative, leverage, redundancy
 from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, slots_of_call
 from kvjax.segments.dense import DenseSegment
@@ -170,6 +170,45 @@ def accumulated_attention(normalise: bool = False) -> Scorer:
         stats=(mass_of, seen_by) if normalise else (mass_of,),
         observe=observe,
     )
+
+
+def end_attention(last: int | float, reduce: Literal["sum", "max"] = "sum") -> Scorer:
+    """What the last queries of a prompt give a token: the sum, averaged over the query group, or the largest of it.
+
+    It is noted while the prompt arrives, so that it may stand beside what adds up all of its queries. Queries that
+    follow the prompt are not counted.
+
+    Args:
+      last: queries, as a count or as a fraction of the prompt.
+      reduce: "sum" or "max".
+
+    Raises:
+      ValueError: no queries, or another `reduce`.
+    """
+    if last <= 0 or (isinstance(last, float) and last > 1):
+        raise ValueError(f"last must be at least 1 query, or a fraction of the prompt in (0, 1], got {last}.")
+    if reduce not in ("sum", "max"):
+        raise ValueError(f"reduce must be 'sum' or 'max', got {reduce!r}.")
+    stat = f"end_{reduce}"
+
+    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+        if seen.prompt is None:
+            raise TypeError("end_attention looks at the end of the prompt: use it in evict or merge.")
+        count = jnp.ceil(last * seen.prompt - 1e-3).astype(jnp.int32) if isinstance(last, float) else last
+        pos = seen.queries.pos
+        if not pos.shape[1]:
+            return segment
+        counted = (pos >= (seen.prompt - count)[:, None]) & (pos < seen.prompt[:, None])
+        seen = seen.replace(queries=seen.queries._replace(pos=jnp.where(counted, pos, -1)))
+        given, before = _mass(segment, seen, reduce), segment.stats[stat]
+        if reduce == "sum":
+            after = before + _group_mean(given, segment)
+        else:
+            after = jnp.maximum(before, jnp.max(given.reshape(*before.shape[:2], -1, before.shape[2]), axis=2))
+        return segment.replace(stats={**segment.stats, stat: after})
+
+    score = lambda segment, seen: segment.stats[stat]
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
 
 
 def accumulated_entropy() -> Scorer:

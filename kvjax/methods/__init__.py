@@ -13,6 +13,7 @@ from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
 from kvjax.methods.duoattention import duoattention, duoattention_trained
 from kvjax.methods.elasticcache import elasticcache
+from kvjax.methods.ems import ems
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
 from kvjax.methods.full import full
@@ -36,6 +37,7 @@ from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
+from kvjax.methods.mpcache_static import mpcache_static
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
@@ -67,6 +69,7 @@ __all__ = [
     "duoattention",
     "duoattention_trained",
     "elasticcache",
+    "ems",
     "expected_attention",
     "fp8",
     "full",
@@ -91,6 +94,7 @@ __all__ = [
     "mikv",
     "million",
     "minicache",
+    "mpcache_static",
     "prefixkv",
     "pyramidkv",
     "random_eviction",

@@ -30,7 +30,8 @@ def lookm(
     Args:
       budget: tokens per KV head (the paper's default: 0.1 heavy and 0.1 recent).
       recent: share of the budget (float) or tokens (int) given to the newest.
-      weigh: "mean" (the paper's averaged merging), "pivot" (pivotal, its default) or "similarity" (weighted).
+      weigh: "mean" (the paper's averaged merging), "pivot" (pivotal, its default) or "similarity" (weighted); see
+        `kvjax.into_similar`.
       sinks: first tokens, always kept.
       log_count: weigh a merged token by how many it stands for; not in the paper.
     """

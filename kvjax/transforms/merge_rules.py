@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from kvjax.segments.slots import LAST, highest_first, highest_slot, marked, places, ranks, token_order, without_rounding
 from kvjax.transforms.merge import MergeRule, Moves, Ranked
 
-Weigh = Literal["mean", "pivot", "similarity"]
+Weigh = Literal["mean", "pivot", "similarity", "attention"]
 """How much the slots that go to another count beside it."""
 
 _BLOCK = 256  # slots that are compared with all others at a time
@@ -38,7 +39,7 @@ def into_nearest(smoothing: float = 0.5) -> MergeRule:
         S = ranked.worth.shape[2]
         slots, real = ranked.lowest(ranked.worth)
         stays = ranked.occupied & ~marked(slots, real, S)
-        similarity, into = _nearest(ranked.segment.k, ranked.segment.pos, slots, stays)
+        similarity, into = _nearest((ranked.segment.k,), ranked.segment.pos, slots, stays)
         count = jnp.sum(real, axis=(1, 2))
         mean = jnp.sum(jnp.where(real, similarity, 0.0), axis=(1, 2)) / jnp.maximum(count, 1)
         moved = jnp.where(threshold == -jnp.inf, mean, (1 - smoothing) * threshold + smoothing * mean)
@@ -49,28 +50,39 @@ def into_nearest(smoothing: float = 0.5) -> MergeRule:
     return MergeRule(move, start=lambda batch: jnp.full((batch,), -jnp.inf, jnp.float32))
 
 
-def into_similar(weigh: Weigh = "pivot") -> MergeRule:
-    """Gives up the slots of lowest worth; each goes to the slot of most similar key that stays.
+def into_similar(weigh: Weigh = "pivot", by_values: bool = False, least: float = -1.0) -> MergeRule:
+    """Gives up the slots of lowest worth; each goes to the slot of most similar key that stays, or is dropped.
 
     With n slots that go to slot c, and u the cosine of their keys to that of c, c becomes
     `(x_c + sum x_e) / (1 + n)` ("mean"), the same with `(x_e + x_c) / 2` in place of `x_e` ("pivot"), or
-    `(x_c + sum u_e x_e) / (1 + sum u_e)` ("similarity"; slots whose u is below the mean of all, or 0, are dropped).
+    `(x_c + sum u_e x_e) / (1 + sum u_e)` ("similarity"; slots whose u is below the mean of all, or 0, are dropped), or
+    `(x_c + sum w_e x_e) / (1 + sum w_e)` with `w_e = min(s_e / s_c, 1)` of the scores ("attention").
 
     Args:
-      weigh: "mean", "pivot" or "similarity".
+      weigh: "mean", "pivot", "similarity" or "attention".
+      by_values: u is the product of the cosines of keys and of values.
+      least: slots whose u is lower are dropped.
 
-    Source: Wan et al., LOOK-M (2024), arXiv:2406.18139, section 3.3.
+    Source: Wan et al., LOOK-M (2024), arXiv:2406.18139, section 3.3; "attention" and values: EMS (2024).
     """
     if weigh not in get_args(Weigh):
         raise ValueError(f"weigh must be one of {', '.join(get_args(Weigh))}, got {weigh!r}.")
+    if not -1 <= least <= 1:
+        raise ValueError(f"least must be a cosine in [-1, 1], got {least}.")
 
     def move(ranked: Ranked, state: tuple) -> tuple[Moves, tuple]:
         B, K, S = ranked.worth.shape
         slots, real = ranked.lowest(ranked.worth)
         stays = ranked.occupied & ~marked(slots, real, S)
-        similarity, into = _nearest(ranked.segment.k, ranked.segment.pos, slots, stays)
-        into = jnp.where(real & (similarity > -jnp.inf), into, S)
-        if weigh == "mean":
+        segment = ranked.segment
+        vectors = (segment.k, segment.values_apart("into_similar by values")) if by_values else (segment.k,)
+        similarity, into = _nearest(vectors, segment.pos, slots, stays)
+        into = jnp.where(real & (similarity > -jnp.inf) & (similarity >= least - _ROUNDING), into, S)
+        if weigh == "attention":
+            score = lambda index: jnp.take_along_axis(ranked.scores, index, axis=-1)
+            own, taker = score(slots), score(jnp.minimum(into, S - 1))
+            weight = jnp.clip(own / jnp.maximum(taker, 1e-30), 0.0, 1.0)
+        elif weigh == "mean":
             weight = jnp.ones(slots.shape)
         elif weigh == "pivot":
             rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
@@ -218,11 +230,13 @@ def _highest_of_run(worth: jax.Array, run: jax.Array) -> jax.Array:
     return jnp.take_along_axis(order, of_run(places(order), run), axis=-1)
 
 
-def _nearest(keys: jax.Array, pos: jax.Array, slots: jax.Array, stays: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The highest cosine of each of some keys with those that stay, and where it is; of a tie the oldest.
+def _nearest(
+    vectors: Sequence[jax.Array], pos: jax.Array, slots: jax.Array, stays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The highest cosine of each of some slots with those that stay, and where it is; of a tie the oldest.
 
     Args:
-      keys: [B, K, S, H].
+      vectors: [B, K, S, H] each; of several, cosines are multiplied.
       pos: i32[B, K, S].
       slots: i32[B, K, E].
       stays: bool[B, K, S].
@@ -230,15 +244,17 @@ def _nearest(keys: jax.Array, pos: jax.Array, slots: jax.Array, stays: jax.Array
     Returns:
       `(f32[B, K, E], i32[B, K, E])`.
     """
-    keys = keys.astype(jnp.float32) if keys.dtype.itemsize == 1 else keys
-    norm = jnp.maximum(jnp.sqrt(jnp.sum(keys.astype(jnp.float32) ** 2, axis=-1)), 1e-12)
+    vectors = [x.astype(jnp.float32) if x.dtype.itemsize == 1 else x for x in vectors]
+    norms = [jnp.maximum(jnp.sqrt(jnp.sum(x.astype(jnp.float32) ** 2, axis=-1)), 1e-12) for x in vectors]
 
     def block(index):
-        picked = jnp.take_along_axis(keys, index[..., None], axis=2)
-        dot = jnp.einsum("bkeh,bksh->bkes", picked, keys, preferred_element_type=jnp.float32)
-        cosine = dot / (jnp.take_along_axis(norm, index, axis=-1)[..., None] * norm[:, :, None])
-        cosine = without_rounding(cosine)
-        return highest_slot(jnp.where(stays[:, :, None], cosine, -jnp.inf), pos[:, :, None])
+        similarity = 1.0
+        for x, norm in zip(vectors, norms):
+            picked = jnp.take_along_axis(x, index[..., None], axis=2)
+            dot = jnp.einsum("bkeh,bksh->bkes", picked, x, preferred_element_type=jnp.float32)
+            similarity = similarity * dot / (jnp.take_along_axis(norm, index, axis=-1)[..., None] * norm[:, :, None])
+        similarity = without_rounding(similarity)
+        return highest_slot(jnp.where(stays[:, :, None], similarity, -jnp.inf), pos[:, :, None])
 
     E = slots.shape[2]
     if E <= _BLOCK:

@@ -452,6 +452,8 @@ CASES = [
     _config("elasticcache", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
     _config("lookm", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
     _config("cam", bounded(12, 1, stats=1), "cam.following = 3", exact=True),
+    _config("ems", lambda s: _dense(12 + s.room, s, stats=3) + INDEX * s.batch, "ems.window = 4", exact=True),
+    _config("mpcache_static", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -530,6 +532,7 @@ METHODS = {
     "duoattention": "duoattention",
     "duoattention_trained": "duoattention_trained",
     "elasticcache": "elasticcache",
+    "ems": "ems",
     "expected_attention": "expected_attention",
     "fp8": "fp8",
     "full": "full",
@@ -554,6 +557,7 @@ METHODS = {
     "mikv": "mikv",
     "million": "million",
     "minicache": "minicache",
+    "mpcache_static": "mpcache_static",
     "prefixkv": "prefixkv",
     "pyramidkv": "pyramidkv",
     "random_eviction": "random",

@@ -888,3 +888,56 @@ class CaM:
             share = min(mass[head.pos[e]] / np.mean([mass[head.pos[c]] for c in after]), 1.0)
             v[after] += share * head.v[e] / len(after)
         return Slots(head.pos[kept], head.k[kept], v[kept])
+
+
+@dataclasses.dataclass
+class EMS:
+    """EMS as `kvjax.methods.ems` reads it: global or local importance, merges by cos(k) cos(v) weighted by importance."""
+
+    budget: int
+    window: int
+    least: float
+    acted: bool = False
+
+    def __call__(self, probability, heads):
+        if self.acted:
+            return heads
+        self.acted = True
+        return [self.merged(weights, head) for weights, head in zip(probability, heads)]
+
+    def merged(self, weights, head):
+        T = len(head.pos)
+        everyone = weights.sum(axis=1).mean(axis=0) / (T - np.arange(T))
+        end = weights[:, -self.window :].sum(axis=1).mean(axis=0)
+        score = np.maximum(everyone / everyone.mean(), end / end.mean())
+        worth = np.where(np.arange(T) >= T - self.window, np.inf, score)
+        kept = _top(worth, self.budget)
+        evicted = np.setdiff1d(np.arange(T), kept)
+        unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (head.k, head.v)]
+        similar = np.prod([x[evicted] @ x[kept].T for x in unit], axis=0)
+        new = []
+        for x in (head.k, head.v):
+            y = x.copy()
+            for i, c in enumerate(kept):
+                mine = (similar.argmax(axis=1) == i) & (similar.max(axis=1) >= self.least)
+                w = np.minimum(score[evicted[mine]] / score[c], 1.0)
+                y[c] = (x[c] + w @ x[evicted[mine]]) / (1 + w.sum())
+            new.append(y[kept])
+        return Slots(head.pos[kept], *new)
+
+
+@dataclasses.dataclass
+class MPCacheStatic:
+    """MPCache, static stage: of a layer, the tokens that any of the last queries looks at most, averaged over heads."""
+
+    budget: int
+    last: int
+    acted: bool = False
+
+    def __call__(self, probability, slots, keys, done):
+        if self.acted:
+            return slots
+        self.acted = True
+        score = np.mean([head[:, -self.last :].max(axis=(0, 1)) for head in probability], axis=0)
+        score[-1] = np.inf
+        return [slots[0][_top(score, self.budget)]] * len(slots)

@@ -127,6 +127,11 @@ def test_lookm(weigh):
     _follow(method, lambda row, layer: papers.MergedPrompt(BUDGET, 5, 2, weigh))
 
 
+@pytest.mark.parametrize("least", [-1.0, 0.2])
+def test_ems(least):
+    _follow(methods.ems(BUDGET, window=5, least=least), lambda row, layer: papers.EMS(BUDGET, 5, least))
+
+
 @pytest.mark.parametrize("recent, following, chunk", [(12, 3, None), (4, 5, 9)])
 def test_cam(recent, following, chunk):
     method = methods.cam(BUDGET, sinks=4, recent=recent, following=following)

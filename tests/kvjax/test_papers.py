@@ -523,3 +523,10 @@ def test_headkv(chunk):
     method = methods.headkv({"retrieval": jnp.float32(retrieval)}, BUDGET, 1.25, window=6, kernel=3, page=4)
     run = _kept(method, _each_head(kept), chunk=chunk)
     assert sum(len(head) for layer in positions(run.cache, 0) for head in layer) == 4 * (BUDGET + 2)  # two decoded
+
+
+@pytest.mark.parametrize("last", [7, 0.2])
+def test_mpcache_static(last):
+    count = {row: last if last == 7 else -(-length // 5) for row, length in enumerate(LENGTHS)}
+    method = methods.mpcache_static(BUDGET, last)
+    _follow(method, lambda row: papers.MPCacheStatic(BUDGET, count[row]), decoded=2)
