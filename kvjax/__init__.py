@@ -1,16 +1,17 @@
 """kvjax: a small algebra for compressing the KV cache of decoder language models.
 
 `Cache` holds segments, a `CacheTransform` rewrites it, `chain` composes transforms, `methods` are published
-papers as short compositions, `prefill`, `extend` and `generate` run a decoder with any of them.
+papers as short compositions, `bind` joins a decoder and a method: `prefill`, `extend` and `generate` run them.
 """
 
 from kvjax import inspection, methods, scores, sharding
+from kvjax.bound import BoundMethod, bind
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.limits import Limits, Room
 from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
 from kvjax.rope import Rope, re_rotate, rotate
-from kvjax.sampling import Greedy, Sample
+from kvjax.sampling import Greedy, Sample, row_keys
 from kvjax.saved_runs import load_run, save_run
 from kvjax.segments import (
     BufferedSegment,

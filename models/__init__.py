@@ -2,6 +2,7 @@
 
 from models.assets import FetchError
 from models.config import DecoderConfig
+from models.conversation import Conversation, answer
 from models.loader import Model, load_model
 from models.tokenizer import Tokenizer
 from models.weights import abstract_params, random_params

@@ -228,9 +228,12 @@ def layer_inputs(params: DecoderParams, config: DecoderConfig, tokens: jax.Array
     return [_norm(x, of.attn_norm, of.attn_norm_bias, config=config) for x, of in zip(streams, params.layers)]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "donate", "limits"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundDecoder:
-    """A decoder with its weights: a `kvjax.Step`."""
+    """A decoder with its weights: a `kvjax.Step`, and a pytree of the weights."""
 
     params: DecoderParams
     config: DecoderConfig
@@ -241,6 +244,10 @@ class BoundDecoder:
         """See `step`."""
         how = dict(needs=needs, last_only=last_only, donate=self.donate)
         return step(self.params, self.config, tokens, positions, cache, **how)
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Makes a cache without slots, in the dtype of the embedding; see `prompt_cache`."""
+        return prompt_cache(self.config, batch, self.params.embed.dtype)
 
 
 def bind(

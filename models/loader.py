@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from models import assets, checkpoint
 from models.config import DecoderConfig
+from models.decoder import BoundDecoder, bind
 from models.gguf_file import load_gguf
 from models.huggingface import load_directory
 from models.params import DecoderParams
@@ -48,6 +50,16 @@ class Model:
     config: DecoderConfig
     params: DecoderParams
     tokenizer: Tokenizer
+
+    @functools.cached_property
+    def step(self) -> BoundDecoder:
+        """The decoder over these weights, a `kvjax.Step`."""
+        return bind(self.params, self.config)
+
+    @functools.cached_property
+    def step_in_place(self) -> BoundDecoder:
+        """The same, which outside jit overwrites the cache that it is given."""
+        return bind(self.params, self.config, donate=True)
 
 
 def load_model(
