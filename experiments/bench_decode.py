@@ -40,7 +40,7 @@ from experiments.transformers_peer import TransformersPeer
 from models import Model, load_model
 from models.assets import ESSAYS, fetch
 from models.config import DecoderConfig
-from models.decoder import bind, prompt_cache
+from models.decoder import bind
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "output_dir"):
     flags.declare_key_flag(_name)
@@ -127,29 +127,17 @@ class Ours:
     def __init__(self, model: Model, method: Method, ids: Sequence[int], new_tokens: int, prompt=None):
         config, T = model.config, len(ids)
 
+        def lm(params):
+            return kvjax.bind(bind(params, config), method.transform)
+
         def compress(params, out):
             return reading.compress(dataclasses.replace(model, params=params), method, out, ids, room=new_tokens)
 
         def read(params, tokens):
-            return kvjax.prefill(
-                bind(params, config),
-                method.transform,
-                tokens,
-                jnp.array([T]),
-                prompt_cache(config, 1, params.embed.dtype),
-                room=new_tokens,
-                chunk=method.prefill_chunk,
-            )
+            return lm(params).prefill(tokens, jnp.array([T]), room=new_tokens, chunk=method.prefill_chunk)
 
         def write(params, run):
-            return kvjax.generate(
-                bind(params, config),
-                method.transform,
-                run,
-                max_new_tokens=new_tokens,
-                sampler=kvjax.Greedy(),
-                key=jax.random.key(0),
-            )
+            return lm(params).generate(run, new_tokens)
 
         shared = prompt is not None and not method.reads_alone
         self._params, self._prompt = model.params, prompt[0] if shared else jnp.asarray([ids])

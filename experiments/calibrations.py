@@ -155,7 +155,7 @@ class Calibrations:
     def __call__(self, recipe: str, path: str | None) -> Calibration:
         """The calibration in `path`, or, for None, the one kept for this model.
 
-        Where some layers have a sliding window it is of the others only, as is what `kvjax.respect_windows` transforms.
+        Where some layers have a sliding window it is of the others only, which are what a method then transforms.
         """
         found, config = self._load(recipe, path), self._model.config
         others = jnp.array([i for i in range(config.num_layers) if i not in config.local_layers], jnp.int32)

@@ -13,7 +13,7 @@ import kvjax
 from experiments import reading, tasks
 from experiments.methods import Method
 from models import Model
-from models.decoder import bind, prompt_cache
+from models.decoder import bind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +140,9 @@ class Evaluator:
             raise ValueError(f"method {method.name}: its predictions for {example.task} are NaN; {whose}.")
 
     def _prefill(self, method: Method, params, tokens, lengths) -> kvjax.Run:
-        config = self._model.config
-        return kvjax.prefill(
-            bind(params, config),
-            method.transform,
-            tokens,
-            lengths,
-            prompt_cache(config, 1, self._dtype()),
-            room=self._room,
-            call_tokens=self._call_tokens,
-            chunk=method.prefill_chunk,
-        )
+        lm = kvjax.bind(bind(params, self._model.config), method.transform)
+        how = dict(room=self._room, call_tokens=self._call_tokens, chunk=method.prefill_chunk)
+        return lm.prefill(tokens, lengths, **how)
 
     def _prefill_alone(self, method: Method):
         if method.name not in self._alone:
@@ -161,20 +153,11 @@ class Evaluator:
         self, method: Method, run: kvjax.Run, ids: Sequence[int], calls_of: int | None = None
     ) -> tuple[kvjax.Run, list[jax.Array]]:
         """Feeds tokens in calls of a fixed size, and returns the logits after each of them, by call."""
-        size = calls_of or self._call_tokens
+        lm, size = kvjax.bind(self._step_in_place, method.transform), calls_of or self._call_tokens
         logits = []
         for start in range(0, len(ids), size):
             part = list(ids[start : start + size])
             tokens = jnp.asarray([part + [0] * (size - len(part))])
-            run, after = kvjax.extend(
-                self._step_in_place,
-                method.transform,
-                run,
-                tokens,
-                jnp.asarray([len(part)]),
-            )
+            run, after = lm.extend(run, tokens, jnp.asarray([len(part)]))
             logits.append(after[0, : len(part)])
         return run, logits
-
-    def _dtype(self):
-        return self._model.params.embed.dtype

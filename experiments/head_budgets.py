@@ -28,7 +28,7 @@ from experiments.methods import Method, check_method_names, load_method
 from experiments.report import human_bytes
 from kvjax.inspection import held_positions, masked, padded
 from models import Model, load_model
-from models.decoder import bind, prompt_cache
+from models.decoder import bind
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context"):
     flags.declare_key_flag(_name)
@@ -61,15 +61,14 @@ def compare(model: Model, method: Method, ids: list[int]) -> tuple[list[Stored],
     prompt, next_token = jnp.asarray([ids[:-1]]), jnp.asarray([ids[-1:]])
     lengths = jnp.array([T - 1])
 
-    def read(transform, room):
-        cache = prompt_cache(model.config, 1, model.params.embed.dtype)
-        return kvjax.prefill(step, transform, prompt, lengths, cache, room=room, chunk=method.prefill_chunk)
+    whole = kvjax.prefill(step, kvjax.methods.full(), prompt, lengths, step.empty_cache(1), room=0)
+    kept = kvjax.bind(step, method.transform).prefill(prompt, lengths, room=0, chunk=method.prefill_chunk)
 
     def logits(cache):
         out = step(next_token, cache.length[:, None], cache.reserve(1), needs=kvjax.Needs(), last_only=True)
         return np.asarray(out.logits)
 
-    full, own = (read(transform, 0).cache for transform in (kvjax.methods.full(), method.transform))
+    full, own = whole.cache, kept.cache
     held = held_positions(own)
     caches = {"masked": masked(full, held), "padded": padded(full, held), "as stored": own}
     reference = logits(own)

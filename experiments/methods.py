@@ -237,4 +237,4 @@ def load_method(
         got = f"@{transform.__name__}" if callable(transform) else repr(transform)
         raise ValueError(f"method {name}: method.transform must be a call such as @snapkv(), got {got}.")
     config = gin.operative_config_str() + "".join(f"# {line}\n" for line in _got)
-    return Method(name, kvjax.respect_windows(transform), chunk, config)
+    return Method(name, transform, chunk, config)

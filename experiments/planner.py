@@ -21,7 +21,7 @@ from experiments.methods import Method
 from kvjax import sharding
 from kvjax.segments import PoolView
 from models.config import DecoderConfig
-from models.decoder import bind, prompt_cache
+from models.decoder import bind
 from models.weights import abstract_params, param_axes
 
 LONGEST = 2**28  # tokens: what a search for the largest context does not look beyond
@@ -117,7 +117,7 @@ class Planner:
     """Traces and compiles one method after another in one setting; weights are shapes only."""
 
     def __init__(self, setting: Setting, dtype=jnp.bfloat16):
-        self._setting, self._dtype = setting, dtype
+        self._setting = setting
         c, int8 = setting.config, setting.int8_weights
         params = abstract_params(c, dtype, int8=int8)
         placed = sharding.shardings(param_axes(c, int8=int8), params, setting.mesh, setting.rules)
@@ -173,19 +173,17 @@ class Planner:
 
     def _prefill(self, method: Method, params, tokens, lengths) -> kvjax.Run:
         s = self._setting
-        cache = prompt_cache(s.config, s.batch, self._dtype)
-        chunk = method.prefill_chunk or s.chunk
-        step = self._decoder(params, tokens.shape[1])
-        return kvjax.prefill(step, method.transform, tokens, lengths, cache, room=s.room, chunk=chunk)
+        lm = self._bound(method, params, tokens.shape[1])
+        return lm.prefill(tokens, lengths, room=s.room, chunk=method.prefill_chunk or s.chunk)
 
     def _extend(self, method: Method, params, run, tokens) -> kvjax.Run:
         one = jnp.ones((self._setting.batch,), jnp.int32)
-        step = self._decoder(params, run.room.prompt_slots)
-        return kvjax.extend(step, method.transform, run, tokens, one)[0]
+        return self._bound(method, params, run.room.prompt_slots).extend(run, tokens, one)[0]
 
-    def _decoder(self, params, context: int):
+    def _bound(self, method: Method, params, context: int) -> kvjax.BoundMethod:
         """What a context would cost, also one that the model was not trained for."""
-        return bind(params, self._setting.config, max_positions=context + self._setting.room)
+        step = bind(params, self._setting.config, max_positions=context + self._setting.room)
+        return kvjax.bind(step, method.transform)
 
     def _replicated(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self._setting.mesh, P()))

@@ -64,15 +64,8 @@ def compress(
         prompt=lengths,
         prompt_slots=tokens.shape[1],
     )
-    return kvjax.start(
-        method.transform,
-        out,
-        seen,
-        room=room,
-        call_tokens=call_tokens,
-        step=bind(model.params, model.config),
-        tokens=tokens,
-    )
+    lm = kvjax.bind(bind(model.params, model.config), method.transform)
+    return lm.start(out, seen, room=room, call_tokens=call_tokens, tokens=tokens)
 
 
 def _narrow(layer: kvjax.LayerObservation, needs: kvjax.Needs) -> kvjax.LayerObservation:

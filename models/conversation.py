@@ -198,7 +198,7 @@ def answer(
 
 
 def padded_length(tokens: int) -> int:
-    """Returns the length that so many tokens are padded to: 64, 96, 128, 192, 256, 384, ...; at most half as many more."""
+    """Returns what so many tokens are padded to: 64, 96, 128, 192, 256, 384, ...; never half as many more, from 64 on."""
     power = _SHORTEST
     while power < tokens:
         power *= 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from kvjax.cache import Cache
-from kvjax.observation import Observation
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.dense import dense_tail
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.ring import as_ring
@@ -28,10 +28,6 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
     Returns:
       A transform; `transform` itself does the same for a decoder without windows.
     """
-
-    @jax.jit
-    def bound(layer, seen):
-        return layer.with_tail(as_ring(dense_tail(layer, "respect_windows"), seen.window, 0))
 
     def on_global(act):
         """`act(cache, ..., observation)` on the layers that are not bounded, with the others as they are."""
@@ -57,10 +53,15 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
         cache, state = outside.init(cache, observation)
         layers = list(cache.layers)
         for i in bounded_layers(observation):
-            layers[i] = bound(layers[i], observation.layers[i])
+            layers[i] = _bound(layers[i], observation.layers[i])
         return cache.replace(layers=tuple(layers)), state
 
     return outside._replace(init=init)
+
+
+@jax.jit
+def _bound(layer: LayerCache, seen: LayerObservation) -> LayerCache:
+    return layer.with_tail(as_ring(dense_tail(layer, "respect_windows"), seen.window, 0))
 
 
 def bounded_layers(observation: Observation) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import kvjax
 from experiments.methods import load_method
 from kvjax import sharding
 from models import load_model
-from models.decoder import bind, prompt_cache
+from models.decoder import bind
 from models.weights import param_axes
 from tests.quick_jit import quick_jit
 
@@ -31,15 +31,13 @@ def main(path: str, folder: pathlib.Path, name: str, process: int | None, port: 
         assert jax.process_count() == 2 and len(jax.local_devices()) == 4
     assert len(jax.devices()) == 8
     model, method = load_model(path), load_method(name, budget=0.5)
-    step = lambda params: bind(params, model.config)
+    lm = lambda params: kvjax.bind(bind(params, model.config), method.transform)
 
     def read(params, tokens, lengths):
-        cache = prompt_cache(model.config, 2)
-        return kvjax.prefill(step(params), method.transform, tokens, lengths, cache, room=2 * NEW)
+        return lm(params).prefill(tokens, lengths, room=2 * NEW)
 
     def write(params, run):
-        how = dict(max_new_tokens=NEW, sampler=kvjax.Greedy(), key=jax.random.key(0))
-        drawn = kvjax.generate(step(params), method.transform, run, **how)
+        drawn = lm(params).generate(run, NEW)
         return jax.lax.with_sharding_constraint(drawn.tokens, jax.sharding.PartitionSpec()), drawn.run
 
     mesh = sharding.make_mesh(MESH)

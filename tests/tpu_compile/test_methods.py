@@ -14,7 +14,7 @@ from experiments.methods import load_method, method_names
 from experiments.tpu_compiler import GENERATIONS
 from kvjax.transforms.merge import Moves, move
 from models.config import DecoderConfig
-from models.decoder import bind, prompt_cache
+from models.decoder import bind
 from models.weights import abstract_params
 from tests.fake_calibrations import Words, calibrate
 
@@ -82,21 +82,14 @@ def compile_for(device, config, method, prompt, *, programs=("prefill", "decode"
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     params, tokens, lengths = abstract_params(config, dtype), int32(batch, prompt), int32(batch)
 
+    def lm(params):
+        return kvjax.bind(bind(params, config), method.transform)
+
     def read(params, tokens, lengths):
-        cache = prompt_cache(config, batch, dtype)
-        return kvjax.prefill(
-            bind(params, config), method.transform, tokens, lengths, cache, room=NEW_TOKENS, chunk=method.prefill_chunk
-        )
+        return lm(params).prefill(tokens, lengths, room=NEW_TOKENS, chunk=method.prefill_chunk)
 
     def write(params, run):
-        return kvjax.generate(
-            bind(params, config),
-            method.transform,
-            run,
-            max_new_tokens=NEW_TOKENS,
-            sampler=kvjax.Greedy(),
-            key=jax.random.key(0),
-        )
+        return lm(params).generate(run, NEW_TOKENS)
 
     run = jax.eval_shape(read, params, tokens, lengths)
     compiled = lambda function, *args, **how: jax.jit(function, **how).lower(*place(args)).compile(options)
