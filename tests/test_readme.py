@@ -5,13 +5,32 @@ import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import kvjax
 from tests.kvjax import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ONE_CHIP, MANY_CHIPS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMPILED = (  # what `models.keep_compiled` sets
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+FIRST_ANSWER, ONE_CHIP, MANY_CHIPS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_first_answer_is_found_in_the_text(capsys):
+    settings = {name: getattr(jax.config, name) for name in COMPILED}
+    try:
+        exec(compile(FIRST_ANSWER, "README.md", "exec"), {})
+    finally:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+    shown = README.split(FIRST_ANSWER)[1].split("```")[2].strip().splitlines()
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[0] == shown[0] and "IBM 1401" in printed[1] and "Fortran" in printed[2]
 
 
 def test_python_example_runs_and_promises_the_bytes_it_takes(smollm2, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -215,15 +214,3 @@ def test_the_frame_of_a_template_is_what_the_template_writes():
     messages = [{"role": role, "content": content} for role, content in turns]
     written = f"{frame.before}a{frame.within}b{frame.after}c{frame.between}d{frame.after}"
     assert written == MODEL.tokenizer.chat(messages, add_generation_prompt=True) and frame.opening == ()
-
-
-@pytest.mark.slow
-def test_a_real_model_finds_a_number_in_half_of_a_long_text(smollm2):
-    prose = (pathlib.Path(__file__).parents[1] / "golden" / "prose.txt").read_text(encoding="utf-8") * 4
-    half = prose.rindex(". ", 0, len(prose) // 2) + 2
-    conversation = Conversation(smollm2, kvjax.methods.keydiff(budget=0.5))
-    conversation.read(f"{prose[:half]}The special magic number of Cape Cod is 48213. {prose[half:]}")
-    assert round(conversation.kept) == conversation.length // 2 > 600
-    asked = "What is the special magic number of Cape Cod mentioned in the text?"
-    found = conversation.ask(asked, max_new_tokens=24)
-    assert "48213" in found and conversation.ask(asked, max_new_tokens=24) == found
