@@ -24,7 +24,7 @@ from kvjax.calibration import (
     weighted_components,
 )
 from kvjax.rope import re_rotate
-from kvjax.segments.dense import unrotated
+from kvjax.segments.segment import unrotated
 from models import Model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind, hidden_states, layer_inputs, layer_rope, prompt_cache

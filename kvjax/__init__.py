@@ -4,7 +4,7 @@
 papers as short compositions, `bind` joins a decoder and a method: `prefill`, `extend` and `generate` run them.
 """
 
-from kvjax import inspection, methods, scores, sharding
+from kvjax import codecs, inspection, methods, scores, sharding
 from kvjax.bound import BoundMethod, bind
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
@@ -14,20 +14,19 @@ from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample, row_keys
 from kvjax.saved_runs import load_run, save_run
 from kvjax.segments import (
-    BufferedSegment,
-    CodebookSegment,
+    AnySegment,
+    BlockedSegment,
     CompensatedSegment,
-    CorrectedSegment,
-    DenseSegment,
     HeadsSegment,
     LatentSegment,
-    QuantizedSegment,
     Queries,
     RaggedSegment,
-    ScaledSegment,
+    Ring,
+    Rows,
     Segment,
     SharedView,
 )
+from kvjax.slots import Slots
 from kvjax.transforms import (
     CacheTransform,
     MergeRule,
@@ -68,9 +67,11 @@ from kvjax.transforms import (
     pyramid,
     quantize,
     quantize_corrected,
+    quantize_levels,
     reindex,
     respect_windows,
     ring,
+    rotate_channels,
     share_basis,
     split_heads,
     split_slots,

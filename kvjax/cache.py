@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments import DenseSegment, Queries, Ranks, Rewrite, Segment
-from kvjax.segments.slots import token_order, written_after
+from kvjax.segments import AnySegment, Queries, Ranks, Rewrite, Segment
+from kvjax.segments.moves import written_after
+from kvjax.segments.slots import token_order
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine
 
 
-Shared = dict[str, Segment]
+Shared = dict[str, AnySegment]
 """Segments that several layers read, by name."""
 
 
@@ -26,7 +27,7 @@ Shared = dict[str, Segment]
 class LayerCache:
     """What one layer remembers: segments over disjoint sets of slots, the last of them writable."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[AnySegment, ...]
 
     def attend(
         self,
@@ -98,7 +99,7 @@ class LayerCache:
         *written, last = self.segments
         return self.replace(segments=(*(s.map_dense(body, body) for s in written), last.map_dense(body, tail)))
 
-    def with_tail(self, segment: Segment) -> LayerCache:
+    def with_tail(self, segment: AnySegment) -> LayerCache:
         """The same layer cache with another last segment."""
         return self.replace(segments=(*self.segments[:-1], segment))
 
@@ -145,7 +146,7 @@ class Cache:
         def of_layer(layer: LayerCache) -> LayerCache:
             return LayerCache(tuple(map(of_segment, layer.segments, layer.inlined(self.shared).segments)))
 
-        def of_segment(segment: Segment, whole: Segment) -> Segment:
+        def of_segment(segment: AnySegment, whole: AnySegment) -> AnySegment:
             return sharding.specs(segment.axes(), segment, sharding.layout(sharding.sizes_of(whole.axes(), whole)))
 
         shared = {name: of_segment(segment, segment) for name, segment in self.shared.items()}
@@ -186,7 +187,7 @@ def empty_cache(
       own_values: False where the keys are the values (multi-head latent attention).
     """
     layer = lambda: LayerCache(
-        (DenseSegment.empty(batch, kv_heads, slots, head_dim, dtype, own_values=own_values),)
+        (Segment.empty(batch, kv_heads, slots, head_dim, dtype, own_values=own_values),)
     )
     return Cache(
         layers=tuple(layer() for _ in range(layers)), length=jnp.zeros((batch,), jnp.int32)

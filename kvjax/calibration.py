@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.observation import LayerObservation
-from kvjax.segments import DenseSegment
+from kvjax.segments import Segment
 from pallas_kernels.logits import capped, factor
 
 
@@ -180,7 +180,7 @@ def product_codebook(x: jax.Array, width: int, centroids: int, key: jax.Array, i
     return jax.lax.map(one, (parts, jax.random.split(key, H // width)))
 
 
-def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> tuple[jax.Array, jax.Array]:
+def copying_scores(keys: Segment, seen: LayerObservation, period: int) -> tuple[jax.Array, jax.Array]:
     """How much heads look for earlier copies, over a text of `period` random tokens repeated several times.
 
     Args:
@@ -206,7 +206,7 @@ def copying_scores(keys: DenseSegment, seen: LayerObservation, period: int) -> t
 
 
 def retrieval_scores(
-    keys: DenseSegment, seen: LayerObservation, needle_at: jax.Array, query_at: jax.Array
+    keys: Segment, seen: LayerObservation, needle_at: jax.Array, query_at: jax.Array
 ) -> jax.Array:
     """f32[K]: how much of the attention of queries that quote a needle goes to it, among what they attend to most.
 
@@ -233,7 +233,7 @@ def retrieval_scores(
     return jnp.mean(share.reshape(share.shape[0], K, -1), axis=(0, 2))
 
 
-def attention_variance(keys: DenseSegment, seen: LayerObservation) -> jax.Array:
+def attention_variance(keys: Segment, seen: LayerObservation) -> jax.Array:
     """f32[]: how unevenly a layer's heads spread their attention over a text, 0 for evenly.
 
     The variance over tokens of the attention each received, scaled to [0, 1] over the query heads, and averaged over
@@ -251,7 +251,7 @@ def attention_variance(keys: DenseSegment, seen: LayerObservation) -> jax.Array:
     return jnp.mean((variance - low) / jnp.maximum(high - low, 1e-12))
 
 
-def attention_coverage(keys: DenseSegment, seen: LayerObservation, points: int = 256) -> jax.Array:
+def attention_coverage(keys: Segment, seen: LayerObservation, points: int = 256) -> jax.Array:
     """f32[points + 1]: the share of attention that the fraction `i / points` of tokens received, the highest first.
 
     Attention is summed over the queries of a text and averaged over heads.
@@ -270,7 +270,7 @@ def attention_coverage(keys: DenseSegment, seen: LayerObservation, points: int =
     return jnp.interp(jnp.linspace(0.0, 1.0, points + 1), jnp.arange(S + 1) / S, share)
 
 
-def _probability(keys: DenseSegment, seen: LayerObservation, query_at: jax.Array, key_at: jax.Array) -> jax.Array:
+def _probability(keys: Segment, seen: LayerObservation, query_at: jax.Array, key_at: jax.Array) -> jax.Array:
     """f32[n, N]: what each of n queries gives one slot each."""
     q = seen.queries.rotated[0, query_at].astype(jnp.float32)  # [n, N, H]
     K, H = keys.k.shape[1], keys.k.shape[-1]

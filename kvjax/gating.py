@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import LayerObservation
-from kvjax.segments.dense import DenseSegment, unrotated
+from kvjax.segments.segment import Segment, unrotated
 from kvjax.segments.slots import without_rounding
 from kvjax.transforms.evict import Scorer
 from pallas_kernels.decode_attention import decode_attention
@@ -25,14 +25,14 @@ def attention_gate() -> Scorer:
     Source: Zeng et al., In-context KV-Cache Eviction for LLMs via Attention-Gate (2024), arXiv:2410.12876.
     """
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         segment.values_apart("attention_gate")
         return without_rounding(jax.nn.sigmoid(gate_logits(seen.learned, unrotated(segment, seen.queries.rope))))
 
     return Scorer(score=score)
 
 
-def gate_logits(gate: Mapping[str, jax.Array], slots: DenseSegment) -> jax.Array:
+def gate_logits(gate: Mapping[str, jax.Array], slots: Segment) -> jax.Array:
     """`silu(o + z_v) out + bias`, f32[B, K, S], where o is what attention from each token to all tokens reads.
 
     `x_t` are a token's keys and values in all heads, each of the two divided by its root mean square; `z_q`, `z_k` and

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.segments import DenseSegment, PooledSegment, RaggedSegment
+from kvjax.segments import Segment, PooledSegment, RaggedSegment
 
 
 def held_positions(cache: Cache, row: int = 0) -> list[list[np.ndarray]]:
@@ -47,7 +47,7 @@ def masked(full: Cache, held: Sequence[Sequence[np.ndarray]]) -> Cache:
 def padded(full: Cache, held: Sequence[Sequence[np.ndarray]]) -> Cache:
     """The same tokens in dense segments, every head as long as the longest of its layer."""
 
-    def pad(segment: DenseSegment, keep: jax.Array) -> DenseSegment:
+    def pad(segment: Segment, keep: jax.Array) -> Segment:
         longest = int(jnp.max(jnp.sum(keep, axis=-1)))
         order = jnp.argsort(~keep, axis=-1, stable=True)[..., :longest]
         return segment.take(order, jnp.take_along_axis(keep, order, axis=-1))
@@ -58,7 +58,7 @@ def padded(full: Cache, held: Sequence[Sequence[np.ndarray]]) -> Cache:
 def _rewrite(full: Cache, held, rewrite) -> Cache:
     def one(layer: LayerCache, heads) -> LayerCache:
         segments = layer.segments
-        if len(segments) != 1 or not isinstance(segments[0], DenseSegment) or segments[0].pos.shape[0] != 1:
+        if len(segments) != 1 or not isinstance(segments[0], Segment) or segments[0].pos.shape[0] != 1:
             raise ValueError("full must be an uncompressed cache of one row.")
         segment = segments[0]
         pos = np.asarray(segment.pos[0])

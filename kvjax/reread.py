@@ -11,7 +11,7 @@ import numpy as np
 from kvjax import sharding
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation, Reread
-from kvjax.segments.dense import DenseSegment, dense_tail
+from kvjax.segments.segment import Segment, dense_tail
 from pallas_kernels.partial import combine
 
 
@@ -85,7 +85,7 @@ def _with_new_tail(layer: LayerCache) -> LayerCache:
 
 @functools.partial(jax.jit, static_argnames=("chunk", "sinks", "whole"))
 def _largest(
-    segment: DenseSegment,
+    segment: Segment,
     after: LayerCache,
     seen: LayerObservation,
     start: jax.Array,

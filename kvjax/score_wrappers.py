@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import ALL, LayerObservation, Needs, quota_of
-from kvjax.segments.dense import DenseSegment
+from kvjax.segments.segment import Segment
 from kvjax.segments.slots import highest_first, places, priority, without_rounding
 from kvjax.transforms.evict import Scorer
 
@@ -41,7 +41,7 @@ def blend(parts: Sequence[tuple[float, Scorer]], standard: Standard = "none") ->
     if standard not in get_args(Standard):
         raise ValueError(f"standard must be one of {', '.join(get_args(Standard))}, got {standard!r}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         total = 0.0
         for weight, scorer in parts:
             total = total + weight * _standardised(scorer.score(segment, seen), segment.pos >= 0, standard)
@@ -62,7 +62,7 @@ def strongest(*scorers: Scorer) -> Scorer:
     if not scorers:
         raise ValueError("strongest needs at least one scorer, got none.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         occupied = segment.pos >= 0
         count = jnp.maximum(jnp.sum(occupied, axis=-1, keepdims=True), 1)
 
@@ -82,7 +82,7 @@ def over_heads(scorer: Scorer) -> Scorer:
     A token must lie in the same slot in every head, as it does in a prompt and after transforms that keep it so.
     """
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         mean = jnp.mean(scorer.score(segment, seen), axis=1, keepdims=True)
         return without_rounding(jnp.broadcast_to(mean, segment.pos.shape))
 
@@ -104,7 +104,7 @@ def in_blocks(scorer: Scorer, size: int, top: int | None = None) -> Scorer:
     if size < 1 or not (top is None or 1 <= top <= size):
         raise ValueError(f"size must be at least 1 token and top at most size or None, got {size} and {top}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         pos, scores = segment.pos, scorer.score(segment, seen)
         S = pos.shape[2]
         # Blocks are runs of the slots in token order: numbered as they come, so that positions may lie far apart.
@@ -142,7 +142,7 @@ def output_perturbation(scorer: Scorer, first: float = 0.5, epsilon: float = 1e-
     if not 0 <= first <= 1 or epsilon < 0:
         raise ValueError(f"first must be in [0, 1] and epsilon at least 0, got {first} and {epsilon}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         quota, scores = quota_of(seen, "output_perturbation"), scorer.score(segment, seen)
         projected = _projected_norm(segment.values_apart("output_perturbation"), seen.learned["output"])
         order = places(highest_first(priority(jnp.where(quota.protected, -jnp.inf, scores), segment.pos), segment.pos))
@@ -172,7 +172,7 @@ def crushed(scorer: Scorer, share: float = 0.25, anchor: Anchor = "alternate") -
     if anchor not in get_args(Anchor):
         raise ValueError(f"anchor must be one of {', '.join(get_args(Anchor))}, got {anchor!r}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         quota, by_head, pos = quota_of(seen, "crushed"), scorer.score(segment, seen), segment.pos
         left = jnp.where(quota.protected, -1, pos)
         place = lambda x, among: places(highest_first(priority(x, among), among))
@@ -209,7 +209,7 @@ def _projected_norm(values: jax.Array, output: jax.Array) -> jax.Array:
     return jnp.moveaxis(each, 0, 2).reshape(B, K, -1)[..., :S]
 
 
-def _joined(scorers: Sequence[Scorer], score: Callable[[DenseSegment, LayerObservation], jax.Array]) -> Scorer:
+def _joined(scorers: Sequence[Scorer], score: Callable[[Segment, LayerObservation], jax.Array]) -> Scorer:
     """Returns a scorer with what several need and keep.
 
     Raises:
@@ -229,7 +229,7 @@ def _joined(scorers: Sequence[Scorer], score: Callable[[DenseSegment, LayerObser
     for scorer in scorers:
         needs = needs.union(scorer.needs)
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         for scorer in scorers:
             segment = scorer.observe(segment, seen)
         return segment

@@ -17,7 +17,7 @@ from kvjax.rope import re_rotate
 from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads, strongest
 from kvjax.scores_of_keys import lag_relative, leverage, redundancy
 from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, slots_of_call
-from kvjax.segments.dense import DenseSegment
+from kvjax.segments.segment import Segment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
 from kvjax.transforms.evict_across_layers import LayerWeights
@@ -30,7 +30,7 @@ Pooling = Literal["avg", "max"]
 def random(seed: int) -> Scorer:
     """A pseudo-random number per (seed, layer, head, token): the same for a token at every call."""
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         K = segment.pos.shape[1]
         key = jax.random.fold_in(jax.random.key(seed), seen.layer)
         heads = jax.vmap(lambda h: jax.random.fold_in(key, h))(jnp.arange(K))
@@ -44,7 +44,7 @@ def random(seed: int) -> Scorer:
 def negative_key_norm() -> Scorer:
     """`-||k||_2`: keys of small norm attract attention."""
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         return without_rounding(-jnp.linalg.norm(segment.k.astype(jnp.float32), axis=-1))
 
     return Scorer(score=score)
@@ -53,7 +53,7 @@ def negative_key_norm() -> Scorer:
 def key_difference() -> Scorer:
     """`-cos(k, mean of the unit keys)`, over the occupied slots of a head: distinct keys are worth more."""
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         unit = _unit(segment.k.astype(jnp.float32))
         occupied = (segment.pos >= 0)[..., None]
         count = jnp.maximum(jnp.sum(occupied, axis=2, keepdims=True), 1)
@@ -84,7 +84,7 @@ def window_attention(
     if pooling not in ("avg", "max"):
         raise ValueError(f"pooling must be 'avg' or 'max', got {pooling!r}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         seen = newest(seen, window)
         mass = _group_mean(_mass(segment, seen), segment) / window
         if spread:
@@ -105,7 +105,7 @@ def reconstruction(how: Reread = Reread()) -> Scorer:
     Source: Kim et al., KVzip (2025), arXiv:2505.23416.
     """
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         if seen.reread is None:
             raise TypeError("reconstruction scores a prompt when it is in: wrap what uses it in at_prefill_end.")
         return jnp.take_along_axis(seen.reread, jnp.maximum(segment.pos, 0), axis=-1)
@@ -129,7 +129,7 @@ def dispersion(window: int, entropy: float = 1.0, variance: float = 1.0) -> Laye
     if entropy < 0 or variance < 0:
         raise ValueError(f"entropy and variance must be at least 0, got {entropy} and {variance}.")
 
-    def weight(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def weight(segment: Segment, seen: LayerObservation) -> jax.Array:
         seen = newest(seen, window)
         last = jnp.max(segment.pos, axis=-1, keepdims=True)
         older = (segment.pos >= 0) & (segment.pos <= last - window)
@@ -150,16 +150,16 @@ def accumulated_attention(normalise: bool = False) -> Scorer:
     """
     mass_of, seen_by = "attention", "queries"
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         mass = _group_mean(_mass(segment, seen), segment)
         stats = {**segment.stats, mass_of: segment.stats[mass_of] + mass}
         if normalise:
             q_pos = seen.queries.pos[:, None, None, :]
             could_see = (q_pos >= segment.pos[..., None]) & (segment.pos >= 0)[..., None]
             stats[seen_by] = stats[seen_by] + jnp.sum(could_see, axis=-1)
-        return segment.replace(stats=stats)
+        return segment.with_slots(stats=stats)
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         if normalise:
             return segment.stats[mass_of] / jnp.maximum(segment.stats[seen_by], 1.0)
         return segment.stats[mass_of]
@@ -191,7 +191,7 @@ def end_attention(last: int | float, reduce: Literal["sum", "max"] = "sum") -> S
         raise ValueError(f"reduce must be 'sum' or 'max', got {reduce!r}.")
     stat = f"end_{reduce}"
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         if seen.prompt is None:
             raise TypeError("end_attention looks at the end of the prompt: use it in evict or merge.")
         count = jnp.ceil(last * seen.prompt - 1e-3).astype(jnp.int32) if isinstance(last, float) else last
@@ -205,7 +205,7 @@ def end_attention(last: int | float, reduce: Literal["sum", "max"] = "sum") -> S
             after = before + _group_mean(given, segment)
         else:
             after = jnp.maximum(before, jnp.max(given.reshape(*before.shape[:2], -1, before.shape[2]), axis=2))
-        return segment.replace(stats={**segment.stats, stat: after})
+        return segment.with_slots(stats={**segment.stats, stat: after})
 
     score = lambda segment, seen: segment.stats[stat]
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
@@ -218,9 +218,9 @@ def accumulated_entropy() -> Scorer:
     """
     stat = "entropy"
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         entropy = _group_mean(_mass(segment, seen, "entropy"), segment)
-        return segment.replace(stats={**segment.stats, stat: segment.stats[stat] + entropy})
+        return segment.with_slots(stats={**segment.stats, stat: segment.stats[stat] + entropy})
 
     score = lambda segment, seen: segment.stats[stat]
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
@@ -235,7 +235,7 @@ def call_attention() -> Scorer:
 def last_query_attention() -> Scorer:
     """Attention from the newest query alone, averaged over all heads: every head keeps the same tokens."""
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         mean = jnp.mean(_mass(segment, newest(seen, 1)), axis=1, keepdims=True)  # over N
         return jnp.broadcast_to(mean, segment.pos.shape)
 
@@ -264,7 +264,7 @@ def future_attention(
     if future < 1 or sinks < 0:
         raise ValueError(f"future must be at least 1 and sinks at least 0, got {future} and {sinks}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         if segment.key_rope != "stored":
             raise TypeError("future_attention scores rotated keys; put it before what re-indexes them.")
         count, first, second = seen.moments[sinks][:3]
@@ -321,7 +321,7 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
         raise ValueError(f"window must be at least 1 token, got {window}.")
     last, longest = "active_after", "gap"  # tokens from a slot's own position to its last activity; tokens
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         now = jnp.max(seen.queries.pos, axis=1, initial=-1)[:, None, None]
         mass = _mass(segment, newest(seen, 1))
         B, K, S = segment.pos.shape
@@ -331,9 +331,9 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
             longest: jnp.where(active, jnp.maximum(segment.stats[longest], rest), segment.stats[longest]),
             last: jnp.where(active, (now - segment.pos).astype(jnp.float32), segment.stats[last]),
         }
-        return segment.replace(stats={**segment.stats, **stats})
+        return segment.with_slots(stats={**segment.stats, **stats})
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         now = jnp.max(segment.pos, axis=-1, keepdims=True)
         idle = now - segment.pos - segment.stats[last]
         gap = segment.stats[longest]
@@ -354,7 +354,7 @@ def retaining_heads() -> Scorer:
     """
     name = "retaining"
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         queries, S = seen.queries, segment.pos.shape[2]
         B, T = queries.pos.shape
         if T == 0:
@@ -368,7 +368,7 @@ def retaining_heads() -> Scorer:
         slot = jnp.where(there[:, None], slot, S)  # padding writes nowhere
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(slot.shape[1])[None, :, None]
         kept = segment.stats[name].at[rows, heads, slot].set(scores, mode="drop")
-        return segment.replace(stats={**segment.stats, name: kept})
+        return segment.with_slots(stats={**segment.stats, name: kept})
 
     score = lambda segment, seen: segment.stats[name]
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(name,), observe=observe)
@@ -402,7 +402,7 @@ def massive_activations(entries: int = 20) -> Scorer:
     if entries < 1:
         raise ValueError(f"entries must be at least 1, got {entries}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         size, pos = (x[:, None, None, :entries] for x in seen.largest)
         owns = (segment.pos[..., None] == pos) & (pos >= 0)
         return jnp.max(jnp.where(owns, size, -jnp.inf), axis=-1)
@@ -410,19 +410,19 @@ def massive_activations(entries: int = 20) -> Scorer:
     return Scorer(score=score, needs=Needs(largest_inputs=entries), aligned=True)
 
 
-def _mass(segment: DenseSegment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:
+def _mass(segment: Segment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:
     how = dict(window=seen.window, scale=seen.scale, reduce=reduce)
     return sharding.mass(segment, seen.queries, seen.lse, **how)
 
 
-def _variance(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+def _variance(segment: Segment, seen: LayerObservation) -> jax.Array:
     """f32[B, N, S]: the unbiased variance of a slot's probabilities over the observed queries."""
     count = jnp.sum(seen.queries.pos >= 0, axis=1)[:, None, None]
     around = _mass(segment, seen, "squares") - _mass(segment, seen) ** 2 / jnp.maximum(count, 1)
     return jnp.maximum(around, 0.0) / jnp.maximum(count - 1, 1)
 
 
-def _group_mean(per_query_head: jax.Array, segment: DenseSegment) -> jax.Array:
+def _group_mean(per_query_head: jax.Array, segment: Segment) -> jax.Array:
     """f32[B, N, S] -> f32[B, K, S]."""
     B, N, S = per_query_head.shape
     K = segment.pos.shape[1]

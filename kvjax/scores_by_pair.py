@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import ALL, LayerObservation, Needs
-from kvjax.segments.dense import DenseSegment
+from kvjax.segments.segment import Segment
 from kvjax.segments.protocol import Queries
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
@@ -36,7 +36,7 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
         )
     stat = "perturbed_attention"
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         if segment.key_rope != "stored":
             raise TypeError("gumbel_attention scores rotated keys; put it before what re-indexes them.")
         if seen.prompt is None:
@@ -73,7 +73,7 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
 
         given = (blocks(queries.rotated.astype(jnp.float32), 0.0), blocks(queries.pos, -1))
         received, _ = jax.lax.scan(add, jnp.zeros(segment.pos.shape, jnp.float32), given)
-        return segment.replace(stats={**segment.stats, stat: segment.stats[stat] + received})
+        return segment.with_slots(stats={**segment.stats, stat: segment.stats[stat] + received})
 
     score = lambda segment, seen: segment.stats[stat]
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
@@ -114,7 +114,7 @@ def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
         raise ValueError(f"chunk must be at least 1 token and sinks at least 0, got {chunk} and {sinks}.")
     stat = "noncausal_attention"
 
-    def observe(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
         if segment.key_rope != "stored":
             raise TypeError("noncausal_attention scores rotated keys; put it before what re-indexes them.")
         queries = seen.queries
@@ -147,9 +147,9 @@ def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
         of_token = jnp.zeros((B, K, T)).at[rows, heads, flat(at)[:, None]].set(flat(received), mode="drop")
         to = jnp.where(there[:, None], slot, S)
         scored = segment.stats[stat].at[rows, heads, to].set(of_token, mode="drop")
-        return segment.replace(stats={**segment.stats, stat: scored})
+        return segment.with_slots(stats={**segment.stats, stat: scored})
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         norm = jnp.linalg.norm(segment.values.astype(jnp.float32), axis=-1)
         order = token_order(segment.pos)
         received = jnp.where(segment.pos >= sinks, segment.stats[stat] * norm, 0.0)
@@ -161,7 +161,7 @@ def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
 
 
-def slots_of_call(segment: DenseSegment, queries: Queries) -> tuple[jax.Array, jax.Array]:
+def slots_of_call(segment: Segment, queries: Queries) -> tuple[jax.Array, jax.Array]:
     """Finds the slots of the tokens that a call brought: i32[B, K, T], and bool[B, T], which are real.
 
     The tokens of a call are the newest of every head; its queries come in their order, padding last.

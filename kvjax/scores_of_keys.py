@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kvjax.observation import LayerObservation
 from kvjax.rope import re_rotate
-from kvjax.segments.dense import DenseSegment
+from kvjax.segments.segment import Segment
 from kvjax.segments.slots import ranks, token_order, without_rounding
 from kvjax.transforms.evict import Scorer
 
@@ -32,7 +32,7 @@ def lag_relative(lag: int = 128, sinks: int = 4) -> Scorer:
     if lag < 1 or sinks < 0:
         raise ValueError(f"lag must be at least 1 token and sinks at least 0, got {lag} and {sinks}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         pos, order = segment.pos, token_order(segment.pos)
         S, parts = pos.shape[2], max(pos.shape[2] - sinks, 0) // lag
         newer_first = 1.0 + pos
@@ -76,7 +76,7 @@ def redundancy(threshold: float = 0.5) -> Scorer:
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold must be a cosine in [-1, 1], got {threshold}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         occupied, pos = segment.pos >= 0, segment.pos
         k = jnp.where(occupied[..., None], segment.k.astype(jnp.float32), 0.0)
         unit = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
@@ -117,7 +117,7 @@ def leverage(sketch: int = 48, sinks: int = 8, seed: int = 0) -> Scorer:
     if sketch < 1 or sinks < 0:
         raise ValueError(f"sketch must be at least 1 and sinks at least 0, got {sketch} and {sinks}.")
 
-    def score(segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         K, H = segment.k.shape[1], segment.k.shape[3]
         k = segment.k.astype(jnp.float32)
         if segment.key_rope == "stored":

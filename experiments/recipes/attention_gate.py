@@ -18,7 +18,7 @@ from experiments.recipes.recipe import (
     read_follow,
 )
 from kvjax.gating import gate_logits
-from kvjax.segments.dense import unrotated
+from kvjax.segments.segment import unrotated
 from models.decoder import layer_rope
 
 _SHUT = 1e-6  # what a dropped token weighs: nothing in float32 beside those that stay, but not without a gradient
@@ -81,7 +81,7 @@ def train_attention_gate(
             gate = {name: x[index] for name, x in trained.items()}
             p = jax.nn.sigmoid(gate_logits(gate, unrotated(slots, layer_rope(config, index))))
             opening = open_gates(p, pos, always[:, None], rate)
-            layers.append(layer.with_tail(slots.replace(bias=jnp.log(opening + _SHUT))))
+            layers.append(layer.with_tail(slots.with_slots(bias=jnp.log(opening + _SHUT))))
             size = jnp.sum(jnp.where(pos[:, None] >= 0, p, 0.0)) / (p.shape[1] * jnp.sum(pos >= 0))
             uneven, mean = uneven + jnp.abs(size - rate), mean + size
         student = read_follow(config, frozen.params, batch, cache.replace(layers=tuple(layers)), remat=remat).logits

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from experiments import measurements
 from experiments.recipes.recipe import Recipe, context_positions, read_context
-from kvjax.segments.dense import unrotated
+from kvjax.segments.segment import unrotated
 from models.decoder import layer_rope
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, dequantize, quantize_pack
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import kvjax
 from experiments.recipes.recipe import Recipe, read_context, read_follow
 from kvjax.scores import retaining_scores
-from kvjax.segments.dense import unrotated
+from kvjax.segments.segment import unrotated
 from pallas_kernels.logits import capped, factor
 
 
@@ -64,7 +64,7 @@ def train_locret(hidden: int = 1024, smoothness: float = 0.0025, seed: int = 0) 
     return Recipe("locret", start, loss, finish)
 
 
-def answer_logits(keys: kvjax.DenseSegment, seen: kvjax.LayerObservation, weight: jax.Array) -> jax.Array:
+def answer_logits(keys: kvjax.Segment, seen: kvjax.LayerObservation, weight: jax.Array) -> jax.Array:
     """f32[B, K, P]: the largest logit of each slot, over a query group and the queries that predict what counts.
 
     Args:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from experiments import measurements
 from experiments.recipes.recipe import Recipe, cross_entropy, divergence, read_context, read_follow
 from kvjax.segments import LatentSegment
-from kvjax.segments.latent import Matrix
+from kvjax.segments.bases import Matrix
 
 
 @gin.configurable(module="experiments")

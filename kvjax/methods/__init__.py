@@ -50,6 +50,7 @@ from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
 from kvjax.methods.tova import tova
 from kvjax.methods.windowkv import windowkv
+from kvjax.methods.turboquant import turboquant
 from kvjax.methods.xkv import xkv
 
 __all__ = [
@@ -107,5 +108,6 @@ __all__ = [
     "think",
     "tova",
     "windowkv",
+    "turboquant",
     "xkv",
 ]

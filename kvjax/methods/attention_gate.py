@@ -45,5 +45,6 @@ def attention_gate(
     names = ("qkv", "out", "bias")
     parts = [dict(zip(names, arrays)) for arrays in zip(*(calibration[name] for name in names))]
     gated = at_prefill_end(learned(keep, parts))
-    order = gated.schedule.order._replace(takes=("plain",))  # the gate reads a token in all heads
+    order = gated.schedule.order
+    order = order._replace(needs=order.needs | {"aligned"})  # the gate reads a token in all heads
     return gated._replace(schedule=gated.schedule._replace(order=order))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax
 
-from kvjax.segments.latent import Matrix
+from kvjax.segments.bases import Matrix
 from kvjax.transforms import CacheTransform, at_prefill_end, project_jointly
 
 

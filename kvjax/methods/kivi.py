@@ -9,10 +9,17 @@ from __future__ import annotations
 from kvjax.transforms import CacheTransform, at_prefill_end, quantize
 
 
-def kivi(bits: int = 2, group: int = 32, residual: int = 128) -> CacheTransform:
+def kivi(
+    bits: int = 2,
+    group: int = 32,
+    residual: int = 128,
+    *,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+) -> CacheTransform:
     """Quantizes the cache to `bits` per number, `group` numbers to a scale.
 
-    Bytes per token and KV head: `2 * H * (bits / 8 + 4 / group) + 4`, plus the residual.
+    Bytes per token and KV head: `H * ((key_bits + value_bits) / 8 + 8 / group) + 4`, plus the residual.
 
     Deviations: values leave the exact tail in the same blocks as keys, not one by one; scales are bfloat16
     rounded outwards instead of float16.
@@ -21,5 +28,8 @@ def kivi(bits: int = 2, group: int = 32, residual: int = 128) -> CacheTransform:
       bits: 2, 4 or 8.
       group: tokens of a key channel, and channels of a value, that share a scale.
       residual: tokens of a block; the newest `length mod residual` stay exact.
+      key_bits: of the keys; None: `bits`.
+      value_bits: of the values; None: `bits`.
     """
-    return at_prefill_end(quantize(bits, key_group=group, value_group=group, residual=residual))
+    key_bits, value_bits = (bits if b is None else b for b in (key_bits, value_bits))
+    return at_prefill_end(quantize(key_bits, value_bits=value_bits, key_group=group, value_group=group, residual=residual))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from kvjax.segments.latent import Matrix
+from kvjax.segments.bases import Matrix
 from kvjax.transforms import CacheTransform, at_prefill_end, by_rank, project_by_head
 from kvjax.transforms.project import check_rank
 

@@ -1,35 +1,32 @@
-"""Segments: sets of slots in one representation. Each knows how to attend."""
+"""Segments: slots in any codec, and the layouts that put them together. Each knows how to attend."""
 
-from kvjax.segments.buffered import BufferedSegment
-from kvjax.segments.codebook import CodebookSegment
+from kvjax.segments.blocked import BlockedSegment
 from kvjax.segments.compensated import CompensatedSegment
-from kvjax.segments.corrected import CorrectedSegment
-from kvjax.segments.dense import DenseSegment
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
+from kvjax.segments.layouts import Ring, Rows
 from kvjax.segments.pooled import PooledSegment, PoolView
-from kvjax.segments.protocol import LayerView, Queries, Ranks, Rewrite, Segment
-from kvjax.segments.quantized import QuantizedSegment
+from kvjax.segments.protocol import AnySegment, LayerView, Queries, Ranks, Rewrite
 from kvjax.segments.ragged import RaggedSegment
-from kvjax.segments.shared import ScaledSegment, SharedView
+from kvjax.segments.segment import Segment
+from kvjax.segments.shared import ScaledView, SharedView
 
 __all__ = [
-    "BufferedSegment",
-    "CodebookSegment",
+    "AnySegment",
+    "BlockedSegment",
     "CompensatedSegment",
-    "CorrectedSegment",
-    "DenseSegment",
     "HeadsSegment",
     "LatentSegment",
     "LayerView",
     "PoolView",
     "PooledSegment",
-    "QuantizedSegment",
     "Queries",
     "RaggedSegment",
     "Ranks",
     "Rewrite",
-    "ScaledSegment",
+    "Ring",
+    "Rows",
+    "ScaledView",
     "Segment",
     "SharedView",
 ]

@@ -10,10 +10,12 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments.axes import rename
-from kvjax.segments.dense import DenseSegment
-from kvjax.segments.protocol import KeyRope, Queries, Segment
-from kvjax.segments.slots import LAST, written_after
+from kvjax.axes import rename
+from kvjax.segments.layouts import Rows
+from kvjax.segments.moves import written_after
+from kvjax.segments.protocol import KeyRope, Queries
+from kvjax.segments.segment import Segment
+from kvjax.segments.slots import LAST
 from pallas_kernels.partial import Partial, combine
 
 
@@ -31,11 +33,11 @@ class CompensatedSegment:
     Source: Tang et al., RazorAttention (2024), arXiv:2407.15891, section 3.3.
     """
 
-    ring: DenseSegment  # [B, K, S - 1]
-    mean: DenseSegment  # [B, K, 1], float32
+    ring: Segment  # [B, K, S - 1]
+    mean: Segment  # [B, K, 1], float32
 
     @classmethod
-    def of(cls, slots: DenseSegment, ring: DenseSegment) -> CompensatedSegment:
+    def of(cls, slots: Segment, ring: Segment) -> CompensatedSegment:
         """From dense slots with rotated keys, and the ring that keeps their sinks and their newest.
 
         Raises:
@@ -44,8 +46,8 @@ class CompensatedSegment:
         if slots.key_rope != "stored":
             raise TypeError(f"CompensatedSegment needs rotated keys, got key_rope={slots.key_rope!r}.")
         B, K, _, H = slots.k.shape
-        mean = DenseSegment.empty(B, K, 1, H, jnp.float32, own_values=slots.v is not None)
-        empty = cls(ring, mean.replace(bias=jnp.zeros((B, K, 1), jnp.float32)))
+        mean = Segment.empty(B, K, 1, H, jnp.float32, own_values=slots.v is not None)
+        empty = cls(ring, mean.with_slots(bias=jnp.zeros((B, K, 1), jnp.float32)))
         return empty.replace(mean=empty._mean_with(slots, _lost(slots, ring)))
 
     def axes(self) -> CompensatedSegment:
@@ -70,29 +72,25 @@ class CompensatedSegment:
         """See `Segment.mass`."""
         return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in (self.ring, self.mean)], axis=-1)
 
-    def dense(self) -> DenseSegment:
+    def dense(self) -> Segment:
         """The ring's slots and the mean, float32."""
-        ring = self.ring.astype(jnp.float32).replace(stats={}, ring_sinks=None)
+        ring = self.ring.dense().astype(jnp.float32).with_slots(stats={}).replace(layout=Rows())
         if ring.bias is None:
-            ring = ring.replace(bias=jnp.zeros(ring.pos.shape, jnp.float32))
+            ring = ring.with_slots(bias=jnp.zeros(ring.pos.shape, jnp.float32))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), ring, self.mean)
 
     def map_dense(self, body, tail) -> Segment:
-        """See `Segment.map_dense`. A ring has its size and stays."""
-        return self
-
-    def fold_dense(self, attend, *beside) -> Partial:
-        """Refused: coordinates do not go into rings."""
-        raise TypeError("CompensatedSegment holds no coordinates; project the heads that keep everything instead.")
+        """See `Segment.map_dense`: the ring; the mean stays exact."""
+        return self.replace(ring=self.ring.map_dense(body, tail))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CompensatedSegment:
         """See `Segment.append`."""
         if pos.shape[1] > 1:
             ring = self.ring.append(k, v, pos, rope)
             new = self.ring.slots_of(k, v, pos, rope)
-            held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self.ring, new)
+            held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self.ring.dense(), new.dense())
             return self.replace(ring=ring, mean=self._mean_with(held, _lost(held, ring)))
-        oldest = self.ring.oldest()
+        oldest = self.ring.oldest().dense()
         lost = (oldest.pos >= 0) & (pos >= 0)[:, None]
         # A branch of its own, or XLA reads the slot again after the write, from a copy of the ring.
         mean = jax.lax.cond(jnp.any(lost), lambda: self._mean_with(oldest, lost), lambda: self.mean)
@@ -103,7 +101,7 @@ class CompensatedSegment:
         """It never grows."""
         return self
 
-    def _mean_with(self, slots: DenseSegment, lost: jax.Array) -> DenseSegment:
+    def _mean_with(self, slots: Segment, lost: jax.Array) -> Segment:
         """The mean that also stands for the slots where bool[B, K, n] is true."""
         tokens = jnp.ones(lost.shape, jnp.float32) if slots.bias is None else jnp.exp(slots.bias)
         tokens = jnp.where(lost, tokens, 0.0)
@@ -115,14 +113,12 @@ class CompensatedSegment:
             return (before[..., None] * mean + added) / jnp.maximum(count, 1.0)[..., None]
 
         newest = jnp.max(jnp.where(lost, slots.pos, -1), axis=-1, keepdims=True, initial=-1)
-        return self.mean.map_vectors(averaged, slots).replace(
-            pos=jnp.maximum(self.mean.pos, newest),
-            bias=jnp.log(jnp.maximum(count, 1.0)),
-        )
+        mean = self.mean.map_vectors(averaged, slots)
+        return mean.with_slots(pos=jnp.maximum(self.mean.pos, newest), bias=jnp.log(jnp.maximum(count, 1.0)))
 
 
-def _lost(held: DenseSegment, ring: DenseSegment) -> jax.Array:
+def _lost(held: Segment, ring: Segment) -> jax.Array:
     """bool[B, K, n]: which of the slots that were held the ring has dropped: those older than its oldest."""
-    sinks = ring.ring_sinks or 0
+    sinks = ring.layout.sinks
     oldest = jnp.min(jnp.where(ring.pos < sinks, LAST, ring.pos), axis=-1, keepdims=True)
     return (held.pos >= sinks) & (held.pos < oldest)

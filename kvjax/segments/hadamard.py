@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kvjax.segments.axes import P
+from kvjax.axes import P
 
 
 @functools.cache
@@ -27,9 +27,18 @@ def hadamard(n: int) -> np.ndarray:
     return (signs / np.sqrt(n)).astype(np.float32)
 
 
+@functools.cache
+def random_signs(n: int, seed: int) -> np.ndarray:
+    """f32[n]: +1 or -1, each as likely."""
+    return np.random.default_rng(seed).choice(np.float32([-1, 1]), n)
+
+
 @struct.dataclass
 class Hadamard:
     """Coordinates of groups of `heads` KV heads in Hadamard vectors of their `heads * H` channels, then reordered.
+
+    With a `seed`, the signs of the channels are turned at random first: no vector that is not made for it is large in
+    one coordinate.
 
     With `heads > 1` or an order, coordinates of a head depend on others, so all must hold the same tokens, and only
     expanded vectors can be read (`key_rope="at_attend"`).
@@ -40,7 +49,10 @@ class Hadamard:
     order: jax.Array | None = None  # i32[K * H]: which rotated channel each coordinate is
     back: jax.Array | None = None  # i32[K * H], its inverse
     heads: int = struct.field(pytree_node=False, default=1)
-    mean = None
+    seed: int | None = struct.field(pytree_node=False, default=None)  # of the signs; None: all are +1
+    mean: jax.Array | None = None  # see `Basis`
+    columns = None
+    selects = False
 
     @classmethod
     def sorted_by(cls, mean: jax.Array, heads: int) -> Hadamard:
@@ -59,7 +71,9 @@ class Hadamard:
 
     def axes(self) -> Hadamard:
         """See `Segment.axes`."""
-        return jax.tree.map(lambda _: P(), self)
+        named = jax.tree.map(lambda _: P(), self)
+        of_rows = P("batch", "kv_heads")
+        return named if self.mean is None else named.replace(mean=of_rows if self.mean.ndim == 3 else P("kv_heads"))
 
     @property
     def mixes_heads(self) -> bool:
@@ -68,13 +82,16 @@ class Hadamard:
 
     def coordinates(self, x: jax.Array) -> jax.Array:
         """See `Basis.coordinates`."""
-        return _reorder(self._rotate(x), self.order)
+        return _reorder(self._rotate(self._signed(x)), self.order)
 
     coordinates_of_queries = coordinates  # the matrix is orthogonal
 
     def expand(self, c: jax.Array) -> jax.Array:
         """See `Basis.expand`."""
-        return self._rotate(_reorder(c, self.back))
+        return self._signed(self._rotate(_reorder(c, self.back)))
+
+    def _signed(self, x: jax.Array) -> jax.Array:
+        return x if self.seed is None else x * jnp.asarray(random_signs(x.shape[-1], self.seed), x.dtype)
 
     def _rotate(self, x: jax.Array) -> jax.Array:
         B, K, n, H = x.shape

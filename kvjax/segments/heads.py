@@ -9,9 +9,10 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments.axes import rename
-from kvjax.segments.dense import DenseSegment
-from kvjax.segments.protocol import KeyRope, Queries, Segment
+from kvjax.axes import rename
+from kvjax.segments.layouts import Rows
+from kvjax.segments.protocol import AnySegment, KeyRope, Queries
+from kvjax.segments.segment import Segment
 from pallas_kernels.partial import Partial
 
 
@@ -22,11 +23,11 @@ class HeadsSegment:
     Bytes: those of the parts.
     """
 
-    parts: tuple[Segment, ...]
+    parts: tuple[AnySegment, ...]
     heads: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)  # of each part; together 0 .. K - 1
 
     @classmethod
-    def of(cls, slots: DenseSegment, heads: tuple[tuple[int, ...], ...], encode) -> HeadsSegment | Segment:
+    def of(cls, slots: Segment, heads: tuple[tuple[int, ...], ...], encode) -> HeadsSegment:
         """Splits dense slots by head and encodes each part: `encode(part, index of the part) -> segment`."""
         used = [(index, of) for index, of in enumerate(heads) if of]
         part = lambda of: jax.tree.map(lambda x: x[:, np.array(of)], slots)
@@ -64,24 +65,19 @@ class HeadsSegment:
         each = [jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1]))) for x in each]
         return self._join_queries([x[:, None] for x in each])[:, 0]
 
-    def dense(self) -> DenseSegment:
+    def dense(self) -> Segment:
         """All heads as one dense segment, float32."""
         parts = [part.dense().astype(jnp.float32) for part in self.parts]
         widest = max(part.pos.shape[2] for part in parts)
-        parts = [part.resize(widest).replace(ring_sinks=None, stats={}) for part in parts]
+        parts = [part.resize(widest).with_slots(stats={}).replace(layout=Rows()) for part in parts]
         if any(part.bias is not None for part in parts):
             bias = lambda part: jnp.zeros(part.pos.shape, jnp.float32) if part.bias is None else part.bias
-            parts = [part.replace(bias=bias(part)) for part in parts]
+            parts = [part.with_slots(bias=bias(part)) for part in parts]
         return jax.tree.map(lambda *x: self._join(x, axis=1), *parts)
 
     def map_dense(self, body, tail) -> HeadsSegment:
-        """See `Segment.map_dense`. Rings have their size and stay."""
-        is_ring = lambda part: isinstance(part, DenseSegment) and part.ring_sinks is not None
-        return self.replace(parts=tuple(p if is_ring(p) else p.map_dense(body, tail) for p in self.parts))
-
-    def fold_dense(self, attend, *beside) -> Partial:
-        """Refused: see `LatentSegment`, which goes inside."""
-        raise TypeError("HeadsSegment holds coordinates of different heads; project its parts instead.")
+        """See `Segment.map_dense`."""
+        return self.replace(parts=tuple(part.map_dense(body, tail) for part in self.parts))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> HeadsSegment:
         """See `Segment.append`."""

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax.rope import Rope
-from kvjax.segments.axes import P
-from kvjax.segments.protocol import KeyRope, Queries, Segment
+from kvjax.axes import P
+from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.ragged import RaggedSegment
+from pallas_kernels.decode_attention import PageRun
 from pallas_kernels.partial import Partial
-from pallas_kernels.ragged_decode_attention import PageRun
 
 
 @struct.dataclass
@@ -68,21 +68,17 @@ class PooledSegment:
     def dense(self) -> RaggedSegment:
         """The same with dense pages; those of other layers are empty."""
         dense = self.replace(pool=self.pool.dense())
-        return dense.pool.replace(stored=dense.pool.stored.replace(pos=dense.pos))
+        return dense.pool.replace(stored=dense.pool.stored.with_slots(pos=dense.pos))
 
-    def map_dense(self, body, tail) -> Segment:
+    def map_dense(self, body, tail) -> AnySegment:
         """Refused: it is what a layer sees of a pool, which is rewritten where it lies."""
         raise TypeError("PooledSegment is a view: rewrite the pool in Cache.shared.")
 
-    def fold_dense(self, attend, *beside) -> Partial:
-        """Refused: see `RaggedSegment.fold_dense`."""
-        return self.pool.fold_dense(attend, *beside)
-
-    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> AnySegment:
         """Refused: see `RaggedSegment.append`."""
         return self.pool.append(k, v, pos, rope)
 
-    def reserve(self, tokens: int) -> Segment:
+    def reserve(self, tokens: int) -> AnySegment:
         """Refused: see `RaggedSegment.reserve`."""
         return self.pool.reserve(tokens)
 
@@ -98,7 +94,7 @@ class PoolView:
     count: jax.Array  # i32[B], how many it has
     name: str = struct.field(pytree_node=False, default="pool")  # in `Cache.shared`
 
-    def inlined(self, shared: dict[str, Segment]) -> PooledSegment:
+    def inlined(self, shared: dict[str, AnySegment]) -> PooledSegment:
         """See `LayerView.inlined`."""
         return PooledSegment(shared[self.name], self.first, self.count)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -36,6 +36,13 @@ class Queries(NamedTuple):
         return rotate(self.raw, self.pos[..., None], self.rope)
 
 
+class KeyBasis(Protocol):
+    """How keys follow from coordinates: see `kvjax.segments.latent`."""
+
+    def of(self, k: Any, rope: Rope) -> tuple[Any, Any]:
+        """Returns what the decode op takes for coordinates `k`: keys, and the rotation that makes keys of them."""
+
+
 class Ranks(NamedTuple):
     """Positions that count only what the layer cache holds."""
 
@@ -50,8 +57,8 @@ class Ranks(NamedTuple):
         return rotate(grouped, self.queries[..., None], queries.rope).reshape(B, T, N, H)
 
 
-class Segment(Protocol):
-    """A set of slots whose keys and values are stored in one representation; a frozen pytree.
+class AnySegment(Protocol):
+    """A set of slots of a layer, or a layout of several; a frozen pytree.
 
     Every segment attends; the last of a layer cache also appends. Empty slots have `pos == -1` (any `pos < 0`) and hold
     finite values. What a segment cannot do it refuses with a `TypeError` that says what to do instead.
@@ -63,7 +70,7 @@ class Segment(Protocol):
     def pos(self) -> jax.Array:
         """i32[B, K, S], token position of every slot, -1 = empty."""
 
-    def axes(self) -> Segment:
+    def axes(self) -> AnySegment:
         """The same tree with a `PartitionSpec` of names in place of every array: what its axes are.
 
         Names are "batch", "kv_heads", "slots", "tail" and "pages", or one of them with a suffix
@@ -78,8 +85,17 @@ class Segment(Protocol):
         window: int | None,
         scale: Scale | None,
         ranks: Ranks | None = None,
+        key_basis: KeyBasis | None = None,
     ) -> Partial:
-        """Attention of the queries over this segment's slots."""
+        """Attends with the queries to this segment's slots.
+
+        Args:
+          queries: of all its KV heads.
+          window: tokens a query looks back over, itself included; None: all.
+          scale: multiplies the dot products, and may cap them; None: `H ** -0.5`.
+          ranks: for `key_rope="rank"`.
+          key_basis: in which its keys are coordinates of un-rotated keys (`LatentSegment`). None: they are keys.
+        """
 
     def mass(
         self,
@@ -96,10 +112,10 @@ class Segment(Protocol):
         Summed over the queries, or what else `reduce` asks for.
         """
 
-    def dense(self) -> Segment:
-        """The same slots with keys and values as stored numbers: what transforms that need values read."""
+    def dense(self) -> AnySegment:
+        """Returns the same slots with keys and values as arrays: what transforms that need values read."""
 
-    def map_dense(self, body: Rewrite, tail: Rewrite) -> Segment:
+    def map_dense(self, body: Rewrite, tail: Rewrite) -> AnySegment:
         """Rewrites the dense slots it holds, wherever they are nested; refuses where there are none.
 
         Args:
@@ -107,18 +123,10 @@ class Segment(Protocol):
           tail: for slots that tokens are appended to one by one.
         """
 
-    def fold_dense(self, attend: Callable[..., Partial], *beside: jax.Array) -> Partial:
-        """Merges `attend` over dense tiles of its slots, expanded one at a time (for segments around this one).
-
-        Args:
-          attend: `(tile, *parts) -> Partial`.
-          beside: [B, K, S] each, cut to the slots of a tile and passed on with it.
-        """
-
-    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> Segment:
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> AnySegment:
         """Writes T new tokens: k, v [B, K, T, H], k un-rotated; pos i32[B, T], padding (-1) last."""
 
-    def reserve(self, tokens: int) -> Segment:
+    def reserve(self, tokens: int) -> AnySegment:
         """Makes room for `tokens` more appended tokens. Changes shapes: only before the loop starts."""
 
 
@@ -129,7 +137,7 @@ class LayerView(Protocol):
     appended to it.
     """
 
-    def inlined(self, shared: dict[str, Segment]) -> Segment:
+    def inlined(self, shared: dict[str, AnySegment]) -> AnySegment:
         """The segment that this layer sees."""
 
     def axes(self) -> LayerView:
@@ -139,5 +147,5 @@ class LayerView(Protocol):
         """Itself: what is shared is rewritten where it lies, once."""
 
 
-Rewrite = Callable[[Segment], Segment]
-"""From a `DenseSegment` to the segment that replaces it."""
+Rewrite = Callable[["Segment"], AnySegment]  # noqa: F821, the one of kvjax.segments.segment
+"""From a `Segment` of arrays to what replaces it."""

@@ -10,23 +10,22 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments.axes import P, rename
-from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.protocol import KeyRope, Queries, Segment
-from kvjax.segments.quantized import QuantizedSegment
+from kvjax.axes import P, rename
+from kvjax.segments.protocol import AnySegment, KeyRope, Queries
+from kvjax.segments.segment import Segment, dense_tail
 from kvjax.segments.slots import counts_by_owner
+from pallas_kernels.decode_attention import PageRun, Pages
 from pallas_kernels.partial import Partial, spread_to_owned
-from pallas_kernels.ragged_decode_attention import PageRun, over_pages
 
 
 class SlotList(NamedTuple):
     """Slots of several heads in one list."""
 
-    slots: DenseSegment  # [B, 1, M, ...]
+    slots: Segment  # [B, 1, M, ...]
     owner: jax.Array  # i32[B, M], their heads
 
     @classmethod
-    def of(cls, segment: DenseSegment, first: jax.Array | int = 0) -> SlotList:
+    def of(cls, segment: Segment, first: jax.Array | int = 0) -> SlotList:
         """Those of a segment whose heads are `first`, `first + 1`, ..."""
         B, K, S = segment.pos.shape
         flat = jax.tree.map(lambda x: x.reshape(B, 1, K * S, *x.shape[3:]), segment)
@@ -39,24 +38,23 @@ class SlotList(NamedTuple):
             jax.tree.map(join, self.slots, other.slots), jnp.concatenate([self.owner, other.owner], axis=1)
         )
 
-    def of_head(self, head: jax.Array) -> DenseSegment:
+    def of_head(self, head: jax.Array) -> Segment:
         """A segment of one head: the same keys and values, and all slots of other heads empty."""
         return self.slots.drop((self.owner != head)[:, None])
 
 
 @struct.dataclass
 class RaggedSegment:
-    """A pool of P pages a row; each page holds slots of one KV head.
+    """A pool of P pages a row; each page holds slots of one KV head, in any codec.
 
-    Dense and quantized slots lie in a row, page after page, as one head of P * page slots that kernels read with their
-    owners: a TPU would pad what has [P, page] numbers to tiles, and lay it out anew at every step. Any other
-    representation has the pages as its "heads"; attention treats a page as a KV head, then merges the pages of a head.
-    Either way the work is that of the pages, however unequal the heads are. Unused pages are empty, and head 0's.
+    Pages lie one after the other, as one head of P * page slots that kernels read with their owners: a TPU would pad
+    what has [P, page] numbers to tiles, and lay it out anew at every step. The work is that of the pages, however
+    unequal the heads are. Unused pages are empty, and head 0's.
 
     Bytes: those of the slots, and `4 * B * P`.
     """
 
-    stored: Segment  # dense, quantized: [B, 1, P * page, ...]; otherwise [B, P, page, ...]
+    stored: Segment  # [B, 1, P * page, ...]
     owner: jax.Array  # i32[B, P], KV head of every page
     kv_heads: int = struct.field(pytree_node=False)
 
@@ -97,11 +95,11 @@ class RaggedSegment:
     @property
     def pages(self) -> Segment:
         """[B, P, page, ...], as a segment whose heads are the pages."""
-        return self.stored.as_pages(self.owner.shape[1]) if self._in_a_row else self.stored
+        return self.stored.as_pages(self.owner.shape[1])
 
     def with_pages(self, pages: Segment) -> RaggedSegment:
-        """The same owners with other pages [B, P, page, ...], in any representation."""
-        return self.replace(stored=pages.in_a_row() if _lies_in_a_row(pages) else pages)
+        """Puts other pages [B, P, page, ...] in place, of the same owners."""
+        return self.replace(stored=pages.flattened())
 
     def of_slots(self, of_pages: jax.Array) -> jax.Array:
         """What is known of pages, [B, P], for each of their slots: shaped as `pos`."""
@@ -110,8 +108,8 @@ class RaggedSegment:
 
     def axes(self) -> RaggedSegment:
         """See `Segment.axes`: a page is whole, and pages lie anywhere."""
-        names = {"kv_heads": None, "slots": "pages"} if self._in_a_row else {"kv_heads": "pages", "slots": None}
-        return self.replace(stored=rename(self.stored.axes(), names), owner=P("batch", "pages"))
+        named = rename(self.stored.axes(), {"kv_heads": None, "slots": "pages"})
+        return self.replace(stored=named, owner=P("batch", "pages"))
 
     @property
     def key_rope(self) -> KeyRope:
@@ -120,25 +118,17 @@ class RaggedSegment:
 
     @property
     def pos(self) -> jax.Array:
-        """i32[B, 1, P * page] or i32[B, P, page], as they are stored."""
+        """i32[B, 1, P * page]."""
         return self.stored.pos
 
     def attend(self, queries: Queries, *, run: PageRun | None = None, **how) -> Partial:
         """See `Segment.attend`; of a run of pages, or of all."""
-        if self._in_a_row:
-            return self.stored.attend_owned(queries, self.owner, self.kv_heads, run=run, **how)
-
-        def attend(owner, cut) -> Partial:
-            part = self.replace(stored=jax.tree.map(cut, self.stored), owner=owner)
-            return part.stored.attend(part._of_pages(queries), **how)
-
-        return over_pages(attend, self.owner, self.kv_heads, run)
+        return self.stored.attend(queries, pages=Pages(self.owner, self.kv_heads, run), **how)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
-        """See `Segment.mass`; by the G query heads of a page's owner: f32[B, G, P * page] or f32[B, P * G, page]."""
-        mass = self.pages.mass(self._of_pages(queries), self._heads(lse), **how)
-        if not self._in_a_row:
-            return mass
+        """See `Segment.mass`; by the G query heads of a page's owner: f32[B, G, P * page]."""
+        spread = lambda x: spread_to_owned(x, self.owner, self.kv_heads)
+        mass = self.pages.mass(queries._replace(raw=spread(queries.raw)), spread(lse), **how)
         (B, P), page = self.owner.shape, mass.shape[-1]
         return jnp.swapaxes(mass.reshape(B, P, -1, page), 1, 2).reshape(B, -1, P * page)
 
@@ -154,10 +144,6 @@ class RaggedSegment:
         """See `Segment.map_dense`."""
         return self.with_pages(self.pages.map_dense(body, body))
 
-    def fold_dense(self, attend, *beside) -> Partial:
-        """Refused: bases belong to heads, not to pages."""
-        raise TypeError("RaggedSegment cannot be expanded tile by tile; project before budgets go by head.")
-
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> RaggedSegment:
         """Refused: new tokens go to the segment behind it."""
         raise TypeError("RaggedSegment is written once; new tokens go to the dense segment behind it.")
@@ -166,23 +152,8 @@ class RaggedSegment:
         """Refused: see `append`."""
         raise TypeError("RaggedSegment is written once; reserve in the dense segment behind it.")
 
-    @property
-    def _in_a_row(self) -> bool:
-        return _lies_in_a_row(self.stored)
 
-    def _of_pages(self, queries: Queries) -> Queries:
-        return queries._replace(raw=self._heads(queries.raw))
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return spread_to_owned(x, self.owner, self.kv_heads)
-
-
-def _lies_in_a_row(pages: Segment) -> bool:
-    """Whether kernels read pages of this representation with their owners."""
-    return isinstance(pages, DenseSegment) or isinstance(pages, QuantizedSegment) and pages.v is not None
-
-
-def split_pages(layer, transform: str) -> tuple[tuple[Segment, ...], RaggedSegment | None, DenseSegment]:
+def split_pages(layer, transform: str) -> tuple[tuple[AnySegment, ...], RaggedSegment | None, Segment]:
     """The layer cache's segments: those before, pages if they come right before the tail, and the dense tail.
 
     Raises:

@@ -14,10 +14,11 @@ from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.merge_rules import into_nearest, into_neighbour, into_next, into_runs, into_similar
 from kvjax.transforms.prefix import prefix
 from kvjax.transforms.product_quantize import product_quantize
-from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels
+from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels, rotate_channels
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected
+from kvjax.transforms.quantize_levels import quantize_levels
 from kvjax.transforms.reindex import reindex
 from kvjax.transforms.ring import ring
 from kvjax.transforms.schedule import Observer, Schedule
@@ -70,9 +71,11 @@ __all__ = [
     "pyramid",
     "quantize",
     "quantize_corrected",
+    "quantize_levels",
     "reindex",
     "respect_windows",
     "ring",
+    "rotate_channels",
     "share_basis",
     "split_heads",
     "split_slots",

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation
 from kvjax.segments import LatentSegment
-from kvjax.segments.latent import Scales
+from kvjax.segments.bases import Scales
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 
@@ -38,7 +38,7 @@ def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransfo
     @jax.jit
     def compress(layer: LayerCache, seen: LayerObservation) -> LayerCache:
         scales = _balance(layer, seen)
-        basis = lambda dense: LatentSegment.of(dense.replace(stats={}), scales, None)
+        basis = lambda dense: LatentSegment.of(dense.with_slots(stats={}), scales, None)
         *written, tail = layer.segments
         if where == "tail":
             return layer.with_tail(tail.map_dense(basis, basis))
@@ -53,7 +53,7 @@ def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransfo
             acts_in=(),
             needs=Needs(moments_from=(0,)),
             name="balance_channels",
-            order=Order(PLAIN, "projected") if where == "tail" else Order(("tiered",), "tiered"),
+            order=Order.of("vectors slots room" if where == "tail" else "tiers numbers", "vectors slots whole channels"),
         ),
     )
 

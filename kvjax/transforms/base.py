@@ -122,6 +122,7 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
         needs=needs,
         observer=observer,
         before=one_by_one(s.before for s in schedules),
+        on_ring=one_by_one(s.on_ring for s in schedules),
         frees_in_prefill=soonest(s.frees_in_prefill for s in schedules),
         frees_in_decode=soonest(s.frees_in_decode for s in schedules),
         budget=budgeted.budget,

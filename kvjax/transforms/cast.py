@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
@@ -40,6 +40,7 @@ def cast(dtype: str = "float8_e4m3fn") -> CacheTransform:
         schedule=Schedule(
             acts_in=(),
             name="cast",
-            order=Order((*PLAIN, "ring", "paged", "projected", "pruned", "split", "shared", "tiered")),
+            on_ring=lambda layer, seen: compress(layer),
+            order=Order.of(needs="numbers rotated" if narrow else "numbers"),
         ),
     )

@@ -12,11 +12,11 @@ from kvjax.budget import budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.rope import rotate
-from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
+from kvjax.segments.segment import Segment, dense_tail, unrotated
 from kvjax.segments.slots import LAST, highest_first, keep_highest, places
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, worth_keeping
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 
@@ -48,7 +48,7 @@ def convolve(
     if scorer.stats:
         raise ValueError(f"convolve keeps no statistics, but its scorer wants {', '.join(scorer.stats)}.")
 
-    def shrink(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, slots: int) -> DenseSegment:
+    def shrink(segment: Segment, seen: LayerObservation, rows: jax.Array, slots: int) -> Segment:
         S = segment.pos.shape[2]
         if S <= slots:
             return segment.resize(slots)
@@ -104,7 +104,7 @@ def convolve(
             budget=budget,
             at_least=least,
             name="convolve",
-            order=Order(PLAIN, leaves="by_head"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned"),
         ),
     )
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from kvjax.budget import check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation, Quota
-from kvjax.segments.dense import DenseSegment, dense_tail
-from kvjax.segments.slots import LAST, keep_best, lowest, priority, token_order
+from kvjax.segments.segment import Segment, slot_tail
+from kvjax.segments.moves import keep_best
+from kvjax.segments.slots import LAST, lowest, priority, token_order
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Observer, Schedule
 
 
@@ -32,10 +33,10 @@ class Scorer(NamedTuple):
       aligned: the scores of a token are the same in every head of a layer.
     """
 
-    score: Callable[[DenseSegment, LayerObservation], jax.Array]
+    score: Callable[[Segment, LayerObservation], jax.Array]
     needs: Needs = Needs()
     stats: tuple[str, ...] = ()
-    observe: Callable[[DenseSegment, LayerObservation], DenseSegment] = lambda segment, seen: segment
+    observe: Callable[[Segment, LayerObservation], Segment] = lambda segment, seen: segment
     aligned: bool = False
 
 
@@ -91,7 +92,7 @@ def evict(
     if reuse > 1 and scorer.stats:
         raise ValueError(f"reuse must be 1 for a scorer that keeps statistics of each layer, got {reuse}.")
 
-    def worth(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, told: Told | None) -> tuple:
+    def worth(segment: Segment, seen: LayerObservation, rows: jax.Array, told: Told | None) -> tuple:
         protected = is_protected(segment.pos, rows, sinks, recent)
         if told is not None:
             return priority(told.of(segment.pos), segment.pos, protected), told
@@ -100,16 +101,16 @@ def evict(
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, told: Told | None, *, slots: int):
-        segment = dense_tail(layer, "evict")
+        segment = slot_tail(layer, "evict")
         if segment.pos.shape[2] < slots:
             segment = segment.resize(slots)
-        segment = scorer.observe(with_stats(segment, scorer), seen)
+        segment = observed(scorer, segment, seen)
         order, told = worth(segment, seen, rows, told)
         return layer.with_tail(keep_best(segment, order, slots, rows)), told if reuse > 1 else None
 
     @jax.jit
     def drop_excess(layer: LayerCache, seen: LayerObservation, rows: jax.Array, told: Told | None):
-        segment = dense_tail(layer, "evict")
+        segment = slot_tail(layer, "evict")
         excess = jnp.sum(segment.pos >= 0, axis=-1) - rows[:, None]  # [B, K]
         order, told = worth(segment, seen, rows, told)
         return layer.with_tail(segment.drop(lowest(order, segment.pos, excess))), told if reuse > 1 else None
@@ -141,7 +142,7 @@ def evict(
             budget=budget,
             at_least=always,
             name="evict",
-            order=Order(PLAIN, leaves="plain" if scorer.aligned else "by_head"),
+            order=Order.of(needs="slots room", loses="whole" if scorer.aligned else "whole aligned"),
         ),
     )
 
@@ -207,7 +208,7 @@ def observer_of(scorer: Scorer, transform: str) -> Observer:
 
     @jax.jit
     def see(layer: LayerCache, seen: LayerObservation) -> LayerCache:
-        return layer.with_tail(scorer.observe(with_stats(dense_tail(layer, transform), scorer), seen))
+        return layer.with_tail(observed(scorer, slot_tail(layer, transform), seen))
 
     def after_call(cache: Cache, state, observation: Observation):
         return cache.map_layers(see, observation.each_layer()), state
@@ -218,19 +219,25 @@ def observer_of(scorer: Scorer, transform: str) -> Observer:
     return Observer(after_call, after_chunk if scorer.needs.queries == ALL else None)
 
 
-def with_stats(segment: DenseSegment, scorer: Scorer) -> DenseSegment:
+def observed(scorer: Scorer, segment: Segment, seen: LayerObservation) -> Segment:
+    """Returns the segment with the scorer's statistics brought up to date; what it stores stays as it is."""
+    segment = with_stats(segment, scorer)
+    return segment.replace(slots=scorer.observe(segment.dense(), seen).slots)
+
+
+def with_stats(segment: Segment, scorer: Scorer) -> Segment:
     """The segment with the scorer's statistics, zero where it had none."""
     missing = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
-    return segment.replace(stats={**missing, **segment.stats})
+    return segment.with_slots(stats={**missing, **segment.stats})
 
 
-def slot_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+def slot_scores(scorer: Scorer, segment: Segment, seen: LayerObservation) -> jax.Array:
     """Returns what a scorer says of each slot, f32[B, K, S], without NaN: that is -inf.
 
     Raises:
       ValueError: the scores are not one number for each slot; names the scorer.
     """
-    scores = scorer.score(segment, seen)
+    scores = scorer.score(segment.dense(), seen)
     name = getattr(scorer.score, "__qualname__", repr(scorer.score)).removesuffix(".<locals>.score")
     came = f"{getattr(scores, 'dtype', type(scores).__name__)}{list(getattr(scores, 'shape', ()))}"
     if getattr(scores, "shape", None) != segment.pos.shape or jnp.issubdtype(scores.dtype, jnp.complexfloating):
@@ -242,7 +249,7 @@ def slot_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -
 
 
 def worth_keeping(
-    scorer: Scorer, segment: DenseSegment, seen: LayerObservation, protected: jax.Array
+    scorer: Scorer, segment: Segment, seen: LayerObservation, protected: jax.Array
 ) -> jax.Array:
     """i32[B, K, S]: the order of the scores, with the protected slots (bool[B, K, S]) above all others."""
     return priority(slot_scores(scorer, segment, seen), segment.pos, protected)

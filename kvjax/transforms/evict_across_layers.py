@@ -11,18 +11,19 @@ import jax.numpy as jnp
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments import DenseSegment
-from kvjax.segments.dense import dense_tail
+from kvjax.segments import Segment
+from kvjax.segments.segment import dense_tail
 from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
-from kvjax.segments.slots import counts_by_owner, written_after
+from kvjax.segments.moves import written_after
+from kvjax.segments.slots import counts_by_owner
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer
 from kvjax.transforms.evict_by_head import HeadBudgets, choose, first_scores, pages_for
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
-LayerWeights = Callable[[DenseSegment, LayerObservation], jax.Array]
+LayerWeights = Callable[[Segment, LayerObservation], jax.Array]
 """`(segment, layer observation) -> f32[B]`: what the budget of a layer is proportional to, at least 0."""
 
 _SCORE = "score"
@@ -73,14 +74,14 @@ def evict_across_layers(
         raise ValueError("heads or layers must be given, and not both: either says how the budget is split.")
 
     @functools.partial(jax.jit, static_argnames=("slots", "count"))
-    def take_up(pool, weights, segment: DenseSegment, seen: LayerObservation, layer, rows, *, slots: int, count: int):
+    def take_up(pool, weights, segment: Segment, seen: LayerObservation, layer, rows, *, slots: int, count: int):
         """The pool with the slots of one more layer, and f32[B, L], the weights of the layers in it."""
         K = segment.pos.shape[1]
         if pool is not None:
             # Or XLA gathers keys and values of all layers at the very end, and holds every layer's until then.
             gathered = jnp.stack([pool.stored.k, pool.stored.values])
-            segment = segment.replace(pos=written_after(gathered, segment.pos)[0])
-        fresh = SlotList.of(segment.replace(stats={_SCORE: first_scores(scorer, segment, seen)}), layer * K)
+            segment = segment.with_slots(pos=written_after(gathered, segment.pos)[0])
+        fresh = SlotList.of(segment.with_slots(stats={_SCORE: first_scores(scorer, segment, seen)}), layer * K)
         held = fresh if pool is None else pool.as_list().plus(fresh)
         split = heads
         if layers is not None:
@@ -99,7 +100,7 @@ def evict_across_layers(
         for index, (layer, seen) in enumerate(zip(cache.layers, observation.layers, strict=True)):
             tail = dense_tail(layer, "evict_across_layers")
             pool, weights = take_up(pool, weights, tail, seen, jnp.int32(index), rows, slots=slots, count=L)
-        pool, views = pool_layers(pool.replace(stored=pool.stored.replace(stats={})), L)
+        pool, views = pool_layers(pool.replace(stored=pool.stored.with_slots(stats={})), L)
         seen_by = lambda layer, view: layer.replace(
             segments=(*layer.segments[:-1], view, layer.segments[-1].no_slots())
         )
@@ -114,7 +115,7 @@ def evict_across_layers(
             budget=budget,
             at_least=always,
             name="evict_across_layers",
-            order=Order(PLAIN, leaves="shared"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots own"),
         ),
     )
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation, of_head
-from kvjax.segments import DenseSegment
+from kvjax.segments import Segment
 from kvjax.segments.ragged import RaggedSegment, SlotList, split_pages
 from kvjax.segments.slots import counts_by_owner, places, priority, ranks, ranks_by_owner, sums_by_owner
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, slot_scores
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 HeadBudgets = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
@@ -94,10 +94,10 @@ def evict_by_head(
         raise ValueError(f"page must be at least 1 slot, got {page}.")
 
     @functools.partial(jax.jit, static_argnames="count")
-    def share_out(pages: RaggedSegment | None, tail: DenseSegment, seen: LayerObservation, rows, *, count: int):
+    def share_out(pages: RaggedSegment | None, tail: Segment, seen: LayerObservation, rows, *, count: int):
         if not tail.pos.shape[2]:
             tail = tail.resize(1)  # scorers need not know of segments without slots
-        K, tail = tail.pos.shape[1], tail.replace(stats={})
+        K, tail = tail.pos.shape[1], tail.with_slots(stats={})
         held = SlotList.of(tail)
         if pages is None:
             scores = first_scores(scorer, tail, seen).reshape(held.owner.shape)
@@ -121,7 +121,7 @@ def evict_by_head(
 
     def init(cache: Cache, observation: Observation):
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
-        return shrink(cache, rows, observation, DenseSegment.no_slots), rows
+        return shrink(cache, rows, observation, Segment.no_slots), rows
 
     def update(cache: Cache, rows: jax.Array, observation: Observation):
         if scorer.stats:
@@ -141,15 +141,15 @@ def evict_by_head(
             budget=budget,
             at_least=always,
             name="evict_by_head",
-            order=Order(PLAIN, leaves="paged"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots"),
         ),
     )
 
 
-def first_scores(scorer: Scorer, segment: DenseSegment, seen: LayerObservation) -> jax.Array:
+def first_scores(scorer: Scorer, segment: Segment, seen: LayerObservation) -> jax.Array:
     """f32[B, K, S]: what a scorer that has seen nothing before makes of a whole prompt; `-inf` for empty slots only."""
     stats = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
-    segment = scorer.observe(segment.replace(stats=stats), seen)
+    segment = scorer.observe(segment.with_slots(stats=stats), seen)
     finite = jnp.clip(slot_scores(scorer, segment, seen), jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max)
     return jnp.where(segment.pos >= 0, finite, -jnp.inf)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation, Quota
-from kvjax.segments.dense import DenseSegment, dense_tail
+from kvjax.segments.segment import Segment, dense_tail
 from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked, priority
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
@@ -24,7 +24,7 @@ from kvjax.transforms.evict import (
     with_stats,
 )
 from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 _FEW = 8  # slots up to which each is written by itself: the tokens of a decoding step, and room in whole tiles
@@ -33,7 +33,7 @@ _FEW = 8  # slots up to which each is written by itself: the tokens of a decodin
 class Ranked(NamedTuple):
     """Slots of a layer with what each is worth, for a rule to decide what becomes of them."""
 
-    segment: DenseSegment
+    segment: Segment
     scores: jax.Array  # f32[B, K, S], what the scorer says of each slot
     worth: jax.Array  # i32[B, K, S], of which only the order means anything; protected slots above all others
     protected: jax.Array  # bool[B, K, S], always kept
@@ -121,7 +121,7 @@ def merge(
         raise TypeError(f"merge needs a MergeRule, such as kvjax.into_nearest(), got {rule!r}.")
     always = check_protected(budget, sinks, recent)
 
-    def shrink(segment: DenseSegment, seen: LayerObservation, rows: jax.Array, slots: int, state):
+    def shrink(segment: Segment, seen: LayerObservation, rows: jax.Array, slots: int, state):
         most = segment.pos.shape[2] - slots  # rows hold no more than `slots`, and what was reserved for new tokens
         if most <= 0:
             return segment, state
@@ -137,7 +137,7 @@ def merge(
         if segment.pos.shape[2] < slots:
             segment = segment.resize(slots)
         if log_count and segment.bias is None:
-            segment = segment.replace(bias=jnp.zeros(segment.pos.shape, jnp.float32))
+            segment = segment.with_slots(bias=jnp.zeros(segment.pos.shape, jnp.float32))
         segment = scorer.observe(with_stats(segment, scorer), seen)
         segment, state = shrink(segment, seen, rows, slots, rule.start(segment.pos.shape[0]))
         return layer.with_tail(segment.take(*keep_highest(segment.pos, segment.pos, slots))), state
@@ -173,12 +173,12 @@ def merge(
             budget=budget,
             at_least=always,
             name="merge",
-            order=Order(PLAIN, leaves="by_head"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned"),
         ),
     )
 
 
-def move(segment: DenseSegment, moves: Moves, *, values_only: bool = False, mean: bool = True) -> DenseSegment:
+def move(segment: Segment, moves: Moves, *, values_only: bool = False, mean: bool = True) -> Segment:
     """Adds slots to those that take them up, as `merge` says, and empties them.
 
     Args:
@@ -219,7 +219,7 @@ def move(segment: DenseSegment, moves: Moves, *, values_only: bool = False, mean
         merged = target.map_vectors(joined, given).astype(segment.k.dtype)
     if segment.bias is not None:
         tokens = jnp.exp(target.bias) + add(jnp.where(taken_up, jnp.exp(given.bias), 0.0))
-        merged = merged.replace(bias=jnp.log(tokens))
+        merged = merged.with_slots(bias=jnp.log(tokens))
     if few:
         left = segment.drop(gone)
         for i in range(count):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
-from kvjax.segments import DenseSegment, ScaledSegment, SharedView
-from kvjax.segments.dense import dense_tail
+from kvjax.segments import ScaledView, Segment
+from kvjax.segments.segment import dense_tail
 from kvjax.segments.slots import keep_highest, marked, priority
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
@@ -49,7 +49,7 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
 
     @jax.jit
     def compress(first: LayerCache, second: LayerCache, rows: jax.Array):
-        a, b = (dense_tail(layer, "merge_layers").replace(stats={}) for layer in (first, second))
+        a, b = (dense_tail(layer, "merge_layers").with_slots(stats={}) for layer in (first, second))
         S = a.pos.shape[2]
         there = a.pos >= 0
         k, k_a, k_b, key_angle = _merged(a.k, b.k, interpolation)
@@ -58,9 +58,9 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
         retained = min(budget_slots(retain, S), S) if retain else 0
         exact = keep_highest(priority(apart, a.pos), a.pos, retained, rows)
         lengths = {"k_a": k_a, "k_b": k_b, "v_a": v_a, "v_b": v_b}  # gathered with the slots
-        merged = DenseSegment(k=k, v=v, pos=a.pos, stats=lengths).drop(marked(*exact, S)).in_token_order()
-        merged = jax.tree.map(lambda x: x[:, :, : S - retained], merged)
-        direction = merged.replace(stats={}).astype(a.k.dtype)
+        merged = Segment.of(k, v, a.pos, stats=lengths).drop(marked(*exact, S)).in_token_order()
+        merged = merged.first(S - retained)
+        direction = merged.with_slots(stats={}).astype(a.k.dtype)
         scales = [(merged.stats["k_" + x], merged.stats["v_" + x]) for x in "ab"]
         return direction, scales, [x.take(*exact) for x in (a, b)]
 
@@ -75,11 +75,11 @@ def merge_layers(start: int | float, retain: int | float, *, interpolation: floa
             name = f"layers {i} and {i + 1}"
             shared[name], scales, tails = compress(layers[i], layers[i + 1], rows)
             for j, (of_layer, tail) in enumerate(zip(scales, tails)):
-                view = SharedView(ScaledSegment(None, *of_layer), "direction", name)
+                view = ScaledView(*of_layer, name)
                 layers[i + j] = layers[i + j].replace(segments=(*layers[i + j].segments[:-1], view, tail))
         return cache.replace(layers=tuple(layers), shared=shared), ()
 
-    schedule = Schedule(acts_in=(), name="merge_layers", order=Order((), leaves="shared"))
+    schedule = Schedule(acts_in=(), name="merge_layers", order=Order.of(needs="whole vectors", loses="whole vectors slots channels own"))
     return CacheTransform(init=init, schedule=schedule)
 
 

@@ -1,38 +1,44 @@
-"""Which transforms may follow which: by what they make of slots, and by what they can work on."""
+"""Which transforms may follow which: what each asks of the slots it finds, and what it takes from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SLOTS = {
-    "plain": "plain slots, each layer with tokens of its own",
-    "by_head": "plain slots, each head with tokens of its own",
-    "ring": "a ring that overwrites its oldest",
-    "packed": "packed codes",
-    "paged": "pages of a pool that heads share",
-    "projected": "coordinates of each head",
-    "joint": "coordinates that all heads share",
-    "pruned": "keys of fewer channels",
-    "split": "heads of different kinds",
-    "shared": "slots that layers share",
-    "tiered": "plain slots in two segments, by their worth",
+PROPERTIES = {
+    "whole": "the whole prompt, the same tokens in every layer",
+    "aligned": "the same tokens in every head",
+    "slots": "slots that are kept and dropped one by one",
+    "room": "slots that new tokens do not overwrite",
+    "vectors": "keys and values as vectors of one head",
+    "channels": "all channels of keys and values",
+    "numbers": "stored numbers that are no codes yet",
+    "rotated": "keys that are rotated where they are stored",
+    "own": "slots that no other layer shares",
+    "tiers": "slots in two segments, by their worth",
 }
-"""What the slots of a cache may be, as far as the order of transforms depends on it."""
+"""What slots may have, with how errors call it. A cache begins with all but "tiers"."""
 
-PLAIN = ("plain", "by_head")
+BEGINNING = frozenset(PROPERTIES) - {"tiers"}
 
 
 class Order(NamedTuple):
-    """What a transform can work on, and what it makes of it.
+    """What a transform needs of slots, and how it leaves them.
 
     Attributes:
-      takes: keys of `SLOTS`, what it can work on beside the whole prompt.
-      leaves: what it makes of them; None: what they were. "plain" makes nothing plain that was not.
+      needs: keys of `PROPERTIES` that slots must have; what codecs and layouts can do decides them.
+      loses: those that they no longer have afterwards.
+      gives: those that they have from then on.
     """
 
-    takes: tuple[str, ...] = tuple(SLOTS)
-    leaves: str | None = None
+    needs: frozenset[str] = frozenset()
+    loses: frozenset[str] = frozenset()
+    gives: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, needs: str = "", loses: str = "", gives: str = "") -> Order:
+        """Reads names that are separated by spaces."""
+        return cls(*(frozenset(names.split()) for names in (needs, loses, gives)))
 
 
 class Part(NamedTuple):
@@ -44,26 +50,29 @@ class Part(NamedTuple):
 
 
 def in_sequence(parts: Iterable[Part]) -> Order:
-    """Returns what transforms can work on and leave when they act one after another.
+    """Returns what transforms need and leave when they act one after another.
 
     Raises:
-      ValueError: one of them cannot work on what those before it leave.
+      ValueError: one of them needs what another one has taken.
     """
-    parts = tuple(parts)
-    slots, made_by, later = None, "", []
+    has, needs, gives = set(BEGINNING), set(), set()
+    lost_by: dict[str, str] = {}
+    later: list[Part] = []
     for part in parts:
-        takes, leaves = part.order
-        if slots is not None and slots not in takes:
-            raise ValueError(f"{part.name} cannot follow {made_by}: it cannot work on {SLOTS[slots]}.")
-        if leaves is not None:
-            for earlier in later:
-                if leaves not in earlier.order.takes:
-                    raise ValueError(
-                        f"{part.name} cannot follow {earlier.name}, which still acts after the prompt: it cannot work "
-                        f"on {SLOTS[leaves]}. Wrap it in at_prefill_end."
-                    )
-            if slots is None or leaves != "plain":  # heads that differ go on to differ
-                slots, made_by = leaves, part.name
+        for name in sorted(part.order.needs - has):
+            if name in lost_by:
+                raise ValueError(f"{part.name} cannot follow {lost_by[name]}: it needs {PROPERTIES[name]}.")
+            raise ValueError(f"{part.name} needs {PROPERTIES[name]}, which nothing before it makes.")
+        for earlier in later:
+            for name in sorted(part.order.loses & earlier.order.needs):
+                raise ValueError(
+                    f"{part.name} cannot follow {earlier.name}, which still acts after the prompt: it needs "
+                    f"{PROPERTIES[name]}. Wrap it in at_prefill_end."
+                )
+        needs |= part.order.needs - gives
+        lost_by |= {name: part.name for name in part.order.loses & has}
+        has = (has - part.order.loses) | part.order.gives
+        gives |= part.order.gives
         if part.acts_later:
             later.append(part)
-    return Order(parts[0].order.takes if parts else tuple(SLOTS), slots)
+    return Order(frozenset(needs), frozenset(lost_by) - has, frozenset(gives & has))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.segments.dense import DenseSegment
+from kvjax.segments.segment import Segment
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.schedule import Schedule
 
@@ -36,7 +36,7 @@ def prefix(layers: Sequence[tuple[jax.Array, jax.Array]]) -> CacheTransform:
                 f"{list(k.shape)} and {list(v.shape)}."
             )
         k, v = (x[None].astype(tail.k.dtype) for x in (k, v))
-        return layer.replace(segments=(DenseSegment(k, v, jnp.zeros(k.shape[:3], jnp.int32)), *layer.segments))
+        return layer.replace(segments=(Segment.of(k, v, jnp.zeros(k.shape[:3], jnp.int32)), *layer.segments))
 
     def before(cache: Cache) -> Cache:
         if len(layers) != len(cache.layers):

@@ -8,9 +8,10 @@ import jax
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
-from kvjax.segments import BufferedSegment, CodebookSegment
+from kvjax.codecs import Product
+from kvjax.segments import BlockedSegment
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 from pallas_kernels.product_quantize import code_bits, slots_of_a_word
 
@@ -41,14 +42,15 @@ def product_quantize(codebooks: Sequence[LayerCodebooks], *, residual: int = 128
     @jax.jit
     def compress(layer: LayerCache, codebooks: LayerCodebooks) -> LayerCache:
         def encode(slots):
-            return CodebookSegment.encode(slots.resize(-(-slots.pos.shape[2] // word) * word), *codebooks)
+            slots.values_apart("A codebook of the values")
+            return slots.with_slots(stats={}).encoded(*(Product.of(codebook) for codebook in codebooks))
 
-        return layer.map_dense(encode, lambda dense: BufferedSegment.from_dense(dense, encode, residual))
+        return layer.map_dense(encode, lambda dense: BlockedSegment.from_dense(dense, encode, residual))
 
     def init(cache: Cache, observation: Observation):
         if len(codebooks) != len(cache.layers):
             raise ValueError(f"codebooks are of {len(codebooks)} layers, but the cache has {len(cache.layers)}.")
         return cache.map_layers(compress, codebooks), ()
 
-    order = Order((*PLAIN, "paged", "split"), leaves="packed")
+    order = Order.of(needs="numbers channels rotated room own", loses="numbers vectors slots whole")
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="product_quantize", order=order))

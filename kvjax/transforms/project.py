@@ -10,16 +10,61 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation, newest
-from kvjax.segments import BufferedSegment, DenseSegment, HeadsSegment, LatentSegment
-from kvjax.segments.dense import dense_tail, unrotated
-from kvjax.segments.latent import Basis, Channels, Matrix
+from kvjax.segments import BlockedSegment, Segment, HeadsSegment, LatentSegment
+from kvjax.segments.segment import dense_tail, unrotated
+from kvjax.segments.bases import Basis, Channels, Matrix
+from kvjax.segments.hadamard import Hadamard
 from kvjax.segments.protocol import KeyRope
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
+from pallas_kernels.logits import SoftCap
 
 LayerBases = tuple[Basis | None, Basis | None]
 """Bases of the keys and of the values of a layer; None leaves them as they are."""
+
+
+def rotate_channels(seed: int, *, center: bool = True) -> CacheTransform:
+    """Stores rotated keys, and values, in coordinates that spread each channel over all: Hadamard with random signs.
+
+    Exact by itself: codes that follow find numbers that are nearly normal, whatever the channels were. The mean of a
+    row's keys, after their rotation, is subtracted before and read apart, so that an offset that all keys have costs no
+    precision: that of channels which RoPE turns slowly. Where logits are capped it is not.
+
+    Bytes: `4 * B * K * H` a layer for the means.
+
+    Args:
+      seed: of the signs, the same for every layer and head.
+      center: with the mean of the keys.
+
+    Raises:
+      ValueError: a head's channels are not a power of two (at `init`).
+    """
+    basis = Hadamard(seed=seed)
+
+    def of(slots: Segment, keys: Hadamard) -> LatentSegment:
+        return LatentSegment.of(slots, keys, None if slots.v is None else basis)
+
+    @jax.jit
+    def rotate(layer: LayerCache, seen: LayerObservation) -> LayerCache:
+        keys = basis if not center or isinstance(seen.scale, SoftCap) else basis.replace(mean=_mean_key(layer))
+        return layer.map_dense(*2 * (lambda slots: of(slots, keys),))
+
+    def init(cache: Cache, observation: Observation):
+        return (cache, ()) if observation.phase == "begin" else (cache.map_layers(rotate, observation.layers), ())
+
+    order = Order.of(needs="numbers channels rotated own", loses="vectors slots whole channels")
+    return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=rotate))
+
+
+def _mean_key(layer: LayerCache) -> jax.Array:
+    """f32[B, K, H]: of the occupied slots of each row and head."""
+    total, count = 0.0, 0
+    for slots in (segment.dense() for segment in layer.segments):
+        there = (slots.pos >= 0)[..., None]
+        total += jnp.sum(jnp.where(there, slots.k.astype(jnp.float32), 0.0), axis=2)
+        count += jnp.sum(there, axis=2)
+    return total / jnp.maximum(count, 1)
 
 
 def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> CacheTransform:
@@ -52,7 +97,7 @@ def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> Cac
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    order = Order(("plain",) if mixed else PLAIN, leaves="projected")
+    order = Order.of("vectors slots room" + " aligned" * bool(mixed), "vectors slots whole channels" + " rotated" * (key_rope != "stored"))
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 
@@ -103,7 +148,7 @@ def project_by_head(groups: Sequence[Sequence[HeadBases]]) -> CacheTransform:
         heads = [tuple(group.heads for group in layer) for layer in groups]
         return cache.map_layers(compress, _of_all_layers(bases, cache), heads), ()
 
-    order = Order(PLAIN, leaves="projected")
+    order = Order.of(needs="vectors slots room", loses="vectors slots whole channels")
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 
@@ -139,12 +184,12 @@ def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTr
     def compress(layer: LayerCache, seen: LayerObservation, bases: LayerBases) -> LayerCache:
         slots = unrotated(dense_tail(layer, "project_jointly"), seen.queries.rope)
         encode = lambda block: LatentSegment.of(block, *bases, joint=True)
-        return layer.with_tail(BufferedSegment.from_dense(slots, encode, window))
+        return layer.with_tail(BlockedSegment.from_dense(slots, encode, window))
 
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    order = Order(("plain",), leaves="joint")
+    order = Order.of(needs="vectors slots room aligned", loses="vectors slots whole channels rotated")
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project_jointly", order=order))
 
 
@@ -172,18 +217,18 @@ def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> Cach
         slots = dense_tail(layer, "prune_channels")
         B, K, S, H = slots.k.shape
         index = _strongest_channels(slots, newest(seen, queries), H - int(prune * H))
-        older, whole = slots.replace(stats={}).split_newest(recent)
+        older, whole = slots.with_slots(stats={}).split_newest(recent)
         pruned = LatentSegment.of(older, Channels(index, H), None)
         return layer.replace(segments=(*layer.segments[:-1], pruned, whole))
 
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    order, needs = Order(PLAIN, leaves="pruned"), Needs(queries=queries)
+    order, needs = Order.of(needs="vectors slots room", loses="vectors slots whole channels"), Needs(queries=queries)
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), needs=needs, name="prune_channels", order=order))
 
 
-def _strongest_channels(slots: DenseSegment, seen: LayerObservation, keep: int) -> jax.Array:
+def _strongest_channels(slots: Segment, seen: LayerObservation, keep: int) -> jax.Array:
     """i32[B, K, keep], in channel order."""
     B, K, S, H = slots.k.shape
     mean_square = lambda x, there, axes: jnp.sum(jnp.where(there, x.astype(jnp.float32) ** 2, 0.0), axis=axes)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments.dense import dense_tail
+from kvjax.segments.segment import dense_tail
 from kvjax.segments.slots import keep_highest, marked, priority
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_scorer, slot_scores
-from kvjax.transforms.order import PLAIN
+from kvjax.transforms.order import Order
 
 
 def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTransform:
@@ -35,7 +35,7 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
         raise ValueError(f"protect needs a transform that acts once, at the prompt's end; {schedule.name} acts later.")
     if scorer.stats:
         raise ValueError("protect needs a scorer without statistics: it acts once, at the prompt's end.")
-    if not scorer.aligned and "by_head" not in schedule.order.takes:
+    if not scorer.aligned and "aligned" in schedule.order.needs:
         raise ValueError(f"{schedule.name} needs the same tokens in every head; this scorer protects others in each.")
 
     @jax.jit
@@ -55,6 +55,6 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
         add = lambda layer, part: layer.replace(segments=(part[1], *layer.segments))
         return rest.map_layers(add, parts), state
 
-    order = schedule.order._replace(takes=tuple(kind for kind in schedule.order.takes if kind in PLAIN))
+    order = schedule.order._replace(needs=schedule.order.needs | Order.of("vectors slots room").needs)
     needs = schedule.needs.union(scorer.needs)
     return transform._replace(init=init, schedule=schedule._replace(needs=needs, name="protect", order=order))

@@ -1,113 +1,116 @@
-"""Quantizes dense slots into a packed body with an exact tail."""
+"""Stores slots as affine codes: in blocks behind an exact tail, or one by one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
 
-from kvjax.segments import BufferedSegment, DenseSegment, QuantizedSegment, Segment
-from kvjax.segments.quantized import fewest_slots
+from kvjax.cache import Cache
+from kvjax.codecs import Affine, Stored
+from kvjax.observation import Observation
+from kvjax.segments import AnySegment, BlockedSegment, Segment
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 from pallas_kernels.quantize_pack import WORD_BITS, Axis
 
-_IN_ROW = 4
-"""Words that fill a row of 32 channels or more."""
-
-Encode = Callable[[DenseSegment], Segment]
-"""From dense slots to what stores them packed."""
+Encode = Callable[[Segment], AnySegment]
+"""From dense slots to what stores them encoded."""
 
 
 def quantize(
     bits: int,
     *,
+    value_bits: int | None = None,
     written_bits: int | None = None,
     key_group: int = 32,
-    value_group: int = 32,
+    value_group: int | None = 32,
     residual: int = 32,
     scale_dtype: str = "bfloat16",
     key_axis: Axis = "channel",
+    value_axis: Axis = "token",
     clip: float = 1.0,
 ) -> CacheTransform:
-    """Turns each layer's last, dense segment into a quantized body and a dense tail of `residual` slots.
+    """Stores keys and values as affine codes, `x ~ scale * code + zero`.
 
-    Segments before it, which nothing is written to any more, are quantized as a whole. `init` encodes whole
-    blocks of `residual` tokens, oldest first, and leaves the remainder in the tail; afterwards the tail flushes
-    by itself whenever it fills up.
+    With a `residual`, slots that tokens are appended to become a quantized body with a dense tail: `init` encodes whole
+    blocks of `residual` tokens, oldest first, and leaves the remainder in the tail; afterwards the tail flushes by
+    itself whenever it fills up. Segments before it, which nothing is written to any more, are quantized as a whole.
+
+    With `residual=0`, and in rings with any, every slot is quantized by itself when it is written, keys too with scales
+    over channels: so slots may be overwritten, and evicted at every step.
 
     Args:
-      bits: 2, 4 or 8 per stored number.
-      written_bits: the same for the segments before the last, as `split_slots` makes them; None: `bits`.
+      bits: 2, 4 or 8 per stored number of a key.
+      value_bits: the same for values; None: `bits`.
+      written_bits: the same for the segments before the last, as `split_slots` makes them; None: as the last.
       key_group: tokens of a channel that share a key scale, which divide `residual`; with `key_axis="token"`
         channels of a token, which divide the head dimension.
-      value_group: channels of a token that share a value scale; divides the head dimension.
-      residual: tokens of a block, and the most that are kept exact. A TPU reads heads of fewer than 128 channels as
-        they lie if a block has 128 / H words: 32 tokens or more at 2 bits and 64 channels.
+      value_group: channels of a token that share a value scale, which divide the head dimension (None: all of them);
+        with `value_axis="channel"` tokens of a channel, which divide `residual`. Slots that are quantized one by one
+        have groups of as many channels, or of all where they divide into no such groups.
+      residual: tokens of a block, and the most that are kept exact; 0: none. A TPU reads heads of fewer than 128
+        channels as they lie if a block has 128 / H words: 32 tokens or more at 2 bits and 64 channels.
       scale_dtype: dtype of scales and zeros.
       key_axis: keys share scales along a "channel" (over tokens), which suits channels that differ in size, or in a
         "token" (over channels), which suits keys that were rotated or mixed.
+      value_axis: the same for values; coordinates in a basis differ in size as key channels do.
       clip: fraction of the range of a group that codes span.
 
     Raises:
       ValueError: bits or groups are impossible (at build), or do not fit the cache (at `init`).
     """
-    if written_bits not in (None, 2, 4, 8):
-        raise ValueError(f"written_bits must be 2, 4 or 8, got {written_bits}.")
-    how = dict(key_group=key_group, value_group=value_group, scale_dtype=scale_dtype, key_axis=key_axis, clip=clip)
-    encode = quantizer(bits, block=residual, **how)
-    written = quantizer(bits if written_bits is None else written_bits, **how)
-    check_block(bits, residual, key_group if key_axis == "channel" else 1)
-    return store_in_blocks("quantize", encode, residual, written=written)
-
-
-def quantizer(
-    bits: int,
-    *,
-    key_group: int,
-    value_group: int,
-    scale_dtype: str,
-    key_axis: Axis = "channel",
-    clip: float = 1.0,
-    block: int | None = None,
-) -> Encode:
-    """Packs slots, padded to whole blocks of whole groups and words; see `quantize`.
-
-    Without `block` they are written once: padded to as few slots as can be, and in blocks that fill rows of words.
-
-    Raises:
-      ValueError: bits or groups are impossible.
-    """
-    if bits not in (2, 4, 8):
-        raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
-    if key_axis not in ("channel", "token"):
-        raise ValueError(f"key_axis must be 'channel' or 'token', got {key_axis!r}.")
+    value_bits = bits if value_bits is None else value_bits
+    for name, value in (("bits", bits), ("value_bits", value_bits), ("written_bits", written_bits)):
+        if value not in (2, 4, 8) and (name, value) != ("written_bits", None):
+            raise ValueError(f"{name} must be 2, 4 or 8, got {value}.")
     for name, value in (("key_group", key_group), ("value_group", value_group)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    axes = (("key_axis", key_axis), ("value_axis", value_axis))
+    for name, axis in axes:
+        if axis not in ("channel", "token"):
+            raise ValueError(f"{name} must be 'channel' or 'token', got {axis!r}.")
     if not 0 < clip <= 1:
         raise ValueError(f"clip must be in (0, 1], got {clip}.")
-    whole = math.lcm(block or 1, fewest_slots(bits, key_group, key_axis))
-
-    def encode(slots: DenseSegment) -> QuantizedSegment:
-        blocks = -(-slots.pos.shape[2] // whole)
-        return QuantizedSegment.encode(
-            slots.resize(blocks * whole),
-            bits=bits,
-            key_group=key_group,
-            value_group=value_group,
-            block=whole * (math.gcd(blocks, _IN_ROW) if block is None else 1),
-            scale_dtype=scale_dtype,
-            key_axis=key_axis,
-            clip=clip,
+    over_tokens = [f"{name}='channel'" for name, axis in axes if axis == "channel"]
+    if residual == 0 and over_tokens:
+        raise ValueError(
+            f"residual must be at least 1 where scales are shared over tokens ({', '.join(over_tokens)}): slots that "
+            "are quantized one by one have scales over channels, axis 'token'."
         )
+    how = dict(scale_dtype=scale_dtype, clip=clip)
+    groups = (key_group, key_axis), (value_group, value_axis)
+
+    def blocks(bits: int, value_bits: int, block: int | None) -> tuple[Affine, Affine]:
+        return tuple(Affine.of_blocks(b, *group, block=block, **how) for b, group in zip((bits, value_bits), groups))
+
+    one_by_one = tuple(Affine.of_slots(b, group, **how) for b, (group, _) in zip((bits, value_bits), groups))
+    written = blocks(*(2 * (written_bits,) if written_bits else (bits, value_bits)), None)
+    if residual:
+        for name, (group, axis) in zip(("key_group", "value_group"), groups):
+            check_block(min(bits, value_bits), residual, group if axis == "channel" else 1, group_name=name)
+    body = blocks(bits, value_bits, residual) if residual else None
+    return store("quantize", body, residual, written=written, one_by_one=one_by_one)
+
+
+Codecs = tuple[Stored, Stored]
+"""Of the keys, and of the values."""
+
+
+def encoder(codecs: Codecs) -> Encode:
+    """Returns what encodes dense slots, padded to whole blocks, which are such that fill rows of words."""
+
+    def encode(slots: Segment) -> Segment:
+        return slots.with_slots(stats={}).encoded(*(codec.for_slots(slots.pos.shape[2]) for codec in codecs))
 
     return encode
 
 
-def check_block(bits: int, residual: int, key_group: int, name: str = "residual") -> None:
+def check_block(
+    bits: int, residual: int, group: int, name: str = "residual", *, group_name: str = "key_group"
+) -> None:
     """Checks that a block holds whole words of codes and whole groups of tokens.
 
     Raises:
@@ -115,36 +118,52 @@ def check_block(bits: int, residual: int, key_group: int, name: str = "residual"
     """
     if residual < 1:
         raise ValueError(f"{name} must be at least 1, got {residual}.")
-    if residual % key_group:
+    if residual % group:
         raise ValueError(
-            f"key_group must divide {name}, so that blocks hold whole groups: got {key_group} and {residual}."
+            f"{group_name} must divide {name}, so that blocks hold whole groups: got {group} and {residual}."
         )
     if residual * bits % WORD_BITS:
         raise ValueError(f"{name} must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {residual}.")
 
 
-def store_in_blocks(name: str, encode: Encode, residual: int, *, written: Encode | None = None) -> CacheTransform:
-    """Encodes each layer's last segment block by block and the segments before it as a whole.
+def store(
+    name: str,
+    body: Codecs | None,
+    residual: int,
+    *,
+    written: Codecs | None = None,
+    one_by_one: Codecs | None = None,
+) -> CacheTransform:
+    """Encodes each layer's last segment, block by block or slot by slot, and the segments before it as a whole.
 
     Args:
       name: of the transform.
-      encode: packs whole blocks of the last segment.
+      body: of whole blocks of slots that tokens are appended to; None: these are encoded one by one.
       residual: tokens of a block, and the most that are kept exact.
-      written: packs the segments before it; None: `encode`.
+      written: of segments that nothing is written to any more; None: `body`.
+      one_by_one: of slots that are overwritten or dropped by themselves; None: there is no such code, rings are
+        refused.
     """
-    whole = written or encode
+    whole = encoder(written or body)
 
-    buffer = lambda dense: BufferedSegment.from_dense(dense, encode, residual)
-    of_layer = jax.jit(lambda layer: layer.map_dense(whole, buffer))
+    def appended(slots: Segment) -> AnySegment:
+        if body is not None and slots.layout.grows:
+            return BlockedSegment.from_dense(slots, encoder(body), residual)
+        if one_by_one is None:
+            raise ValueError(f"{name} encodes whole blocks of tokens, and a ring overwrites them one by one.")
+        return slots.encoded(*one_by_one)
+
+    of_layer = jax.jit(lambda layer: layer.map_dense(whole, appended))
     of_shared = jax.jit(lambda segment: segment.map_dense(whole, whole))
-
-    return CacheTransform(
-        init=lambda cache, observation: (cache.map_layers(of_layer).map_shared(of_shared), ()),
-        schedule=Schedule(
-            acts_in=(),
-            name=name,
-            order=Order(
-                (*PLAIN, "paged", "projected", "joint", "pruned", "split", "shared", "tiered"), leaves="packed"
-            ),
-        ),
+    order = Order.of(
+        needs="numbers" if one_by_one else "numbers room",
+        loses="numbers vectors whole slots" if body else "numbers vectors whole",
     )
+
+    def init(cache: Cache, observation: Observation):
+        if observation.phase == "begin":  # what still acts on slots while the prompt arrives has them exact
+            return cache, ()
+        return cache.map_layers(of_layer).map_shared(of_shared), ()
+
+    on_ring = (lambda layer, seen: of_layer(layer)) if one_by_one else None
+    return CacheTransform(init, schedule=Schedule(acts_in=(), name=name, order=order, on_ring=on_ring))

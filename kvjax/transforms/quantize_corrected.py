@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvjax.segments import CorrectedSegment, DenseSegment
+from kvjax.codecs import Affine, Corrected
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.quantize import check_block, quantizer, store_in_blocks
+from kvjax.transforms.quantize import check_block, store
 
 
 def quantize_corrected(
@@ -34,7 +34,11 @@ def quantize_corrected(
     Raises:
       ValueError: bits, groups, rank or outliers are impossible.
     """
-    pack = quantizer(bits, block=block, key_group=key_group, value_group=value_group, scale_dtype=scale_dtype)
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
+    for name, value in (("key_group", key_group), ("value_group", value_group)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     check_block(bits, block, key_group, "block")
     if not 0 <= rank <= block:
         raise ValueError(f"rank must be from 0 to the {block} tokens of a block, got {rank}.")
@@ -43,13 +47,8 @@ def quantize_corrected(
     if loops < 1:
         raise ValueError(f"loops must be at least 1, got {loops}.")
 
-    def encode(slots: DenseSegment) -> CorrectedSegment:
-        channels = min(slots.k.shape[3], slots.values.shape[3])
-        if rank > channels:
-            raise ValueError(f"rank must be at most the {channels} channels of a head, got {rank}.")
-        whole = slots.resize(-(-slots.pos.shape[2] // block) * block)
-        return CorrectedSegment.encode(
-            whole, pack, block=block, rank=rank, loops=loops, outliers=outliers, dtype=scale_dtype
-        )
+    def corrected(group: int, axis: str) -> Corrected:
+        codes = Affine.of_blocks(bits, group, axis, block=block, scale_dtype=scale_dtype)
+        return Corrected(codes, None, None, axis, block, rank, loops, outliers, scale_dtype)
 
-    return store_in_blocks("quantize_corrected", encode, block)
+    return store("quantize_corrected", (corrected(key_group, "channel"), corrected(value_group, "token")), block)

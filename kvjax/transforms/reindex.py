@@ -6,9 +6,9 @@ import jax
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments.dense import dense_tail, unrotated
+from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 
@@ -23,4 +23,4 @@ def reindex() -> CacheTransform:
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="reindex", order=Order(PLAIN)))
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="reindex", order=Order.of(needs="vectors slots room", loses="rotated whole")))

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 from kvjax.budget import budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments.dense import DenseSegment, dense_tail, unrotated
+from kvjax.segments.layouts import Ring
+from kvjax.segments.segment import Segment, slot_tail, unrotated
 from kvjax.segments.protocol import KeyRope
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
 
-def as_ring(segment: DenseSegment, slots: int, sinks: int, rows: jax.Array | None = None) -> DenseSegment:
+def as_ring(segment: Segment, slots: int, sinks: int, rows: jax.Array | None = None) -> Segment:
     """The sinks and the newest slots, i32[B] `rows` of `slots` (None: all), in a segment that overwrites its oldest."""
     if segment.pos.shape[2] < slots:
         segment = segment.resize(slots)
     rows = jnp.full(segment.pos.shape[:1], slots) if rows is None else jnp.minimum(rows, slots)
-    return segment.replace(ring_sinks=sinks).newest(rows, slots)
+    return segment.replace(layout=Ring(sinks)).newest(rows, slots)
 
 
 def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
@@ -45,7 +46,7 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
 
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int) -> LayerCache:
-        segment = as_ring(dense_tail(layer, "ring"), slots, sinks, rows)
+        segment = as_ring(slot_tail(layer, "ring"), slots, sinks, rows)
         if key_rope != segment.key_rope:
             segment = unrotated(segment, seen.queries.rope).replace(key_rope=key_rope)
         return layer.with_tail(segment)
@@ -66,6 +67,6 @@ def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -
             budget=budget,
             at_least=sinks + 1,
             name="ring",
-            order=Order(PLAIN, leaves="ring"),
+            order=Order.of(needs="slots room", loses="whole room" + " rotated" * (key_rope != "stored")),
         ),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvjax.cache import Cache
-from kvjax.observation import Needs, Observation, Phase
+from kvjax.cache import Cache, LayerCache
+from kvjax.observation import LayerObservation, Needs, Observation, Phase
 from kvjax.transforms.order import Order
 
 State = Any
@@ -42,6 +42,8 @@ class Schedule(NamedTuple):
       budget: tokens per KV head that are kept, as a count or as a fraction of the prompt; None: no token budget.
       at_least: tokens below which a budget that is a fraction never falls: those that are always kept.
       name: what errors call the transform.
+      on_ring: `(layer cache, layer observation) -> layer cache`, how it stores the slots of a layer that keeps no more than its sliding
+        window; None: as they are. See `respect_windows`.
       order: which transforms it may follow, and which may follow it.
     """
 
@@ -54,6 +56,7 @@ class Schedule(NamedTuple):
     budget: int | float | None = None
     at_least: int = 1
     name: str = "transform"
+    on_ring: Callable[[LayerCache, LayerObservation], LayerCache] | None = None
     order: Order = Order()
 
     @property

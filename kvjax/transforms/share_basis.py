@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments import DenseSegment, LatentSegment, SharedView
-from kvjax.segments.dense import dense_tail, unrotated
-from kvjax.segments.latent import Matrix
+from kvjax.segments import Segment, LatentSegment, SharedView
+from kvjax.segments.segment import dense_tail, unrotated
+from kvjax.segments.bases import Matrix
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
@@ -50,11 +50,11 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
         key_count, value_count = _count(key_rank, width), _count(value_rank, width)
         if slots[0].v is None:
             keys, bases = _factors([s.k for s in slots], pos, max(key_count, value_count))
-            return DenseSegment(k=keys, v=None, pos=pos), [(Matrix(k), None) for k in bases]
+            return Segment.of(keys, None, pos), [(Matrix(k), None) for k in bases]
         keys, key_bases = _factors([s.k for s in slots], pos, key_count)
         values, value_bases = _factors([s.v for s in slots], pos, value_count)
         bases = [(Matrix(k), Matrix(v)) for k, v in zip(key_bases, value_bases)]
-        return DenseSegment(k=keys, v=values, pos=pos), bases
+        return Segment.of(keys, values, pos), bases
 
     def init(cache: Cache, observation: Observation):
         new, shared = [], dict(cache.shared)
@@ -74,7 +74,7 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
                 new.append(layer.replace(segments=(*before, view, tail.no_slots())))
         return cache.replace(layers=tuple(new), shared=shared), ()
 
-    schedule = Schedule(acts_in=(), name="share_basis", order=Order((), leaves="shared"))
+    schedule = Schedule(acts_in=(), name="share_basis", order=Order.of(needs="whole vectors", loses="whole vectors slots channels own"))
     return CacheTransform(init=init, schedule=schedule)
 
 

@@ -6,7 +6,7 @@ import jax
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments.dense import dense_tail
+from kvjax.segments.segment import slot_tail
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.ring import as_ring
 from kvjax.transforms.schedule import State
@@ -16,8 +16,9 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
     """Applies a transform to the layers that see everything; the others become rings of as many slots as they see.
 
     A layer with a sliding window never reads what is older: a ring of its window gives exactly the output of the full
-    cache, and nothing is evicted or rounded there. The transform sees a cache of the other layers only, so budgets are
-    of those, what layers share is shared among those, and what it holds per layer must be of as many.
+    cache, and nothing is evicted there. What stores slots in fewer bits does so there too, slot by slot
+    (`Schedule.on_ring`). Otherwise the transform sees a cache of the other layers only, so budgets are of those, what
+    layers share is shared among those, and what it holds per layer must be of as many.
 
     Where the prompt fits into the window, and where all layers have one, there is nothing to leave out: the transform
     gets every layer, of which attention and scores see what is inside the window.
@@ -47,13 +48,15 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
 
         return run
 
-    outside = transform.map(on_global)
+    outside, store = transform.map(on_global), transform.schedule.on_ring
 
     def init(cache: Cache, observation: Observation) -> tuple[Cache, State]:
         cache, state = outside.init(cache, observation)
         layers = list(cache.layers)
         for i in bounded_layers(observation):
             layers[i] = _bound(layers[i], observation.layers[i])
+            if store is not None and observation.phase != "begin":
+                layers[i] = store(layers[i], observation.layers[i])
         return cache.replace(layers=tuple(layers)), state
 
     return outside._replace(init=init)
@@ -61,7 +64,7 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
 
 @jax.jit
 def _bound(layer: LayerCache, seen: LayerObservation) -> LayerCache:
-    return layer.with_tail(as_ring(dense_tail(layer, "respect_windows"), seen.window, 0))
+    return layer.with_tail(as_ring(slot_tail(layer, "respect_windows"), seen.window, 0))
 
 
 def bounded_layers(observation: Observation) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import CompensatedSegment, HeadsSegment
-from kvjax.segments.dense import dense_tail
+from kvjax.segments.segment import dense_tail
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.ring import as_ring
 from kvjax.transforms.schedule import Schedule
 
@@ -70,5 +70,5 @@ def split_heads(
         each = lambda layer, heads: compress(layer, rows, tuple(heads), slots)
         return cache.map_layers(each, full), ()
 
-    schedule = Schedule(acts_in=(), name="split_heads", order=Order(PLAIN, leaves="split"))
+    schedule = Schedule(acts_in=(), name="split_heads", order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots"))
     return CacheTransform(init=init, schedule=schedule)

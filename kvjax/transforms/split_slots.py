@@ -11,7 +11,7 @@ from kvjax import sharding
 from kvjax.budget import budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments.dense import DenseSegment, dense_tail
+from kvjax.segments.segment import Segment, dense_tail
 from kvjax.segments.slots import keep_highest, marked
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
@@ -22,7 +22,7 @@ from kvjax.transforms.evict import (
     with_stats,
     worth_keeping,
 )
-from kvjax.transforms.order import PLAIN, Order
+from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Observer, Schedule
 
 
@@ -48,7 +48,7 @@ def split_slots(
     check_scorer(scorer, "split_slots")
     always = check_protected(budget, sinks, recent)
 
-    def observed(segment: DenseSegment, seen: LayerObservation) -> DenseSegment:
+    def observed(segment: Segment, seen: LayerObservation) -> Segment:
         return scorer.observe(with_stats(segment, scorer), seen)
 
     @functools.partial(jax.jit, static_argnames="slots")
@@ -57,14 +57,14 @@ def split_slots(
         B, K, S = segment.pos.shape
         occupied = segment.pos >= 0
         scores = worth_keeping(scorer, segment, seen, is_protected(segment.pos, rows, sinks, recent))
-        segment = segment.replace(stats={})
+        segment = segment.with_slots(stats={})
         if S <= slots:
             return layer.with_tail(segment)
         # Rounding of a fraction may ask a row for more than the other segment has room for.
         held = jnp.max(jnp.sum(occupied, axis=-1), axis=-1)
         index, valid = keep_highest(scores, segment.pos, slots, jnp.maximum(rows, held - (S - slots)))
         rest = segment.drop(marked(index, valid, S)).in_token_order()
-        rest = jax.tree.map(lambda x: x[:, :, : S - slots], rest)
+        rest = rest.first(S - slots)
         rest = rest.resize(sharding.packable(S - slots, batch=B, kv_heads=K))
         return layer.replace(segments=(*layer.segments[:-1], rest, segment.take(index, valid)))
 
@@ -88,6 +88,6 @@ def split_slots(
             needs=scorer.needs,
             observer=Observer(after_chunk=observe if scorer.stats else None),
             name="split_slots",
-            order=Order(PLAIN, leaves="tiered"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots", gives="tiers"),
         ),
     )

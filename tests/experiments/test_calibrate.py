@@ -128,7 +128,7 @@ def test_retrieval_scores_count_what_the_most_attended_tokens_of_a_query_hold_of
     logits[0, needle], logits[1, [0, 5]] = 3.0, 3.0
     keys = np.eye(S)[None, None]
     pos = jnp.arange(S)[None]
-    segment = kvjax.DenseSegment(k=jnp.float32(keys), v=jnp.float32(keys), pos=pos[:, None])
+    segment = kvjax.Segment.of(jnp.float32(keys), jnp.float32(keys), pos[:, None])
     raw = jnp.float32(np.broadcast_to(logits * S**0.5, (1, S, 2, S)))  # the scale divides
     queries = kvjax.Queries(raw, pos, kvjax.Rope(jnp.zeros(S // 2)))
     seen = kvjax.LayerObservation(queries, segment.attend(queries).lse, jnp.int32(0))
@@ -152,7 +152,7 @@ def test_copying_heads_are_found_by_hand():
     q = code[tokens][None, :, None].repeat(2, axis=2)
     rope = kvjax.Rope(jnp.zeros(H // 2))  # no rotation
     pos = jnp.arange(T)[None]
-    keys = kvjax.DenseSegment(k=jnp.float32(k), v=jnp.float32(k), pos=jnp.tile(pos[:, None], (1, 2, 1)))
+    keys = kvjax.Segment.of(jnp.float32(k), jnp.float32(k), jnp.tile(pos[:, None], (1, 2, 1)))
     queries = kvjax.Queries(jnp.float32(q), pos, rope)
     lse = keys.attend(queries).lse
     echo, induction = copying_scores(keys, kvjax.LayerObservation(queries, lse, jnp.int32(0)), period)

@@ -42,7 +42,7 @@ def normal(seed, *shape):
 
 def segment(seed=0, slots=10, pos=None):
     pos = jnp.broadcast_to(jnp.arange(slots) if pos is None else pos, (1, K, slots))
-    return kvjax.DenseSegment(normal(seed, 1, K, slots, H), normal(seed + 1, 1, K, slots, H), pos)
+    return kvjax.Segment.of(normal(seed, 1, K, slots, H), normal(seed + 1, 1, K, slots, H), pos)
 
 
 def queries(seed, *pos):
@@ -221,7 +221,7 @@ def test_retaining_scores_stay_with_their_tokens(key_rope):
     scorer = retaining_heads()
     asked, k, v = queries(2, 0, 1, 2, 3, 4), normal(3, 1, K, 5, H), normal(4, 1, K, 5, H)
     want = np.asarray(retaining_scores(head, asked.raw, k, v))[0]
-    slots = kvjax.DenseSegment.empty(1, K, 0, H, jnp.float32, stats={"retaining": jnp.zeros((1, K, 0))})
+    slots = kvjax.Segment.empty(1, K, 0, H, jnp.float32, stats={"retaining": jnp.zeros((1, K, 0))})
     slots = slots.replace(key_rope=key_rope).resize(8)
     for start, end in ((0, 3), (3, 5)):
         missing = [(0, 0), (0, 3 - end + start)]

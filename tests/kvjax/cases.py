@@ -104,6 +104,86 @@ def mikv(important_bits: int, bits: int, group: int, residual: int, budget: int)
     return nbytes
 
 
+def _round(slots: int, granule: int) -> int:
+    return -(-slots // granule) * granule
+
+
+def codes(bits: int, slots: int, group: int = 16, stats: int = 0):
+    """Slots that are quantized one by one, with scales and zeros of groups of channels."""
+
+    def nbytes(sizes):
+        heads = sizes.layers * sizes.batch * sizes.kv_heads
+        token = 2 * sizes.head_dim * bits // 8 + 2 * 2 * 2 * sizes.head_dim // group + INDEX + FLOAT * stats
+        return heads * slots * token + INDEX * sizes.batch
+
+    return nbytes
+
+
+def turboquant(bits: int):
+    """Codes and two norms of every slot, in whole words."""
+
+    def nbytes(sizes):
+        word = 32 // (1 if bits == 3 else bits)
+        slots = _round(_round(sizes.prompt, word) + sizes.room, word)
+        token = 2 * sizes.head_dim * bits / 8 + 2 * FLOAT + INDEX
+        levels = sizes.layers * 2 * FLOAT * 2**bits
+        heads = sizes.layers * sizes.batch * sizes.kv_heads
+        return int(heads * slots * token) + levels + INDEX * sizes.batch
+
+    return nbytes
+
+
+def kivi_mixed(key_bits: int, value_bits: int, group: int, residual: int):
+    """`kivi` with bits of their own."""
+
+    def nbytes(sizes):
+        both = kivi(key_bits, group, residual)(sizes) + kivi(value_bits, group, residual)(sizes)
+        return both // 2  # each has keys and values of one width
+
+    return nbytes
+
+
+def matryoshka_int4(ranks, group: int, residual: int):
+    """Coordinates of each head, packed in groups over tokens, exact ones in the tail; bases and means."""
+
+    def nbytes(sizes):
+        total, heads = sum(ranks), sizes.layers * sizes.kv_heads
+        body = (_round(sizes.prompt, residual) + _round(sizes.room, residual)) * (
+            total // 2 + 2 * 2 * total // group + INDEX * heads
+        )
+        tail = residual * (FLOAT * total + INDEX * heads)
+        bases = FLOAT * sizes.head_dim * (total + 2 * heads)
+        return sizes.batch * (body + tail) + bases + INDEX * sizes.batch
+
+    return nbytes
+
+
+def xkv_int4(key_rank: int, value_rank: int, group: int, residual: int):
+    """Packed coordinates that both layers share, with bases of each row; the room in blocks."""
+
+    def nbytes(sizes):
+        ranks, width = key_rank + value_rank, sizes.layers * sizes.kv_heads * sizes.head_dim
+        slots = _round(sizes.prompt, group)
+        packed = slots * (ranks // 2 + INDEX) + 2 * 2 * slots * ranks // group
+        bases = FLOAT * ranks * width
+        return sizes.batch * (packed + bases) + kivi(4, group, residual, budget=0)(sizes)
+
+    return nbytes
+
+
+def minicache_int4(retain: int, group: int, residual: int):
+    """Packed directions and exact lengths of two layers; what is retained and the room in blocks."""
+
+    def nbytes(sizes):
+        H, merged = sizes.head_dim, sizes.prompt - retain
+        slots = _round(merged, group)
+        packed = slots * (2 * H * 4 // 8 + 2 * 2 * 2 * H // group + INDEX)
+        lengths = merged * sizes.layers * 2 * FLOAT
+        return sizes.batch * sizes.kv_heads * (packed + lengths) + kivi(4, group, residual, budget=retain)(sizes)
+
+    return nbytes
+
+
 _ALL = 64  # more than any test brings
 _window = lambda: scores.window_attention(4, kernel=3)
 _by_head = lambda budget: evict_by_head(_window(), budget, heads=adaptive(), recent=4, page=4)
@@ -454,6 +534,50 @@ CASES = [
     _config("cam", bounded(12, 1, stats=1), "cam.following = 3", exact=True),
     _config("ems", lambda s: _dense(12 + s.room, s, stats=3) + INDEX * s.batch, "ems.window = 4", exact=True),
     _config("mpcache_static", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
+    _config("turboquant", turboquant(4)),
+    _config("kivi_k4v2", kivi_mixed(4, 2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
+    _config(
+        "streamingllm_int4", codes(4, 16), "streamingllm.sinks = 2", "quantize.key_group = 16", "quantize.value_group = 16"
+    ),
+    _config("h2o_int8", codes(8, 16, stats=1), "quantize.key_group = 16", "quantize.value_group = 16"),
+    _config("h2o_int4", codes(4, 24, stats=1), "quantize.key_group = 16", "quantize.value_group = 16"),
+    _config(
+        "tova_int8", codes(8, 16), "quantize.key_group = 16", "quantize.value_group = 16", aligned=True
+    ),
+    _config(
+        "matryoshka_int4",
+        matryoshka_int4((4, 8, 12, 4, 8, 4, 4, 12), 8, 8),
+        "quantize.key_group = 8",
+        "quantize.value_group = 8",
+        "quantize.residual = 8",
+    ),
+    _config(
+        "xkv_int4",
+        xkv_int4(8, 16, 8, 8),
+        "xkv.key_rank = 8",
+        "xkv.value_rank = 16",
+        "quantize.key_group = 8",
+        "quantize.value_group = 8",
+        "quantize.residual = 8",
+    ),
+    _config(
+        "duoattention_int4",
+        lambda s: (kivi(4, 8, 8)(s) + codes(4, 8, group=8)(s)) // 2,
+        "duoattention.sinks = 2",
+        "duoattention.recent = 4",
+        "quantize.key_group = 8",
+        "quantize.value_group = 8",
+        "quantize.residual = 8",
+    ),
+    _config(
+        "minicache_int4",
+        minicache_int4(2, 8, 8),
+        "minicache.start = 0",
+        "minicache.retain = 0.1",
+        "quantize.key_group = 8",
+        "quantize.value_group = 8",
+        "quantize.residual = 8",
+    ),
     Case(
         "adakv_int4",
         lambda: kvjax.chain(
@@ -570,6 +694,7 @@ METHODS = {
     "think": "think",
     "tova": "tova",
     "windowkv": "windowkv",
+    "turboquant": "turboquant",
     "xkv": "xkv",
 }
 """The case that stands for each public method."""

@@ -296,7 +296,7 @@ def check_slots_may_be_permuted(h: Harness) -> None:
     rng = np.random.default_rng(0)
 
     def shuffle(segment):
-        if not isinstance(segment, kvjax.DenseSegment):
+        if not isinstance(segment, kvjax.Segment):
             return segment  # blocks, pages and parts of heads have an order of their own
         B, K, S = segment.pos.shape
         order = np.argsort(rng.random((B, 1 if h.case.aligned else K, S)), axis=-1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import Cache, DenseSegment, LayerCache, Queries, Rope
+from kvjax import Cache, Segment, LayerCache, Queries, Rope
 from kvjax.observation import LayerObservation, Observation
 
 K, H, T = 2, 4, 20
@@ -15,7 +15,7 @@ def slots_cache(k, lengths, v=None, layers=1, order=None):
     """Layers of the same slots; token t of a row lies in slot t, or where i32[B, K, T] `order` puts it."""
     pos = np.broadcast_to(np.arange(k.shape[2]), k.shape[:3])
     pos = np.where(pos < np.array(lengths)[:, None, None], pos, -1)
-    slots = DenseSegment(*map(jnp.asarray, (np.float32(k), np.float32(k if v is None else v), np.int32(pos))))
+    slots = Segment.of(*map(jnp.asarray, (np.float32(k), np.float32(k if v is None else v), np.int32(pos))))
     if order is not None:
         slots = jax.tree.map(lambda x: jnp.take_along_axis(x, order[(...,) + (None,) * (x.ndim - 3)], axis=2), slots)
     return Cache(tuple(LayerCache((slots,)) for _ in range(layers)), length=jnp.int32(lengths))

@@ -46,9 +46,9 @@ ALLOWED = {
     "ring": {"evict", "same_tokens", "merge", "cast"},
     "paged": {"evict", "same_tokens", "merge", "cast"},
     "pooled": {"evict", "same_tokens", "merge", "cast"},
-    "quantize": {*FLAGSHIPS} - {*PACKED, "ring"},
+    "quantize": {*FLAGSHIPS} - PACKED,
     "correct": {*FLAGSHIPS} - {*PACKED, "ring"},
-    "codebook": {"evict", "same_tokens", "merge", "paged", "split", "cast"},
+    "codebook": {"evict", "same_tokens", "merge", "paged", "split", "tiers", "cast"},
     "rotate": {"same_tokens", "cast"},
     "tiers": {"evict", "same_tokens", "merge", "cast"},
     "balance": {"evict", "same_tokens", "merge", "cast"},
@@ -143,17 +143,17 @@ def test_sensible_orders_run(first, second):
 
 @pytest.mark.parametrize("first, second", [(a, b) for a, b in PAIRS if a not in ALLOWED[b]])
 def test_other_orders_are_refused_when_composed(first, second):
-    with pytest.raises(ValueError, match=r"^\w+ cannot follow \w+: it cannot work on .*\.$"):
+    with pytest.raises(ValueError, match=r"^\w+ cannot follow \w+: it needs .*\.$"):
         kvjax.chain(FLAGSHIPS[first](), FLAGSHIPS[second]())
 
 
 def test_the_reason_says_what_is_there():
     with pytest.raises(ValueError) as refused:
         kvjax.chain(methods.kivi(4), methods.snapkv(64))
-    assert str(refused.value) == "evict cannot follow quantize: it cannot work on packed codes."
-    with pytest.raises(ValueError, match="project_jointly cannot follow evict: .* each head with tokens of its own"):
+    assert str(refused.value) == "evict cannot follow quantize: it needs slots that are kept and dropped one by one."
+    with pytest.raises(ValueError, match="project_jointly cannot follow evict: it needs the same tokens in every head"):
         kvjax.chain(methods.snapkv(64), methods.cskv(_data("cskv")))
-    with pytest.raises(ValueError, match="share_basis cannot follow evict: .* each layer with tokens of its own"):
+    with pytest.raises(ValueError, match="share_basis cannot follow evict: it needs the whole prompt, the same tokens in every layer"):
         kvjax.chain(FLAGSHIPS["same_tokens"](), methods.xkv())
     three = kvjax.chain(methods.snapkv(64), kvjax.chain(methods.fp8(), methods.kivi(4)))
     with pytest.raises(ValueError, match="cannot follow"):
@@ -164,7 +164,8 @@ def test_what_acts_on_every_token_is_not_followed_by_what_changes_the_slots():
     with pytest.raises(ValueError) as refused:
         kvjax.chain(methods.h2o(64), methods.kivi(4))
     assert str(refused.value) == (
-        "quantize cannot follow evict, which still acts after the prompt: it cannot work on packed codes. Wrap it in "
-        "at_prefill_end."
+        "quantize cannot follow evict, which still acts after the prompt: it needs slots that are kept and dropped one "
+        "by one. Wrap it in at_prefill_end."
     )
-    assert kvjax.chain(kvjax.at_prefill_end(methods.h2o(64)), methods.kivi(4)).schedule.order.leaves == "packed"
+    assert "slots" in kvjax.chain(kvjax.at_prefill_end(methods.h2o(64)), methods.kivi(4)).schedule.order.loses
+    assert kvjax.chain(methods.h2o(64), kvjax.quantize(4, key_axis="token", residual=0)).schedule.acts_in

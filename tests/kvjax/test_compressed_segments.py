@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import BufferedSegment, DenseSegment, HeadsSegment, LatentSegment, QuantizedSegment, Queries, RaggedSegment
+from kvjax import BlockedSegment, Segment, HeadsSegment, LatentSegment, Queries, RaggedSegment
 from kvjax import Rope
-from kvjax.segments.latent import Channels, Matrix
+from kvjax.segments.bases import Channels, Matrix
 from kvjax.segments.ragged import SlotList
 from kvjax.transforms.ring import as_ring
 from pallas_kernels.partial import Partial, combine, combine_by_owner
+from tests.kvjax.encoders import affine
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
 
@@ -28,12 +29,12 @@ _append = quick_jit(lambda part, *new: part.append(*new, ROPE))
 _latent = quick_jit(LatentSegment.of)
 
 
-def _slots(seed: int = 0, slots: int = S, **static) -> DenseSegment:
+def _slots(seed: int = 0, slots: int = S, **static) -> Segment:
     """Random keys and values at positions 0 .. slots - 1; row 1 has four tokens fewer."""
     k, v = jnp.float32(np.random.default_rng(seed).normal(size=(2, B, K, slots, H)))
     pos = jnp.arange(slots) + jnp.zeros((B, K, 1), jnp.int32)
     pos = pos.at[1, :, slots - 4 :].set(-1)
-    return DenseSegment(k=k, v=v, pos=pos, **static)
+    return Segment.of(k, v, pos, **static)
 
 
 def _queries(seed: int = 1) -> Queries:
@@ -41,7 +42,7 @@ def _queries(seed: int = 1) -> Queries:
     return Queries(raw, jnp.array([[17, 18, 19, 20], [14, 15, 16, -1]]), ROPE)
 
 
-def _assert_reads(segment, dense: DenseSegment, queries: Queries, **how):
+def _assert_reads(segment, dense: Segment, queries: Queries, **how):
     """Same attention as dense slots, and the same as NumPy; same mass per query head, wherever a token lies."""
     got = _attend(segment, queries, **how)
     want = _attend(dense, queries, **how)
@@ -81,7 +82,7 @@ def test_pages_may_be_quantized():
     dense = _slots()
     keep = (_keep() & (dense.pos >= 0)).reshape(B, -1)
     ragged = RaggedSegment.of_list(SlotList.of(dense), keep, kv_heads=K, page=8, pages=9)
-    encode = lambda slots: QuantizedSegment.encode(slots, bits=4, key_group=8, value_group=8)
+    encode = lambda slots: affine(slots, bits=4, key_group=8, value_group=8)
     packed = quick_jit(lambda ragged: ragged.map_dense(encode, encode))(ragged)
     assert kvjax.nbytes(packed) < 0.45 * kvjax.nbytes(ragged)
     expanded = _dense(packed)
@@ -92,7 +93,7 @@ def test_pages_may_be_quantized():
 
 
 def test_no_slots_may_be_quantized():
-    encode = lambda slots: QuantizedSegment.encode(slots.no_slots(), bits=4, key_group=8, value_group=8)
+    encode = lambda slots: affine(slots.no_slots(), bits=4, key_group=8, value_group=8)
     none = quick_jit(encode)(_slots())
     assert none.dense().k.shape == (B, K, 0, H)
     partial = _attend(none, _queries())
@@ -174,10 +175,10 @@ def test_new_tokens_are_projected_when_written():
 
 def test_coordinates_may_be_quantized():
     segment = _latent(_slots(slots=32), _basis(3, 4), _basis(5, 8))
-    encode = lambda slots: QuantizedSegment.encode(slots, bits=8, key_group=8, value_group=4)
-    tail = lambda slots: BufferedSegment.from_dense(slots, encode, 8)
+    encode = lambda slots: affine(slots, bits=8, key_group=8, value_group=4)
+    tail = lambda slots: BlockedSegment.from_dense(slots, encode, 8)
     packed = quick_jit(lambda segment: segment.map_dense(encode, tail))(segment)
-    assert isinstance(packed.latent, BufferedSegment)
+    assert isinstance(packed.latent, BlockedSegment)
     got, want = _attend(packed, _queries()), _attend(segment, _queries())
     np.testing.assert_allclose(got.out, want.out, atol=0.05)  # 8 bits of a range of six
     np.testing.assert_allclose(got.out, _attend(_dense(packed), _queries()).out, **CLOSE)
@@ -186,7 +187,7 @@ def test_coordinates_may_be_quantized():
 @pytest.mark.parametrize("slots", [20, 1100])  # one tile, and more than two
 def test_joint_coordinates_of_unrotated_keys_are_expanded_and_rotated(slots):
     pos = jnp.arange(slots) + jnp.zeros((B, K, 1), jnp.int32)
-    dense = _slots(slots=slots).replace(pos=pos, key_rope="at_attend")
+    dense = _slots(slots=slots).with_slots(pos=pos).replace(key_rope="at_attend")
     rank = 10
     axes = _axes(3, K * H, rank).reshape(1, K, H, rank), _axes(4, K * H, rank).reshape(1, K, H, rank)
     segment = LatentSegment.of(dense, *map(Matrix, axes), joint=True)

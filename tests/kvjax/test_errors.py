@@ -6,8 +6,9 @@ import pytest
 
 import kvjax
 from kvjax import chain, every, every_chunk, every_step, evict, methods, quantize, ring, scores, when_full
-from kvjax.segments.buffered import BufferedSegment
+from kvjax.segments.blocked import BlockedSegment
 from kvjax.segments.hadamard import Hadamard
+from tests.kvjax.encoders import affine
 from tests.kvjax import table_decoder
 
 STEP = table_decoder.decoder(table_decoder.tables())
@@ -71,7 +72,7 @@ BUILD = {
     "three bits": (lambda: methods.kivi(3), "bits must be 2, 4 or 8, got 3"),
     "no group": (lambda: methods.kivi(4, group=0), "key_group must be at least 1, got 0"),
     "no value group": (lambda: quantize(4, value_group=0), "value_group must be at least 1, got 0"),
-    "no residual": (lambda: methods.kivi(4, residual=0), "residual must be at least 1, got 0"),
+    "no residual": (lambda: methods.kivi(4, residual=0), "residual must be at least 1 where scales are shared over tokens"),
     "group not dividing residual": (
         lambda: methods.kivi(4, group=32, residual=48),
         "key_group must divide residual, .* got 32 and 48",
@@ -108,7 +109,7 @@ BUILD = {
     "balance of nothing": (lambda: kvjax.balance_channels("head"), "where must be 'tail' or 'written', got 'head'"),
     "balance of what was not split": (
         lambda: chain(methods.snapkv(64), kvjax.balance_channels("written")),
-        "balance_channels cannot follow evict: it cannot work on plain slots, each head with tokens of its own",
+        "balance_channels needs slots in two segments, by their worth, which nothing before it makes",
     ),
     "keys along another axis": (lambda: quantize(4, key_axis="head"), "key_axis must be 'channel' or 'token', got"),
     "no range": (lambda: quantize(4, clip=0.0), r"clip must be in \(0, 1\], got 0.0"),
@@ -184,6 +185,7 @@ def _prefill(transform, chunk=None, room=4, tokens=16):
 
 
 _heavy = lambda budget: evict(scores.accumulated_attention(), budget)
+_of_all_queries = kvjax.Scorer(lambda segment, seen: seen.queries.pos, needs=kvjax.Needs(queries=kvjax.ALL))
 
 PREFILL = {
     "a whole layer that is not there": (
@@ -196,26 +198,26 @@ PREFILL = {
     ),
     "merge after quantize": (
         lambda: _prefill(chain(methods.kivi(4, 8, 8), methods.d2o(8))),
-        "merge cannot follow quantize: it cannot work on packed codes",
+        "merge cannot follow quantize: it needs slots that are kept and dropped one by one",
     ),
     "evict after quantize": (
         lambda: _prefill(chain(methods.kivi(4, 8, 8), methods.knorm(8))),
-        "evict cannot follow quantize: it cannot work on packed codes",
+        "evict cannot follow quantize: it needs slots that are kept and dropped one by one",
     ),
     "ring after quantize": (
         lambda: _prefill(chain(methods.kivi(4, 8, 8), ring(8))),
-        "ring cannot follow quantize: it cannot work on packed codes",
+        "ring cannot follow quantize: it needs slots that are kept and dropped one by one",
     ),
     "quantize twice": (
         lambda: _prefill(chain(methods.kivi(4, 8, 8), methods.kivi(4, 8, 8))),
-        "quantize cannot follow quantize: it cannot work on packed codes",
+        "quantize cannot follow quantize: it needs stored numbers that are no codes yet",
     ),
     "value group not dividing the head": (
         lambda: _prefill(quantize(8, key_group=4, value_group=3, residual=8)),
         "group must divide the token group axis of length 8, got 3",
     ),
     "chunks for a score of all queries": (
-        lambda: _prefill(kvjax.at_prefill_end(_heavy(8)), chunk=4),
+        lambda: _prefill(kvjax.at_prefill_end(evict(_of_all_queries, 8)), chunk=4),
         "chunk must be None for a transform that wants every query of the prompt",
     ),
     "reading again what is not there any more": (
@@ -244,12 +246,11 @@ def test_the_same_scores_of_all_queries_take_chunks_when_they_act_at_each():
         assert _prefill(wrapped, chunk=4).logits.shape == (1, 64)
 
 
-@pytest.mark.parametrize("after", [methods.kivi(8, 8, 8), methods.kivi(4, 8, 8)])
 @pytest.mark.parametrize("before", [methods.streamingllm(12), methods.streamingllm(12, reindex=False)])
-def test_a_ring_is_not_quantized(before, after):
-    # Blocks are written once; a ring overwrites its slots for ever. Nothing would free the body.
-    with pytest.raises(ValueError, match="quantize cannot follow ring: it cannot work on a ring that overwrites"):
-        chain(before, after)
+def test_a_ring_is_not_encoded_in_blocks_alone(before):
+    # Blocks are written once; a ring overwrites its slots for ever. Corrections belong to whole blocks.
+    with pytest.raises(ValueError, match="quantize_corrected cannot follow ring: it needs slots that new tokens do not"):
+        chain(before, methods.gear(2, group=8, block=16))
 
 
 def _prefix(layers=2, heads=2, channels=8):
@@ -278,15 +279,16 @@ def test_a_prompt_that_was_read_without_its_prefix_is_refused():
 
 
 def _segment(slots=8, batch=2, **static):
-    return kvjax.DenseSegment.empty(batch, 2, slots, 8, jnp.float32, **static)
+    return kvjax.Segment.empty(batch, 2, slots, 8, jnp.float32, **static)
 
 
 def _encode(slots):
-    return kvjax.QuantizedSegment.encode(slots, bits=8, key_group=4, value_group=4)
+    return affine(slots, bits=8, key_group=4, value_group=4)
 
 
-def _code(slots):
-    return kvjax.CodebookSegment.encode(slots, *jnp.zeros((2, 4, 16, 2)))
+def _scaled(slots):
+    ones = jnp.ones(slots.pos.shape)
+    return slots.replace(k=kvjax.codecs.Scaled(slots.k, ones), v=kvjax.codecs.Scaled(slots.v, ones))
 
 
 _QUERIES = kvjax.Queries(jnp.zeros((2, 1, 4, 8)), jnp.zeros((2, 1), jnp.int32), kvjax.Rope.from_base(100.0, 8))
@@ -304,45 +306,30 @@ SEGMENT = {
         TypeError,
         "key_rope='rank' is read through its layer cache",
     ),
-    "quantizing un-rotated keys": (
-        lambda: _encode(_segment(key_rope="rank")),
-        TypeError,
-        "QuantizedSegment keeps rotated keys; got a segment with key_rope='rank'",
-    ),
     "appending to packed slots": (
         lambda: _encode(_segment()).append(_KV, _KV, jnp.zeros((2, 1), jnp.int32), _QUERIES.rope),
         TypeError,
-        "QuantizedSegment takes whole blocks; append through a BufferedSegment",
+        "These slots take whole blocks; append through a BlockedSegment",
     ),
-    "appending to codes": (
-        lambda: _code(_segment()).append(_KV, _KV, jnp.zeros((2, 1), jnp.int32), _QUERIES.rope),
+    "appending to vectors with lengths of their own": (
+        lambda: _scaled(_segment()).append(_KV, _KV, jnp.zeros((2, 1), jnp.int32), _QUERIES.rope),
         TypeError,
-        "CodebookSegment takes whole blocks; append through a BufferedSegment",
-    ),
-    "codes of un-rotated keys": (
-        lambda: _code(_segment(key_rope="rank")),
-        TypeError,
-        "CodebookSegment keeps rotated keys; got a segment with key_rope='rank'",
+        "slots with lengths of their own are written once; new tokens go to the segment behind them",
     ),
     "reserving packed slots": (
         lambda: _encode(_segment()).reserve(4),
         TypeError,
-        "QuantizedSegment takes whole blocks; reserve through a BufferedSegment",
-    ),
-    "appending to shared directions": (
-        lambda: kvjax.ScaledSegment(_segment(), None, None).append(_KV, _KV, jnp.zeros((2, 1)), _QUERIES.rope),
-        TypeError,
-        "ScaledSegment is written once; new tokens go to the dense segment behind it",
+        "These slots take whole blocks; reserve through a BlockedSegment",
     ),
     "one vector for heads that merged differently": (
-        lambda: kvjax.LatentSegment.of(_segment().replace(bias=jnp.zeros((2, 2, 8))), None, None, joint=True),
+        lambda: kvjax.LatentSegment.of(_segment().with_slots(bias=jnp.zeros((2, 2, 8))), None, None, joint=True),
         TypeError,
         "A joint LatentSegment cannot keep slots that each head has merged in its own way",
     ),
     "re-indexing packed slots": (
-        lambda: BufferedSegment.from_dense(_segment(), _encode, 8).attend(_QUERIES, ranks=object()),
+        lambda: BlockedSegment.from_dense(_segment(), _encode, 8).attend(_QUERIES, ranks=object()),
         TypeError,
-        "BufferedSegment does not re-index positions",
+        "BlockedSegment does not re-index positions",
     ),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Cache, DenseSegment, LayerCache, Queries, Rope, adaptive, every, evict_by_head, scores
+from kvjax import Cache, Segment, LayerCache, Queries, Rope, adaptive, every, evict_by_head, scores
 from kvjax.observation import LayerObservation, Observation
 from tests.kvjax import conformance
 from tests.quick_jit import quick_jit
@@ -39,7 +39,7 @@ def test_heads_share_the_budget_anew_at_every_action():
     rng = np.random.default_rng(0)
     k = rng.normal(size=(B, K, TOTAL, H)) * rng.uniform(0.5, 2, size=(B, K, 1, 1))  # heads of unlike norms
     worth = -np.linalg.norm(k, axis=-1)
-    segment = lambda keys, pos: DenseSegment(k=keys, v=keys, pos=jnp.broadcast_to(pos, keys.shape[:3]))
+    segment = lambda keys, pos: Segment.of(keys, keys, jnp.broadcast_to(pos, keys.shape[:3]))
     k = jnp.float32(k)
     transform = every(
         NEW, evict_by_head(scores.negative_key_norm(), BUDGET, heads=adaptive(FLOOR), recent=RECENT, page=4)
@@ -70,7 +70,7 @@ def test_heads_share_the_budget_anew_at_every_action():
 def test_keys_follow_their_tokens_through_the_pages():
     k = jax.random.normal(jax.random.key(0), (1, K, PROMPT, H))
     tokens = jnp.broadcast_to(jnp.arange(PROMPT), (1, K, PROMPT))
-    cache = Cache((LayerCache((DenseSegment(k=k, v=2 * k, pos=tokens),)),), length=jnp.array([PROMPT]))
+    cache = Cache((LayerCache((Segment.of(k, 2 * k, tokens),)),), length=jnp.array([PROMPT]))
     seen = _observation(PROMPT, "prefill")
     seen = seen.replace(prompt=seen.prompt[:1], new=seen.new[:1])
     cache, _ = evict_by_head(scores.negative_key_norm(), BUDGET, heads=adaptive(), page=4).init(cache, seen)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CorrectedSegment, DenseSegment, QuantizedSegment, Queries, Rope, quantize_corrected
-from kvjax.segments.low_rank import factorize, start
-from kvjax.segments.outliers import count_outliers
+from kvjax import Queries, Rope, Segment, quantize_corrected
+from kvjax.codecs import Affine
+from kvjax.codecs.low_rank import factorize, start
+from kvjax.codecs.outliers import count_outliers
+from tests.kvjax.encoders import corrected
 from tests.kvjax import table_decoder
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kivi_numpy import kivi_quantizer
@@ -93,8 +95,11 @@ def test_the_cache_holds_what_the_paper_stores_after_the_prompt_and_while_decodi
 
 
 def _encoder(bits: int, key_group: int, value_group: int, **how):
-    pack = lambda x: QuantizedSegment.encode(x, bits=bits, key_group=key_group, value_group=value_group)
-    return quick_jit(lambda slots: CorrectedSegment.encode(slots, pack, **how))
+    block = how["block"]
+    codes = Affine.of_blocks(bits, key_group, "channel", block=block), Affine.of_blocks(
+        bits, value_group, "token", block=block
+    )
+    return quick_jit(lambda slots: corrected(slots, codes, **how))
 
 
 _dense = quick_jit(lambda segment: segment.dense())
@@ -104,7 +109,7 @@ def test_low_rank_and_outliers_each_take_error_away():
     rng = np.random.default_rng(0)
     k, v = jnp.float32(rng.normal(size=(2, 1, 2, 128, 32)))
     k = k.at[:, :, ::37].multiply(8.0)  # a few large keys
-    slots = DenseSegment(k=k, v=v, pos=jnp.tile(jnp.arange(128), (1, 2, 1)))
+    slots = Segment.of(k, v, jnp.tile(jnp.arange(128), (1, 2, 1)))
     error = {}
     for rank, outliers in ((0, 0.0), (3, 0.0), (0, 0.05), (3, 0.05)):
         got = _dense(_encoder(2, 32, 32, block=32, rank=rank, outliers=outliers)(slots))
@@ -120,7 +125,7 @@ def test_tiles_read_as_the_dense_slots_do(slots):
     rng = np.random.default_rng(1)
     k, v = jnp.float32(rng.normal(size=(2, 2, 2, slots, 16)))
     pos = jnp.tile(jnp.arange(slots), (2, 2, 1)).at[1, :, slots - 20 :].set(-1)
-    segment = _encoder(2, 16, 8, block=32, rank=3, outliers=0.1)(DenseSegment(k=k, v=v, pos=pos))
+    segment = _encoder(2, 16, 8, block=32, rank=3, outliers=0.1)(Segment.of(k, v, pos))
     queries = Queries(
         jnp.float32(rng.normal(size=(2, 3, 4, 16))),
         jnp.array([[slots - 2, slots - 1, slots], [slots - 22, slots, -1]]),
@@ -137,7 +142,7 @@ def test_the_program_of_a_read_holds_no_expanded_copy():
     slots = 32 * 64
     shape = jax.ShapeDtypeStruct
     numbers = shape((1, 2, slots, 16), jnp.float32)
-    dense = DenseSegment(k=numbers, v=numbers, pos=shape((1, 2, slots), jnp.int32))
+    dense = Segment.of(numbers, numbers, shape((1, 2, slots), jnp.int32))
     segment = jax.eval_shape(_encoder(2, 16, 8, block=32, rank=3, outliers=0.1), dense)
     queries = Queries(shape((1, 1, 4, 16), jnp.float32), shape((1, 1), jnp.int32), Rope.from_base(100.0, 16))
     text = jax.jit(lambda part, queries: part.attend(queries)).lower(segment, queries).compile().as_text()

@@ -8,7 +8,7 @@ import pytest
 import kvjax
 from kvjax import methods, scores, split_heads
 from kvjax.observation import observe
-from kvjax.segments import DenseSegment
+from kvjax.segments import Segment
 from tests.quick_jit import quick_jit
 
 B, N, S, H = 2, 4, 20, 16
@@ -115,5 +115,5 @@ def test_what_compresses_values_apart_from_keys_is_refused(transform):
 
 
 def test_bytes_without_values_are_those_of_the_docstring():
-    segment = DenseSegment.empty(B, 1, S, H, jnp.bfloat16, own_values=False)
+    segment = Segment.empty(B, 1, S, H, jnp.bfloat16, own_values=False)
     assert kvjax.nbytes(segment) == B * S * (H * 2 + 4)

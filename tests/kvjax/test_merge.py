@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import BufferedSegment, DenseSegment, LatentSegment, QuantizedSegment, Queries, methods
+from kvjax import BlockedSegment, Segment, LatentSegment, Queries, methods
 from kvjax.calibration import attention_variance
-from kvjax.segments.latent import Matrix
+from kvjax.segments.bases import Matrix
 from kvjax.transforms.merge import Moves, move
+from tests.kvjax.encoders import affine
 from tests.kvjax import papers, table_decoder
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
@@ -164,7 +165,7 @@ def test_the_variance_of_attention_is_scaled_over_heads_and_averaged():
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.float32(rng.normal(size=shape))
     pos = jnp.arange(12, dtype=jnp.int32)
-    segment = DenseSegment(2 * normal(1, 2, 12, H), normal(1, 2, 12, H), jnp.tile(pos, (1, 2, 1)))
+    segment = Segment.of(2 * normal(1, 2, 12, H), normal(1, 2, 12, H), jnp.tile(pos, (1, 2, 1)))
     queries = Queries(normal(1, 12, 4, H), pos[None], kvjax.Rope.from_base(100.0, H))
     want = attention(queries.rotated, segment.k, segment.v, queries.pos, segment.pos)
     received = want.probability.sum(axis=1)[0]  # [N, S]
@@ -177,9 +178,9 @@ def test_the_variance_of_attention_is_scaled_over_heads_and_averaged():
 # --- slots that stand for several tokens --------------------------------------------------------------------------
 
 
-def _slots(S: int, seed: int = 0) -> DenseSegment:
+def _slots(S: int, seed: int = 0) -> Segment:
     k, v = np.random.default_rng(seed).normal(size=(2, 1, 2, S, H))
-    return DenseSegment(jnp.float32(k), jnp.float32(v), jnp.tile(jnp.arange(S, dtype=jnp.int32), (1, 2, 1)))
+    return Segment.of(jnp.float32(k), jnp.float32(v), jnp.tile(jnp.arange(S, dtype=jnp.int32), (1, 2, 1)))
 
 
 def _queries(pos: int, seed: int = 1) -> Queries:
@@ -191,7 +192,7 @@ def _queries(pos: int, seed: int = 1) -> Queries:
 def test_equal_tokens_merged_with_their_count_are_read_as_before(given):
     segment = _slots(8)
     same = lambda x: x.at[:, :, jnp.array([*given, 1])].set(x[:, :, :1])
-    segment = segment.replace(k=same(segment.k), v=same(segment.v), bias=jnp.zeros((1, 2, 8)))
+    segment = segment.replace(k=same(segment.k), v=same(segment.v)).with_slots(bias=jnp.zeros((1, 2, 8)))
     queries = _queries(9)
     attend = quick_jit(lambda segment: segment.attend(queries))
     before = attend(segment)
@@ -216,13 +217,13 @@ def test_what_goes_nowhere_is_dropped_and_what_is_not_real_stays():
 
 def test_packed_and_projected_slots_keep_the_log_of_their_count():
     bias = jnp.log(jnp.float32(np.random.default_rng(2).integers(1, 6, size=(1, 2, 24))))
-    segment, queries = _slots(24).replace(bias=bias), _queries(30)
-    encode = functools.partial(QuantizedSegment.encode, bits=8, key_group=8, value_group=8)
-    packed = quick_jit(lambda segment: BufferedSegment.from_dense(segment.take(*_all(segment, 21)), encode, 8))(segment)
+    segment, queries = _slots(24).with_slots(bias=bias), _queries(30)
+    encode = functools.partial(affine, bits=8, key_group=8, value_group=8)
+    packed = quick_jit(lambda segment: BlockedSegment.from_dense(segment.take(*_all(segment, 21)), encode, 8))(segment)
     turn = lambda seed: Matrix(jnp.float32(np.linalg.qr(np.random.default_rng(seed).normal(size=(1, 2, H, H)))[0]))
     project = quick_jit(lambda segment: LatentSegment.of(segment, turn(3), turn(4)))
     latent = project(segment)
-    late = project(kvjax.segments.dense.unrotated(segment, queries.rope))
+    late = project(kvjax.segments.segment.unrotated(segment, queries.rope))
 
     @quick_jit
     def read(segment):
@@ -275,7 +276,7 @@ def test_a_few_moves_are_written_one_by_one_and_do_what_many_do():
     B, K, S, H = 1, 2, 4096, 16
     k, v = jnp.float32(rng.normal(size=(2, B, K, S, H)))
     bias = jnp.float32(rng.normal(size=(B, K, S)))
-    segment = DenseSegment(k=k, v=v, pos=jnp.broadcast_to(jnp.arange(S), (B, K, S)), bias=bias)
+    segment = Segment.of(k, v, jnp.broadcast_to(jnp.arange(S), (B, K, S)), bias=bias)
 
     def moves(count):
         wide = lambda x, fill: jnp.broadcast_to(jnp.array([*x, *[fill] * (count - 5)]), (B, K, count))

@@ -9,6 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import methods
+from tests.kvjax.encoders import affine
 from tests.kvjax import table_decoder
 from tests.pallas_kernels.kivi_numpy import kivi_quantizer
 from tests.quick_jit import quick_jit
@@ -55,7 +56,7 @@ def test_the_heaviest_tokens_have_eight_bits_and_the_others_two(chunk):
     run = _run(_mikv, chunk)
     for layer in range(table_decoder.LAYERS):
         others, important = run.cache.layers[layer].segments
-        assert others.latent.bits == 2 and important.body.bits == 8
+        assert others.latent.k.bits == 2 and important.body.k.bits == 8
         for row in range(2):
             for head in range(table_decoder.KV_HEADS):
                 q, k, v = _head(row, layer, head)
@@ -107,12 +108,12 @@ def test_the_balancer_helps_keys_with_outlier_channels():
     B, K, S, H = 1, 2, 64, 16
     k = rng.normal(size=(B, K, S, H)) * np.where(np.arange(H) % 8 == 3, 20.0, 1.0)
     q = rng.normal(size=(B, 32, K, H)) * np.where(np.arange(H) % 8 == 3, 0.1, 1.0)
-    slots = kvjax.DenseSegment(
+    slots = kvjax.Segment.of(
         k=jnp.float32(k), v=jnp.zeros((B, K, S, H)), pos=jnp.tile(jnp.arange(S), (B, K, 1)), key_rope="stored"
     )
     factor = jnp.float32(np.sqrt(np.abs(q).max(axis=1) / np.abs(k).max(axis=2)))
-    encode = lambda x: kvjax.QuantizedSegment.encode(x, bits=2, key_group=8, value_group=8, key_axis="token")
-    balanced = kvjax.LatentSegment.of(slots, kvjax.segments.latent.Scales(factor), None).map_dense(encode, encode)
+    encode = lambda x: affine(x, bits=2, key_group=8, value_group=8, key_axis="token")
+    balanced = kvjax.LatentSegment.of(slots, kvjax.segments.bases.Scales(factor), None).map_dense(encode, encode)
     logits = lambda x: np.einsum("btkh,bksh->bkts", q, np.asarray(x))
     error = [np.square(logits(part.dense().k) - logits(k)).mean() for part in (encode(slots), balanced)]
     assert error[1] < 0.5 * error[0]

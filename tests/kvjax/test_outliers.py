@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from kvjax.segments.outliers import Outliers, add_outliers
+from kvjax.codecs.outliers import Outliers, add_outliers
 
 
 @pytest.mark.parametrize("axis, shape", [("channel", (2, 3, 0, 8)), ("token", (2, 3, 4, 0))])

@@ -180,7 +180,7 @@ def test_random_eviction_keeps_its_budget_of_each_row_whatever_the_batch():
 
 def test_random_eviction_draws_uniform_numbers():
     S = 4000
-    segment = kvjax.DenseSegment.empty(1, 2, S, 2, jnp.float32).replace(pos=jnp.tile(jnp.arange(S), (1, 2, 1)))
+    segment = kvjax.Segment.empty(1, 2, S, 2, jnp.float32).with_slots(pos=jnp.tile(jnp.arange(S), (1, 2, 1)))
     queries = kvjax.Queries(jnp.zeros((1, 1, 2, 2)), jnp.zeros((1, 1), jnp.int32), kvjax.Rope.from_base(10.0, 2))
     draws = [
         np.asarray(kvjax.scores.random(seed).score(segment, kvjax.LayerObservation(queries, None, jnp.int32(layer))))

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import DenseSegment, QuantizedSegment, Queries, Rope
+from kvjax import Segment, Queries, Rope
 from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.transforms.evict_across_layers import proportional
 from kvjax.transforms.evict_by_head import choose, pages_for
 from pallas_kernels.decode_attention import pages
+from tests.kvjax.encoders import affine
 from tests.kvjax import papers
 from tests.quick_jit import quick_jit
 
@@ -21,13 +22,13 @@ SHARES = np.array([[[0.9, 0.1], [0, 0], [0.2, 1.0], [0.5, 0.4]], [[0, 0.1], [1, 
 CLOSE = dict(rtol=3e-5, atol=3e-5)  # float32, a few dozen slots in another order
 
 
-def _layers(batch: int) -> tuple[list[DenseSegment], jax.Array]:
+def _layers(batch: int) -> tuple[list[Segment], jax.Array]:
     """The slots of every layer, and bool[B, L, K, S], which of them are kept."""
     rng = np.random.default_rng(0)
     k, v = jnp.float32(rng.normal(size=(2, L, batch, K, S, H)))
     pos = jnp.broadcast_to(jnp.arange(S), (batch, K, S))
     keep = rng.random((batch, L, K, S)) < SHARES[:batch, ..., None]
-    return [DenseSegment(k=k[layer], v=v[layer], pos=pos) for layer in range(L)], jnp.asarray(keep)
+    return [Segment.of(k[layer], v[layer], pos) for layer in range(L)], jnp.asarray(keep)
 
 
 _attend = quick_jit(lambda segment, queries, window: segment.attend(queries, window=window), static_argnums=2)
@@ -93,7 +94,7 @@ def test_a_layer_reads_no_more_tiles_than_it_has(monkeypatch):
 def test_the_pool_may_be_quantized():
     layers, keep = _layers(2)
     pool, views = _pool(layers, keep, 8)
-    encode = lambda slots: QuantizedSegment.encode(slots, bits=8, key_group=8, value_group=8)
+    encode = lambda slots: affine(slots, bits=8, key_group=8, value_group=8)
     packed = quick_jit(lambda pool: pool.map_dense(encode, encode))(pool)
     assert kvjax.nbytes(packed) < 0.6 * kvjax.nbytes(pool)
     for view in views:
@@ -109,7 +110,7 @@ def test_cakes_cascade_ends_where_one_split_of_the_budget_does(budget, sharpness
     preference = np.exp(sharpness * rng.normal(size=(2, L)))
     scores = rng.permuted(np.tile(np.arange(L * K * S) / 1e3, (2, 1)), axis=1).reshape(2, L * K, S)
     pos = jnp.broadcast_to(jnp.arange(S), scores.shape)
-    held = SlotList.of(DenseSegment(k=jnp.zeros((*pos.shape, 1)), v=jnp.zeros((*pos.shape, 1)), pos=pos))
+    held = SlotList.of(Segment.of(jnp.zeros((*pos.shape, 1)), jnp.zeros((*pos.shape, 1)), pos))
     split = proportional(jnp.float32(preference))
     keep = quick_jit(lambda *of: choose(*of, split, L * K, 0, recent))(
         jnp.float32(scores).reshape(held.owner.shape), held, jnp.array([budget + recent, budget + recent])

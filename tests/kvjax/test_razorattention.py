@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompensatedSegment, DenseSegment, HeadsSegment, methods
+from kvjax import CompensatedSegment, Segment, HeadsSegment, methods
 from kvjax.transforms.ring import as_ring
 from tests.kvjax import table_decoder
 from tests.quick_jit import quick_jit
@@ -83,7 +83,7 @@ def test_the_others_read_sinks_a_window_and_the_mean_of_the_rest(fraction):
 def _slots(S, dtype="float32", seed=0):
     k, v = np.random.default_rng(seed).normal(size=(2, 1, 2, S, 8)) + 1.0
     pos = jnp.tile(jnp.arange(S), (1, 2, 1))
-    return DenseSegment(k=jnp.asarray(k, dtype), v=jnp.asarray(v, dtype), pos=pos)
+    return Segment.of(jnp.asarray(k, dtype), jnp.asarray(v, dtype), pos)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -139,7 +139,7 @@ def test_full_heads_may_be_quantized_beside_compensated_rings():
     run = quick_jit(program)(prompt, table_decoder.empty(2))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((run.logits, run.cache)))
     full, others = run.cache.layers[0].segments[0].parts
-    assert isinstance(full, kvjax.BufferedSegment) and isinstance(others, CompensatedSegment)
+    assert isinstance(full, kvjax.BlockedSegment) and isinstance(others, CompensatedSegment)
     assert others.ring.k.dtype.itemsize == 1 and others.mean.k.dtype == jnp.float32
 
 

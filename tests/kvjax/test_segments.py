@@ -1,5 +1,7 @@
 """Segments: where tokens are written, what is overwritten, and that every representation attends alike."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvjax
-from kvjax import BufferedSegment, DenseSegment, QuantizedSegment, Queries, Rope, rotate
+from kvjax import BlockedSegment, Queries, Ring, Segment, Rope, rotate
 from kvjax.cache import LayerCache
-from kvjax.transforms.quantize import quantizer
+from tests.kvjax.encoders import affine
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
 
@@ -29,8 +31,8 @@ def _pos(*rows) -> jax.Array:
     return jnp.array(rows, jnp.int32)
 
 
-def _dense(slots: int, **static) -> DenseSegment:
-    return DenseSegment.empty(B, K, slots, H, jnp.float32, **static)
+def _dense(slots: int, **static) -> Segment:
+    return Segment.empty(B, K, slots, H, jnp.float32, **static)
 
 
 # One program compiles faster than its operations one by one.
@@ -39,7 +41,7 @@ _attend = quick_jit(lambda part, queries, **how: part.attend(queries, **how), st
 _mass = quick_jit(lambda part, queries, lse, **how: part.mass(queries, lse, **how), static_argnames=("window", "scale"))
 
 
-def _filled(tokens: int, slots: int | None = None, seed: int = 0, **static) -> DenseSegment:
+def _filled(tokens: int, slots: int | None = None, seed: int = 0, **static) -> Segment:
     """Tokens 0 .. tokens - 1 in a segment of `slots` slots."""
     empty = _dense((slots or tokens) - tokens, **static)
     new = _append(_dense(0, **static), *_kv(tokens, seed), jnp.tile(jnp.arange(tokens), (B, 1)))
@@ -78,7 +80,7 @@ def test_tokens_take_the_first_holes(at_once):
 
 
 @pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("static", [{}, {"ring_sinks": 1}])
+@pytest.mark.parametrize("static", [{}, {"layout": Ring(1)}])
 def test_padding_writes_nowhere(T, static):
     segment = _filled(4, 8, **static)
     after = segment.append(*_kv(T, seed=1), _pos([-1] * T, [4, *[-1] * (T - 1)]), ROPE)
@@ -88,7 +90,7 @@ def test_padding_writes_nowhere(T, static):
 
 
 def test_padding_writes_nowhere_in_a_full_ring():
-    segment = _filled(4, ring_sinks=1)
+    segment = _filled(4, layout=Ring(1))
     for T in (1, 2):
         after = segment.append(*_kv(T, seed=1), _pos([-1] * T, [4, *[-1] * (T - 1)]), ROPE)
         assert _rows(after)[0] == [0, 1, 2, 3]
@@ -99,10 +101,10 @@ def test_many_rows_are_written_as_few_are():
     # Above 32 rows and heads the write is one batched slice instead of separate ones.
     k, v = _kv(5, batch=20)
     pos = jnp.where(jnp.arange(5) < jnp.arange(20)[:, None] % 5 + 1, jnp.arange(5), -1)
-    many = DenseSegment.empty(20, K, 6, H, jnp.float32)
+    many = Segment.empty(20, K, 6, H, jnp.float32)
     for t in range(5):
         many = _append(many, k[:, :, t : t + 1], v[:, :, t : t + 1], pos[:, t : t + 1])
-    once = DenseSegment.empty(20, K, 0, H, jnp.float32).append(k, v, pos, ROPE).resize(6)
+    once = Segment.empty(20, K, 0, H, jnp.float32).append(k, v, pos, ROPE).resize(6)
     np.testing.assert_array_equal(many.pos, once.pos)
     occupied = (once.pos >= 0)[..., None]
     np.testing.assert_allclose(many.k, jnp.where(occupied, once.k, 0), rtol=1e-6, atol=1e-6)
@@ -110,7 +112,7 @@ def test_many_rows_are_written_as_few_are():
 
 
 def test_a_ring_overwrites_its_oldest_but_never_its_sinks():
-    segment = _filled(5, ring_sinks=2)
+    segment = _filled(5, layout=Ring(2))
     seen = []
     for p in range(5, 10):
         segment = _append(segment, *_kv(1, seed=p), _pos([p], [p]))
@@ -128,7 +130,7 @@ def test_a_ring_overwrites_its_oldest_but_never_its_sinks():
 @pytest.mark.parametrize("size", [2, 9])  # smaller than the ring, and larger
 def test_a_ring_holds_the_same_however_tokens_arrive(size, sinks):
     k, v = _kv(18)
-    one, several = _dense(5, ring_sinks=sinks), _dense(5, ring_sinks=sinks)
+    one, several = _dense(5, layout=Ring(sinks)), _dense(5, layout=Ring(sinks))
     for t in range(18):
         one = _append(one, k[:, :, t : t + 1], v[:, :, t : t + 1], _pos([t], [t]))
     for t in range(0, 18, size):
@@ -147,7 +149,7 @@ def test_a_ring_holds_the_same_however_tokens_arrive(size, sinks):
 
 def test_new_tokens_start_without_statistics_and_bias():
     segment = _filled(2, 4)
-    segment = segment.replace(stats={"mass": jnp.full(segment.pos.shape, 7.0)}, bias=jnp.full(segment.pos.shape, 3.0))
+    segment = segment.with_slots(stats={"mass": jnp.full(segment.pos.shape, 7.0)}, bias=jnp.full(segment.pos.shape, 3.0))
     after = segment.append(*_kv(1), _pos([2], [2]), ROPE)
     assert after.stats["mass"][0, 0].tolist() == [7.0, 7.0, 0.0, 7.0]
     assert after.bias[0, 0].tolist() == [3.0, 3.0, 0.0, 3.0]
@@ -155,7 +157,7 @@ def test_new_tokens_start_without_statistics_and_bias():
 
 def test_taken_slots_are_gathered_with_everything_they_carry():
     segment = _filled(4)
-    segment = segment.replace(stats={"mass": segment.pos * 10.0})
+    segment = segment.with_slots(stats={"mass": segment.pos * 10.0})
     index = jnp.broadcast_to(jnp.array([3, 1, 0]), (B, K, 3))
     taken = segment.take(index, index > 0)
     assert _rows(taken) == [[3, 1, -1]] * B
@@ -221,7 +223,7 @@ def test_a_prefix_shared_by_the_batch_is_the_prefix_repeated(queries):
     prefix = jax.tree.map(lambda x: x[:1], _filled(9, 12))
     repeated = jax.tree.map(lambda x: jnp.repeat(x, B, axis=0), prefix)
     own = _filled(4, seed=5)
-    own = own.replace(pos=jnp.where(own.pos >= 0, own.pos + 9, -1))
+    own = own.with_slots(pos=jnp.where(own.pos >= 0, own.pos + 9, -1))
     for a, b in zip(_attend(LayerCache((prefix, own)), queries), _attend(LayerCache((repeated, own)), queries)):
         np.testing.assert_allclose(a, b, **CLOSE)
 
@@ -245,23 +247,23 @@ BLOCK = 8
 
 
 def _encode(slots):
-    return QuantizedSegment.encode(slots, bits=8, key_group=4, value_group=4, scale_dtype="float32")
+    return affine(slots, bits=8, key_group=4, value_group=4, scale_dtype="float32")
 
 
 _buffered = quick_jit(
-    lambda slots, room: BufferedSegment.from_dense(slots, _encode, BLOCK).reserve(room), static_argnums=1
+    lambda slots, room: BlockedSegment.from_dense(slots, _encode, BLOCK).reserve(room), static_argnums=1
 )
 
 
 @quick_jit
-def _by_token(segment: BufferedSegment) -> DenseSegment:
+def _by_token(segment: BlockedSegment) -> Segment:
     """All slots as numbers, in token order, empty slots zero."""
     dense = segment.dense()
     order = jnp.argsort(jnp.where(dense.pos < 0, 10**6, dense.pos), axis=-1)
     return dense.take(order, jnp.take_along_axis(dense.pos, order, axis=-1) >= 0)
 
 
-def _assert_same_tokens(a: DenseSegment, b: DenseSegment, tokens: int) -> None:
+def _assert_same_tokens(a: Segment, b: Segment, tokens: int) -> None:
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
         assert not (np.asarray(a.pos)[..., tokens:] >= 0).any()
         # The same codes of the same numbers; jit and eager multiply and add in one or two roundings.
@@ -303,7 +305,7 @@ def test_whole_blocks_are_encoded_and_the_newest_tokens_stay_exact(tokens):
 
 
 def test_an_empty_body_attends_to_nothing():
-    segment = quick_jit(lambda dense: BufferedSegment.from_dense(dense, _encode, BLOCK))(_dense(0))
+    segment = quick_jit(lambda dense: BlockedSegment.from_dense(dense, _encode, BLOCK))(_dense(0))
     assert segment.body.pos.shape[-1] == 0
     part = _attend(segment, _queries([4]))
     assert not part.out.any() and (part.lse == -jnp.inf).all()
@@ -321,13 +323,13 @@ def test_room_for_an_empty_body_holds_the_tokens():
 def test_room_in_a_large_cache_ends_with_whole_tiles_of_scales(block, channels):
     """Of 8 groups of 32 tokens each, however many groups a block has; smaller caches grow by blocks."""
     slots, rows = 33024, 1032
-    encode = quantizer(2, key_group=32, value_group=8, block=block, scale_dtype="float32")
-    reserved = lambda dense: BufferedSegment.from_dense(dense, encode, block).reserve(64)
-    empty = lambda size: DenseSegment.empty(B, K, size, channels, jnp.float32)
+    encode = functools.partial(affine, bits=2, key_group=32, value_group=8, block=block, scale_dtype="float32")
+    reserved = lambda dense: BlockedSegment.from_dense(dense, encode, block).reserve(64)
+    empty = lambda size: Segment.empty(B, K, size, channels, jnp.float32)
     grown = lambda size: jax.eval_shape(lambda: reserved(empty(size)))
     body = grown(32768).body
-    assert body.pos.shape[2] == slots and body.k.affine.shape[2] == rows and body.v.affine.shape[3] == slots
-    assert body.k.words.shape == body.v.words.shape == (B, K, slots * channels // 16 // 128, 128)
+    assert body.pos.shape[2] == slots and body.k.packed.affine.shape[2] == rows and body.v.packed.affine.shape[3] == slots
+    assert body.k.packed.words.shape == body.v.packed.words.shape == (B, K, slots * channels // 16 // 128, 128)
     assert grown(2048).body.pos.shape[2] == 2048 + max(block, 64)
     dense = lambda size: jax.eval_shape(lambda x: x.reserve(1), _dense(size))
     assert dense(16384).k.shape[2] == 16392 and dense(4096).k.shape[2] == 4097

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Cache, DenseSegment, Rope, Scorer, methods, scores
+from kvjax import Cache, Segment, Rope, Scorer, methods, scores
 from kvjax.segments.slots import highest_slot, keep_highest, lowest, priority
 from kvjax.transforms.merge_layers import merge_layers
 from tests.kvjax import tiny_model
@@ -185,7 +185,7 @@ def test_equal_keys_tie_by_position_not_by_rounding():
     for base in (10.0, 100.0, 1e4):
         rotated = kvjax.rotate(jnp.asarray(k), jnp.arange(T), Rope.from_base(base, 8))[None, None]
         for scale in rng.uniform(0.9, 1.1, size=8).astype(np.float32):
-            segment = DenseSegment(rotated * scale, rotated, jnp.arange(T)[None, None])
+            segment = Segment.of(rotated * scale, rotated, jnp.arange(T)[None, None])
             worth = scores.negative_key_norm().score(segment, None)
             index, _ = keep_highest(priority(worth, segment.pos), segment.pos, 5)
             if len(set(np.asarray(worth[0, 0, ::2]).tolist())) == 1:  # all but one norm in a hundred or so

@@ -10,10 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 import kvjax
 from kvjax import sharding
-from kvjax.segments import DenseSegment
-from kvjax.segments import slots as slot_module
+from kvjax.segments import Segment
+from kvjax.segments import moves
 from kvjax.segments.heads import HeadsSegment
-from kvjax.segments.slots import keep_best, keep_highest, priority
+from kvjax.segments.moves import keep_best
+from kvjax.segments.slots import keep_highest, priority
 from models.decoder import bind
 from models.weights import abstract_params, param_axes
 from pallas_kernels.partial import combine, combine_shards
@@ -117,14 +118,14 @@ def _slots(S=32, filled=20, seed=0):
     rng = np.random.default_rng(seed)
     pos = jnp.broadcast_to(jnp.where(jnp.arange(S) < filled, jnp.arange(S), -1), (2, 2, S))
     draw = lambda: jnp.float32(rng.normal(size=(2, 2, S, 4)))
-    return DenseSegment(k=draw(), v=draw(), pos=jnp.int32(pos)).drop(jnp.int32(pos) == 3)
+    return Segment.of(draw(), draw(), jnp.int32(pos)).drop(jnp.int32(pos) == 3)
 
 
 @pytest.mark.parametrize("count", [1, 8])
 def test_new_tokens_go_to_the_same_slots(count):
     held, new = _slots(), _slots(count, count, seed=1)
-    new = new.replace(pos=jnp.where(jnp.arange(count) < max(count - 2, 1), 40 + jnp.arange(count), new.pos * 0 - 1))
-    write = lambda a, b: a._write(b)
+    new = new.with_slots(pos=jnp.where(jnp.arange(count) < max(count - 2, 1), 40 + jnp.arange(count), new.pos * 0 - 1))
+    write = lambda a, b: a.write(b)
     expected = jax.jit(write)(held, new)
     with sharding.use_mesh(mesh_of("seq:4,model:2")):
         got = jax.jit(write)(held, new)
@@ -152,7 +153,7 @@ def test_mass_of_heads_in_parts_is_that_of_one_device(heads):
 @pytest.mark.parametrize("count, at_a_time", [(8, 8192), (5, 8192), (48, 4), (44, 4)])
 def test_slots_are_gathered_across_shards(count, at_a_time, monkeypatch):
     """A part for every shard, all for each of them, a part in three pieces, and slot by slot."""
-    monkeypatch.setattr(slot_module, "_MOST_GATHERED", at_a_time)
+    monkeypatch.setattr(moves, "_MOST_GATHERED", at_a_time)
     held = _slots()
     index = jnp.int32(np.random.default_rng(2).integers(0, 32, size=(2, 2, count)))
     valid = index % 5 > 0

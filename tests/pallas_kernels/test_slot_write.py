@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kvjax.segments.slots import write_windows
+from kvjax.segments.moves import write_windows
 from pallas_kernels.slot_write import takes_slot, write_slot
 from tests.quick_jit import quick_jit
 

@@ -161,7 +161,7 @@ def test_merging_a_few_slots_copies_nothing(devices):
     at = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices("v5e:2x2")))
     slots, few = (1, 8, 262144), (1, 8, 8)
     kv = at((*slots, 128), jnp.bfloat16)
-    segment = kvjax.DenseSegment(k=kv, v=kv, pos=at(slots, jnp.int32))
+    segment = kvjax.Segment.of(kv, kv, at(slots, jnp.int32))
     moves = Moves(at(few, jnp.int32), at(few, jnp.bool_), at(few, jnp.int32), at(few, jnp.float32))
     memory = jax.jit(move, donate_argnums=0).lower(segment, moves).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.01 * kvjax.nbytes(segment)

@@ -5,6 +5,8 @@ import json
 import math
 import re
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,9 +17,9 @@ from experiments import plan, planner
 from experiments.methods import load_method
 from experiments.tpu_compiler import compile_only_devices
 from kvjax import sharding
-from kvjax.transforms.quantize import quantizer
 
 pytestmark = pytest.mark.tpu_compile
+from tests.kvjax.encoders import affine
 
 
 @pytest.mark.parametrize(
@@ -60,9 +62,9 @@ def test_a_step_over_millions_of_tokens_reads_its_own_shard(devices, topology, m
 def test_layers_are_ordered_one_after_the_other(devices):
     """What the end of a prompt makes room for, where the slots of a layer lie on four chips: less than one layer."""
     grid, layers = sharding.make_mesh("seq:4,model:2", compile_only_devices("v5e:2x4")), 4
-    encode = quantizer(4, key_group=32, value_group=32, scale_dtype="bfloat16", block=32)
+    encode = functools.partial(affine, bits=4, key_group=32, value_group=32, block=32)
     with sharding.use_mesh(grid):
-        dense = jax.eval_shape(lambda: kvjax.DenseSegment.empty(1, 8, 65536, 128, jnp.bfloat16))
+        dense = jax.eval_shape(lambda: kvjax.Segment.empty(1, 8, 65536, 128, jnp.bfloat16))
         placed = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(grid, spec))
         dense = jax.tree.map(placed, dense, sharding.specs(dense.axes(), dense))
         order = jax.jit(lambda *segments: [encode(segment.in_token_order()) for segment in segments])

@@ -10,46 +10,46 @@ from flax import struct
 
 from kvjax import sharding
 from kvjax.rope import Rope
-from kvjax.segments.axes import heads_alike
-from kvjax.segments.dense import DenseSegment
-from kvjax.segments.protocol import KeyRope, Queries, Segment
-from kvjax.segments.slots import slice_slots, slot_axes, write_slots
+from kvjax.axes import cut_slots, heads_alike, slot_axis
+from kvjax.segments.moves import write_slots
+from kvjax.segments.protocol import AnySegment, KeyRope, Queries
+from kvjax.segments.segment import Segment
 from pallas_kernels.partial import Partial, combine
 
 
 @struct.dataclass
-class BufferedSegment:
+class BlockedSegment:
     """New tokens land in `tail`; whenever a row and head has `block` of them, they are encoded into `body`.
 
-    The body is any segment with `encode_like(DenseSegment)`. Rows and heads flush each
+    The body is any segment with `encode_like(Segment)`. Rows and heads flush each
     on their own, so a row of a padded batch holds what its own run holds. The newest `length mod block`
     tokens are exact.
     """
 
-    body: Segment
-    tail: DenseSegment  # `block` slots
+    body: AnySegment
+    tail: Segment  # `block` slots
 
     @classmethod
-    def from_dense(cls, slots: DenseSegment, encode, block: int) -> BufferedSegment:
+    def from_dense(cls, slots: Segment, encode, block: int) -> BlockedSegment:
         """Encodes the whole blocks of each row, in token order; the remainder stays dense.
 
         Args:
           slots: what to store.
-          encode: `DenseSegment -> body`, for a number of slots that is a multiple of `block`.
+          encode: `Segment -> body`, for a number of slots that is a multiple of `block`.
           block: slots of a block, and of the tail.
         """
-        if slots.ring_sinks is not None:
-            raise TypeError("BufferedSegment cannot keep a ring: blocks are written once and never overwritten.")
+        if not slots.layout.grows:
+            raise TypeError("BlockedSegment cannot keep a ring: blocks are written once and never overwritten.")
         B, K, S = slots.pos.shape
-        slots = slots.replace(stats={})  # nothing scores slots once they are encoded
+        slots = slots.with_slots(stats={})  # nothing scores slots once they are encoded
         slots = slots.in_token_order(sharding.whole(S, block, batch=B, kv_heads=K))
         occupied = jnp.sum(slots.pos >= 0, axis=-1, keepdims=True)
         full = occupied // block * block
         in_body = jnp.arange(slots.pos.shape[2]) < full
         tail = slots.resize(max(slots.pos.shape[2], block)).window(full[..., 0], block)
-        return cls(body=encode(slots.drop(~in_body)), tail=tail.replace(together=True))
+        return cls(body=encode(slots.drop(~in_body)), tail=tail.replace(replicated=True))
 
-    def axes(self) -> BufferedSegment:
+    def axes(self) -> BlockedSegment:
         """See `Segment.axes`; all shards have the tail."""
         body, tail = self.body.axes(), self.tail.axes()
         return heads_alike(self.replace(body=body, tail=tail), body, tail)
@@ -67,31 +67,23 @@ class BufferedSegment:
     def attend(self, queries: Queries, **how) -> Partial:
         """See `Segment.attend`."""
         if how.pop("ranks", None) is not None:
-            raise TypeError("BufferedSegment does not re-index positions.")
+            raise TypeError("BlockedSegment does not re-index positions.")
         return combine([part.attend(queries, **how) for part in self._parts()])
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `Segment.mass`."""
         return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in self._parts()], axis=-1)
 
-    def dense(self) -> DenseSegment:
+    def dense(self) -> Segment:
         """Body and tail as one dense segment, float32."""
         join = lambda *x: jnp.concatenate([y.astype(x[0].dtype) for y in x], axis=2)
         return jax.tree.map(join, *(part.dense() for part in self._parts()))
 
-    def map_dense(self, body, tail) -> BufferedSegment:
+    def map_dense(self, body, tail) -> BlockedSegment:
         """See `Segment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
         return self.replace(body=self.body.map_dense(body, body))
 
-    def fold_dense(self, attend, *beside) -> Partial:
-        """See `Segment.fold_dense`."""
-        S = self.body.pos.shape[2]
-        if not S:
-            return self.tail.fold_dense(attend, *beside)
-        of_body, of_tail = [x[:, :, :S] for x in beside], [x[:, :, S:] for x in beside]
-        return combine([self.body.fold_dense(attend, *of_body), self.tail.fold_dense(attend, *of_tail)])
-
-    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BufferedSegment:
+    def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BlockedSegment:
         """See `Segment.append`."""
         if pos.shape[1] == 1:
             return self._append_one(k, v, pos, rope)
@@ -106,14 +98,14 @@ class BufferedSegment:
             self.tail.slots_of(k, v, pos, rope),
         )
         ordered = both.resize(max(block + T, (most + 1) * block)).in_token_order()
-        whole = jax.tree.map(lambda x: x[:, :, : most * block], ordered)
+        whole = ordered.first(most * block)
         in_body = jnp.arange(most * block) < (flushes * block)[..., None]
         blocks = self._encode(whole.drop(~in_body), jnp.any(flushes > 0))
         return self.replace(
             body=self._write(blocks, flushes, most), tail=ordered.window(flushes * block, block)
         )
 
-    def _append_one(self, k, v, pos, rope) -> BufferedSegment:
+    def _append_one(self, k, v, pos, rope) -> BlockedSegment:
         """`append` of a single token: a tail that fills up is one block, already in order."""
         tail = self.tail.append(k, v, pos, rope)
         full = jnp.all(tail.pos >= 0, axis=-1)  # [B, K]
@@ -122,46 +114,39 @@ class BufferedSegment:
             body=self._write(blocks, full.astype(jnp.int32), 1), tail=tail.drop(full[..., None])
         )
 
-    def reserve(self, tokens: int) -> BufferedSegment:
+    def reserve(self, tokens: int) -> BlockedSegment:
         """Grows the body by the blocks that `tokens` more tokens can fill, and as `sharding.whole` wants."""
         block = self.tail.pos.shape[2]
         B, K, S = self.body.pos.shape
-        axes = slot_axes(self.body)
-        # What a block has of each leaf: of scales that a group of tokens shares, few.
-        leaves = zip(jax.tree.leaves(self.body), jax.tree.leaves(axes))
-        rows = [x.shape[axis] * block // S for x, axis in leaves if S and axis >= 0]
+        rows = self._entries_of_a_block()
         tile = math.lcm(*(8 // math.gcd(8, n) for n in rows))
         extra = sharding.whole(S + -(-tokens // block) * block, block, batch=B, kv_heads=K, tile=tile) - S
-
-        def grow(x, axis):
-            if axis < 0:  # not of slots
-                return x
-            pad = [(0, 0)] * x.ndim
-            pad[axis] = (0, x.shape[axis] * (S + extra) // S - x.shape[axis])
-            empty = -1 if x.dtype == jnp.int32 else 0  # positions; codes are unsigned
-            return jnp.pad(x, pad, constant_values=empty)
-
         if S == 0:
-            slots = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype), self.tail)
-            body = self.body.encode_like(slots.replace(pos=jnp.full_like(slots.pos, -1), together=False))
-            return self.replace(body=body)
-        return self.replace(body=jax.tree.map(grow, self.body, axes))
+            none = self.tail.replace(replicated=False).first(0).resize(extra)
+            return self.replace(body=self.body.encode_like(none))
+        return self.replace(body=self.body.resize(S + extra))
 
-    def _parts(self) -> list[Segment]:
+    def _entries_of_a_block(self) -> list[int]:
+        """Returns how many entries every array of the body has for a block: of scales that tokens share, few."""
+        block, S = self.tail.pos.shape[2], self.body.pos.shape[2]
+        axes = [slot_axis(spec) for spec in jax.tree.leaves(self.body.axes())]
+        return [x.shape[a] * block // S for x, a in zip(jax.tree.leaves(self.body), axes) if S and a >= 0]
+
+    def _parts(self) -> list[AnySegment]:
         """Body and tail, or the tail alone where the body has no slots yet."""
         return [part for part in (self.body, self.tail) if part.pos.shape[2]]
 
-    def _encode(self, slots: DenseSegment, needed: jax.Array) -> Segment:
+    def _encode(self, slots: Segment, needed: jax.Array) -> AnySegment:
         """Encodes slots when any are needed. Only the small result crosses the branch, never the body."""
 
-        def encode(slots: DenseSegment) -> Segment:
-            return sharding.made_on_shards(self.body.encode_like, slots.replace(together=False), split_slots=False)
+        def encode(slots: Segment) -> AnySegment:
+            return sharding.made_on_shards(self.body.encode_like, slots.replace(replicated=False), split_slots=False)
 
         like = jax.eval_shape(encode, slots)
         nothing = lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         return jax.lax.cond(needed, encode, nothing, slots)
 
-    def _write(self, blocks: Segment, flushes: jax.Array, most: int) -> Segment:
+    def _write(self, blocks: AnySegment, flushes: jax.Array, most: int) -> Segment:
         """Writes block j of each row and head at its first free block, where j < flushes."""
         block = self.tail.pos.shape[2]
         B, K, S = self.body.pos.shape
@@ -170,8 +155,8 @@ class BufferedSegment:
         free = jnp.all(self.body.pos.reshape(B, K, S // block, block) < 0, axis=-1)
         first = jnp.argmax(free, axis=-1)  # [B, K]
 
-        body, axes = self.body, slot_axes(blocks)
+        body, named = self.body, blocks.axes()
         for j in range(most):
-            fresh = slice_slots(blocks, axes, most * block, j * block, block, block)
+            fresh = cut_slots(blocks, named, most * block, j * block, block, block)
             body = write_slots(body, fresh, (first + j) * block, j < flushes)
         return body

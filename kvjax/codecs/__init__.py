@@ -1,0 +1,40 @@
+"""Codecs: how the keys, or the values, of slots are stored. Each is one file, and every layout takes any of them."""
+
+from kvjax.codecs.affine import Affine
+from kvjax.codecs.corrected import Corrected
+from kvjax.codecs.encoded import (
+    Encoded,
+    Stored,
+    block_of,
+    by_slot,
+    decode,
+    encode_like,
+    fields_of,
+    is_array,
+    leaf_and_gain,
+    named_axes,
+    store,
+)
+from kvjax.codecs.levels import Levels
+from kvjax.codecs.norm import Scaled, UnitNorm
+from kvjax.codecs.product import Product
+
+__all__ = [
+    "Affine",
+    "Corrected",
+    "Encoded",
+    "Levels",
+    "Product",
+    "Scaled",
+    "Stored",
+    "UnitNorm",
+    "block_of",
+    "by_slot",
+    "decode",
+    "encode_like",
+    "fields_of",
+    "is_array",
+    "leaf_and_gain",
+    "named_axes",
+    "store",
+]
