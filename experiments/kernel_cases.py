@@ -10,14 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention_mass import attention_mass
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import Pages, Rotation, decode_attention
 from pallas_kernels.levels import Levels, nearest_levels
-from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import WORD_BITS, Packed, quantize_pack, words_in_row
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
-from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
 from pallas_kernels.shapes import DecodeShape
 
 DENSE = "dense"
@@ -35,12 +31,11 @@ class KernelCase:
 
     Attributes:
       name: in the tables.
-      op: `(*arrays, implementation=...)`, and what `static` says.
+      op: `(*arrays, implementation=...)`.
       draw: `(shape, key) -> arrays`, random.
       every_step: whether a decode step runs it; the others run once for a prompt.
       bandwidth_bound: whether bytes, not products, decide how long it takes.
       longest: slots beyond which the case is not run; None for no limit.
-      static: what else the op is told of a shape.
     """
 
     name: str
@@ -49,11 +44,10 @@ class KernelCase:
     every_step: bool = True
     bandwidth_bound: bool = True
     longest: int | None = None
-    static: Callable[[DecodeShape], dict] = lambda shape: {}
 
     def program(self, shape: DecodeShape, implementation: str) -> Callable:
         """The op as a function of arrays."""
-        return functools.partial(self.op, implementation=implementation, **self.static(shape))
+        return functools.partial(self.op, implementation=implementation)
 
     def abstract(self, shape: DecodeShape) -> tuple:
         """The arrays' shapes."""
@@ -124,14 +118,14 @@ def _draw_levels(shape: DecodeShape, key, bits: int) -> tuple:
 def _draw_pages(shape: DecodeShape, key) -> tuple:
     """As many slots as in the dense case, half of them of head 0."""
     q, k, v, q_pos, k_pos = _draw_dense(shape, key)
-    in_a_row = lambda x: x.reshape(shape.B, -1, *x.shape[3:])
-    return q, in_a_row(k), in_a_row(v), _owners(shape, _PAGE), q_pos, in_a_row(k_pos)
+    one_head = lambda x: x.reshape(shape.B, 1, -1, *x.shape[3:])
+    return q, one_head(k), one_head(v), q_pos, one_head(k_pos), _pages(shape, _PAGE)
 
 
-def _owners(shape: DecodeShape, page: int) -> jax.Array:
+def _pages(shape: DecodeShape, page: int) -> Pages:
     pages = shape.K * shape.S // page
     head = jnp.arange(pages, dtype=jnp.int32) * 2 * shape.K // pages  # 0 to 2 K - 1
-    return jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages))
+    return Pages(jnp.broadcast_to(jnp.maximum(head - shape.K, 0), (shape.B, pages)), shape.K)
 
 
 def _draw_packed_pages(shape: DecodeShape, key, bits: int) -> tuple:
@@ -140,7 +134,7 @@ def _draw_packed_pages(shape: DecodeShape, key, bits: int) -> tuple:
     q, q_pos = _queries(shape, keys[0], 1)
     one_head = dataclasses.replace(shape, K=1, S=shape.K * shape.S)
     k, v = _packed(one_head, keys[1], bits, "channel"), _packed(one_head, keys[2], bits, "token")
-    return q, k, v, _owners(shape, _GROUP), q_pos, _positions(shape, keys[3]).reshape(shape.B, -1)
+    return q, k, v, q_pos, _positions(shape, keys[3]).reshape(shape.B, 1, -1), _pages(shape, _GROUP)
 
 
 def _draw_lowrank(shape: DecodeShape, key) -> tuple:
@@ -149,19 +143,17 @@ def _draw_lowrank(shape: DecodeShape, key) -> tuple:
     q, q_pos = _queries(shape, key, 1)
     _, k, v, _, k_pos = _draw_dense(dataclasses.replace(shape, H=_RANK), key)
     basis = _normal(basis, shape.dtype, 1, shape.K, shape.H, _RANK) * _RANK**-0.5
-    inv_freq = 500_000.0 ** -(jnp.arange(0, shape.H, 2) / shape.H)
-    return q, k, v, basis, inv_freq, q_pos, k_pos
+    return q, k, v, q_pos, k_pos, Rotation(_frequencies(shape), basis=basis)
+
+
+def _frequencies(shape: DecodeShape) -> jax.Array:
+    return 500_000.0 ** -(jnp.arange(0, shape.H, 2) / shape.H)
 
 
 def _draw_unrotated(shape: DecodeShape, key) -> tuple:
     """Keys from before the rotation, and the ranks of their slots, by which they are rotated when they are read."""
     q, k, v, q_pos, k_pos = _draw_dense(shape, key)
-    inv_freq = 500_000.0 ** -(jnp.arange(0, shape.H, 2) / shape.H)
-    return q, k, v, inv_freq, q_pos, k_pos, jnp.cumsum(k_pos >= 0, axis=-1, dtype=jnp.int32)
-
-
-def _unrotated_attention(q, k, v, inv_freq, q_pos, k_pos, at, **how):
-    return lowrank_decode_attention(q, k, v, None, inv_freq, q_pos, k_pos, at=at, **how)
+    return q, k, v, q_pos, k_pos, Rotation(_frequencies(shape), jnp.cumsum(k_pos >= 0, axis=-1, dtype=jnp.int32))
 
 
 def _draw_observed(shape: DecodeShape, key) -> tuple:
@@ -185,16 +177,16 @@ def _draw_slots(shape: DecodeShape, key) -> tuple:
 
 
 def _quantized(bits: int) -> KernelCase:
-    op = functools.partial(quantized_decode_attention, bits=bits)
-    return KernelCase(f"int{bits}", op, functools.partial(_draw_packed, bits=bits))
+    return KernelCase(f"int{bits}", decode_attention, functools.partial(_draw_packed, bits=bits))
 
 
 def _levels(bits: int) -> KernelCase:
-    return KernelCase(f"levels {bits}", _of_norms, functools.partial(_draw_levels, bits=bits))
+    return KernelCase(f"levels {bits}", _with("k_gain", "v_gain"), functools.partial(_draw_levels, bits=bits))
 
 
-def _of_norms(q, k, v, q_pos, k_pos, k_gain, v_gain, **how):
-    return decode_attention(q, k, v, q_pos, k_pos, k_gain=k_gain, v_gain=v_gain, **how)
+def _with(*names: str) -> Callable:
+    """`decode_attention` that takes some of what it knows by name last."""
+    return lambda *args, **how: decode_attention(*args[:5], **dict(zip(names, args[5:], strict=True)), **how)
 
 
 def _packing(name: str, axis: str) -> KernelCase:
@@ -203,9 +195,7 @@ def _packing(name: str, axis: str) -> KernelCase:
 
 
 def _quantized_pages(bits: int) -> KernelCase:
-    op = functools.partial(ragged_quantized_decode_attention, bits=bits)
-    draw = functools.partial(_draw_packed_pages, bits=bits)
-    return KernelCase(f"int{bits} pages", op, draw, static=lambda shape: {"kv_heads": shape.K})
+    return KernelCase(f"int{bits} pages", _with("pages"), functools.partial(_draw_packed_pages, bits=bits))
 
 
 CASES = (
@@ -213,10 +203,10 @@ CASES = (
     KernelCase("fp8", decode_attention, functools.partial(_draw_dense, dtype=jnp.float8_e4m3fn)),
     *map(_quantized, (8, 4, 2)),
     *map(_levels, (4, 3, 2)),
-    KernelCase("ragged", ragged_decode_attention, _draw_pages, static=lambda shape: {"kv_heads": shape.K}),
+    KernelCase("ragged", _with("pages"), _draw_pages),
     _quantized_pages(4),
-    KernelCase(f"rank {_RANK}", lowrank_decode_attention, _draw_lowrank),
-    KernelCase("unrotated", _unrotated_attention, _draw_unrotated),
+    KernelCase(f"rank {_RANK}", _with("rotation"), _draw_lowrank),
+    KernelCase("unrotated", _with("rotation"), _draw_unrotated),
     KernelCase("mass", attention_mass, _draw_observed, every_step=False),
     _packing("pack keys", "channel"),
     _packing("pack values", "token"),

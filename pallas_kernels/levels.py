@@ -23,7 +23,7 @@ class Levels:
 
     planes: tuple[jax.Array, ...]  # of b bits each: u32[B, K, S * b / 32 / in_row, in_row * H]
     table: jax.Array  # f32[2**bits], ascending
-    in_row: int = struct.field(pytree_node=False, default=1)  # words of a channel that lie side by side
+    in_row: int = struct.field(pytree_node=False, default=1)  # runs of slots that lie side by side: `pack_planes`
 
     @property
     def bits(self) -> int:
@@ -59,7 +59,7 @@ def nearest_levels(x: jax.Array, table: jax.Array, *, in_row: int = 1) -> Levels
     Args:
       x: [B, K, S, H].
       table: f32[4], f32[8] or f32[16], ascending.
-      in_row: words of a channel that lie side by side; see `words_in_row`.
+      in_row: runs of slots that lie side by side, see `pack_planes`; 2 where heads have 64 channels.
 
     Raises:
       ValueError: the table has another number of levels, or S does not fill rows of words.

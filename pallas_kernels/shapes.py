@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_attention import Pages, Rotation
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack, words_in_row
-from pallas_kernels.ragged_quantized_decode_attention import in_a_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +105,12 @@ class RaggedShape:
         return f"P{self.P}-page{self.page}-{self.decode}"
 
     def abstract(self) -> tuple:
-        """`(q, k, v, owner, q_pos, k_pos)` without numbers."""
+        """`(q, k, v, q_pos, k_pos, pages)` without numbers."""
         at, x = jax.ShapeDtypeStruct, self.decode
         q, _, _, q_pos, _, _ = x.abstract()
-        slots = (x.B, self.P * self.page)
+        slots = (x.B, 1, self.P * self.page)
         kv = at((*slots, x.H), x.dtype)
-        return q, kv, kv, at((x.B, self.P), jnp.int32), q_pos, at(slots, jnp.int32)
+        return q, kv, kv, q_pos, at(slots, jnp.int32), Pages(at((x.B, self.P), jnp.int32), x.K)
 
     def draw(self, seed: int) -> tuple[jax.Array, ...]:
         """Half of the pages belong to head 0; pages of a head lie together, and the last ones are empty."""
@@ -122,8 +122,9 @@ class RaggedShape:
         owner[:, -2:] = 0
         k_pos = k_pos.at[:, -2:].set(-1)
         q_pos = rng.integers(self.page // 2, self.page + 1, size=(x.B, x.T))
-        in_a_row = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
-        return q, in_a_row(k), in_a_row(v), jnp.int32(owner), jnp.int32(q_pos), in_a_row(k_pos)
+        one_head = lambda x: x.reshape(x.shape[0], 1, -1, *x.shape[3:])
+        pages = Pages(jnp.int32(owner), self.decode.K)
+        return q, one_head(k), one_head(v), jnp.int32(q_pos), one_head(k_pos), pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,20 +139,18 @@ class RaggedQuantizedShape:
         return f"{x.bits}bit-{x.key_axis}{x.key_group}-{x.value_group}-{self.pages}"
 
     def abstract(self) -> tuple:
-        """`(q, k, v, owner, q_pos, k_pos)` without numbers."""
-        q, k, v, owner, q_pos, k_pos = self.pages.abstract()
-        return q, *jax.eval_shape(self._pack, k, v, k_pos), owner, q_pos, k_pos
+        """`(q, k, v, q_pos, k_pos, pages)` without numbers."""
+        q, k, v, q_pos, k_pos, pages = self.pages.abstract()
+        return q, *jax.eval_shape(self._pack, k, v, k_pos), q_pos, k_pos, pages
 
     def draw(self, seed: int) -> tuple:
         """As `RaggedShape.draw`, with keys and values packed page by page."""
-        q, k, v, owner, q_pos, k_pos = self.pages.draw(seed)
-        return q, *jax.jit(self._pack)(k, v, k_pos), owner, q_pos, k_pos
+        q, k, v, q_pos, k_pos, pages = self.pages.draw(seed)
+        return q, *jax.jit(self._pack)(k, v, k_pos), q_pos, k_pos, pages
 
     def _pack(self, k, v, k_pos) -> tuple[Packed, Packed]:
-        paged = lambda x: x.reshape(x.shape[0], self.pages.P, self.pages.page, *x.shape[2:])
         of_page = dataclasses.replace(self.pages.decode, S=self.pages.page)
-        packed = dataclasses.replace(self.packed, decode=of_page)._pack(paged(k_pos) >= 0, paged(k), paged(v))
-        return tuple(in_a_row(x, axis) for x, axis in zip(packed, (self.packed.key_axis, "token")))
+        return dataclasses.replace(self.packed, decode=of_page)._pack(k_pos >= 0, k, v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,13 +165,14 @@ class LowrankShape:
         return f"R{self.R}-{'joint-' if self.joint else ''}{self.decode}"
 
     def abstract(self) -> tuple:
-        """`(q, k, v, basis, inv_freq, q_pos, k_pos)` without numbers."""
+        """`(q, k, v, q_pos, k_pos, rotation)` without numbers."""
         at, x = jax.ShapeDtypeStruct, self.decode
         q, _, _, q_pos, _, _ = x.abstract()
         slots = (x.B, 1 if self.joint else x.K, x.S)
         latent = at((*slots, self.R), x.dtype)
         basis = at((1, x.K, x.H, self.R), jnp.float32)
-        return q, latent, latent, basis, at((x.H // 2,), jnp.float32), q_pos, at(slots, jnp.int32)
+        rotation = Rotation(at((x.H // 2,), jnp.float32), basis=basis)
+        return q, latent, latent, q_pos, at(slots, jnp.int32), rotation
 
     def draw(self, seed: int) -> tuple[jax.Array, ...]:
         """As `DecodeShape.draw`; coordinates of norm `sqrt(R)` make keys of norm `sqrt(H)`."""
@@ -181,7 +181,7 @@ class LowrankShape:
         _, k, v, _, k_pos = dataclasses.replace(x, K=1 if self.joint else x.K, H=self.R).draw(seed)
         basis = rng.normal(size=(1, x.K, x.H, self.R)) * self.R**-0.5
         inv_freq = 10000.0 ** (-np.arange(0, x.H, 2) / x.H)
-        return q, k, v, jnp.float32(basis), jnp.float32(inv_freq), q_pos, k_pos
+        return q, k, v, q_pos, k_pos, Rotation(jnp.float32(inv_freq), basis=jnp.float32(basis))
 
 
 CHECKED = (

@@ -46,15 +46,16 @@ def pack_planes(code: jax.Array, bits: int, in_row: int = 1) -> tuple[jax.Array,
     Args:
       code: u32[B, K, S, H] below `2**bits`; S must fill whole rows of words of every plane.
       bits: of a code.
-      in_row: words of a channel that lie side by side.
+      in_row: runs of slots that lie side by side, each of as many as a word of the widest plane holds.
 
     Returns:
       For every plane of b bits u32[B, K, S * b / 32 / in_row, in_row * H].
     """
-    B, K, _, H = code.shape
-    packed = []
+    B, K, S, H = code.shape
+    runs = code.reshape(B, K, -1, in_row, WORD_BITS // planes(bits)[0], H).swapaxes(3, 4)
+    code, packed = runs.reshape(B, K, S // in_row, in_row * H), []
     for plane in planes(bits):
-        packed.append(pack(code & (2**plane - 1), plane).reshape(B, K, -1, in_row * H))
+        packed.append(pack(code & (2**plane - 1), plane))
         code = code >> plane
     return tuple(packed)
 
@@ -63,7 +64,8 @@ def unpack_planes(words: Sequence[jax.Array], bits: int, channels: int) -> jax.A
     """The inverse of `pack_planes`: u32[B, K, S, channels] codes."""
     code, shift = 0, 0
     for x, plane in zip(words, planes(bits), strict=True):
-        B, K, rows, width = x.shape
-        code = code | (unpack(x.reshape(B, K, rows * width // channels, channels), plane) << shift)
+        code = code | (unpack(x, plane) << shift)
         shift += plane
-    return code
+    B, K, rows, width = code.shape
+    runs = code.reshape(B, K, -1, WORD_BITS // planes(bits)[0], width // channels, channels).swapaxes(3, 4)
+    return runs.reshape(B, K, rows * width // channels, channels)

@@ -16,7 +16,7 @@ from experiments import measurements
 from experiments.recipes.recipe import Recipe, context_positions, read_context
 from kvjax.segments.segment import unrotated
 from models.decoder import layer_rope
-from pallas_kernels.quantize_pack import WORD_BITS, Axis, dequantize, quantize_pack
+from pallas_kernels.quantize_pack import WORD_BITS, Axis, quantize_pack
 
 
 @gin.configurable(module="experiments")
@@ -96,4 +96,4 @@ def rounded(c: jax.Array, bits: int, group: int, axis: Axis) -> jax.Array:
     exact = jnp.pad(exact, ((0, 0), (0, -P % math.lcm(group, WORD_BITS // bits)), (0, 0)))[:, None]
     there = jnp.broadcast_to(jnp.arange(exact.shape[2]) < P, exact.shape[:3])
     packed = quantize_pack(exact, there, bits=bits, group=group, axis=axis, scale_dtype=jnp.bfloat16)
-    return c + dequantize(packed, bits=bits, axis=axis)[:, 0, :P] - exact[:, 0, :P]
+    return c + packed.decode()[:, 0, :P] - exact[:, 0, :P]

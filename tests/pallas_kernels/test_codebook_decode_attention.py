@@ -1,11 +1,11 @@
-"""`codebook_decode_attention` equals attention over centroids, and the lookup tables of MILLION."""
+"""`decode_attention` of codes equals that of their centroids, and the lookup tables of MILLION."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.codebook_decode_attention import api as op
+from pallas_kernels.decode_attention import api as op
 from pallas_kernels.product_quantize import api as pq
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.test_product_quantize import nearest
@@ -16,7 +16,7 @@ CLOSE = dict(rtol=3e-5, atol=3e-5)
 TILE = 512
 B, T, K, G, H = 2, 2, 2, 2, 8
 
-codebook_decode_attention = quick_jit(op.codebook_decode_attention, static_argnames=("window", "scale"))
+decode_attention = quick_jit(op.decode_attention, static_argnames=("window", "scale"))
 
 
 def _draw(seed: int, S: int, key_shape=(4, 16, 2), value_shape=(2, 64, 4)):
@@ -39,7 +39,7 @@ def _codes(k, v, key_book, value_book, k_pos):
 def test_attention_over_centroids(S, how):
     q, k, v, *books, q_pos, k_pos = _draw(S, S)
     codes = _codes(k, v, *books, k_pos)
-    got = codebook_decode_attention(q, *codes, q_pos, k_pos, **how)
+    got = decode_attention(q, *codes, q_pos, k_pos, **how)
     want = attention(q, *(x.decode() for x in codes), q_pos, k_pos, **how)
     assert got.out.dtype == got.lse.dtype == jnp.float32
     np.testing.assert_allclose(got.out, want.out, **CLOSE)
@@ -48,7 +48,7 @@ def test_attention_over_centroids(S, how):
 
 def test_the_papers_lookup_tables():
     q, k, v, key_book, value_book, q_pos, k_pos = _draw(0, 32)
-    got = codebook_decode_attention(q, *_codes(k, v, key_book, value_book, k_pos), q_pos, k_pos)
+    got = decode_attention(q, *_codes(k, v, key_book, value_book, k_pos), q_pos, k_pos)
     key_codes, value_codes = nearest(k, key_book), nearest(v, value_book)
     key_book, value_book = (np.asarray(book, np.float64) for book in (key_book, value_book))
     for b in range(B):
@@ -71,5 +71,5 @@ def test_the_papers_lookup_tables():
 def test_empty_slots_make_an_empty_part(S):
     q, k, v, *books, q_pos, k_pos = _draw(4, 16)
     codes = (x.cut(0, S) for x in _codes(k, v, *books, k_pos))
-    part = codebook_decode_attention(q, *codes, q_pos, np.full((B, K, S), -1, np.int32))
+    part = decode_attention(q, *codes, q_pos, np.full((B, K, S), -1, np.int32))
     assert not part.out.any() and (part.lse == -jnp.inf).all()

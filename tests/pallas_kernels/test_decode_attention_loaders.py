@@ -1,4 +1,4 @@
-"""The TPU kernel of `decode_attention`, interpreted: loaders of keys beside those of values, gains, rotations, pages."""
+"""The TPU kernel of `decode_attention`, interpreted: any keys beside any values, gains, rotations and pages."""
 
 import functools
 
@@ -101,7 +101,9 @@ def test_gains(pair):
     check(*draw(*pair, 1, S=608 if "dense" in pair else 640, T=2, gains=True), window=300, scale=0.05)
 
 
-@pytest.mark.parametrize("pair", [("levels 4", "levels 2"), ("int4 token", "levels 4")], ids=str)
+@pytest.mark.parametrize(
+    "pair", [("levels 4", "levels 2"), ("int4 token", "levels 3"), ("levels 3", "levels 4")], ids=str
+)
 def test_two_words_in_a_row(pair):
     check(*draw(*pair, 2, H=64, gains=True))
 
@@ -144,7 +146,7 @@ def test_unrotated_pages():
     "key, value, H, reason",
     [
         ("dense", "int4 channel", 128, "takes values that are packed per token"),
-        ("dense", "levels 3", 64, "takes two words in a row of 2 or 4 bits"),
+        ("dense", "levels 3", 32, "takes one or two runs in a row of a multiple of 256 slots, got 4"),
         ("levels 4", "dense", 96, "takes keys of levels that fill 128 lanes, got 96 channels"),
     ],
 )

@@ -290,6 +290,7 @@ def test_levels_are_the_nearest(bits):
     x = np.random.default_rng(bits).normal(size=(1, 2, 64, 8)).astype(np.float32)
     table = np.float32(LEVELS[bits])
     got = nearest_levels(jnp.asarray(x), jnp.asarray(table), in_row=2)
+    assert got.shape == x.shape and got.block == 64 // {2: 2, 3: 1, 4: 4}[bits]
     np.testing.assert_array_equal(got.decode(), table[np.abs(x[..., None] - table).argmin(-1)])
     assert sum(words.nbytes for words in got.planes) == x.size * bits // 8
 

@@ -12,11 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from experiments.tpu_compiler import LIBTPU_ENVIRONMENT, compile_for, compile_only_device
 from pallas_kernels import tpu_decode, tpu_device
 from pallas_kernels.block_sizes import Table, use
-from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
-from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
+from pallas_kernels.decode_attention import PageRun, decode_attention
 from pallas_kernels.shapes import DecodeShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
+from tests.pallas_kernels.attend import attend
 from tests.pallas_kernels.kernel_tolerance import BFLOAT16
 
 KERNEL = dict(implementation="mosaic_tpu")
@@ -36,24 +34,22 @@ def test_the_logarithm_of_zero_is_never_asked_for(monkeypatch):
 
 DECODE = DecodeShape(B=2, K=2, G=4, dtype="bfloat16")
 POOLS = {
-    "dense": (ragged_decode_attention, RaggedShape(DECODE, P=160)),
-    "packed": (
-        functools.partial(ragged_quantized_decode_attention, bits=4),
-        RaggedQuantizedShape(RaggedShape(DECODE, P=48, page=32), QuantizedShape(DecodeShape(), 4)),
-    ),
+    "dense": RaggedShape(DECODE, P=160),
+    "packed": RaggedQuantizedShape(RaggedShape(DECODE, P=48, page=32), QuantizedShape(DecodeShape(), 4)),
 }
 
 
 @pytest.mark.parametrize("name", POOLS)
 def test_a_run_ends_with_its_pool(name):
     """As in the reference: pages that are not there are not attended to, and the last ones count once."""
-    op, shape = POOLS[name]
+    shape = POOLS[name]
     pages = getattr(shape, "pages", shape).P
     run = PageRun(jnp.array([pages - 20, pages + 3], jnp.int32), jnp.array([500, 7], jnp.int32))
-    args, op = shape.draw(0), functools.partial(op, kv_heads=2, run=run)
+    *args, owned = shape.draw(0)
+    args = *args, owned.replace(run=run)
     with pltpu.force_tpu_interpret_mode():
-        got = jax.jit(functools.partial(op, **KERNEL))(*args)
-    want = jax.jit(functools.partial(op, implementation="xla"))(*args)
+        got = jax.jit(functools.partial(attend, **KERNEL))(*args)
+    want = jax.jit(functools.partial(attend, implementation="xla"))(*args)
     np.testing.assert_allclose(got.out, want.out, **BFLOAT16)
     np.testing.assert_allclose(got.lse, want.lse, **BFLOAT16)
     assert (got.lse[1] == -jnp.inf).all()
@@ -81,7 +77,7 @@ def test_what_exceeds_vmem_is_refused_and_what_is_taken_compiles(topology, monke
     def taken(group: int) -> bool:
         """Keys of which a group of slots, and with it a tile, cannot be parted."""
         shape = QuantizedShape(DecodeShape(G=4, S=2 * group, dtype="bfloat16"), 8, key_group=group)
-        op = functools.partial(quantized_decode_attention, bits=8, **KERNEL)
+        op = functools.partial(decode_attention, **KERNEL)
         try:
             compile_for(device, op, *shape.abstract()[:5])
         except NotImplementedError as error:

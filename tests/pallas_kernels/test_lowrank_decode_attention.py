@@ -1,4 +1,4 @@
-"""`lowrank_decode_attention` by hand and on expanded keys; its TPU kernel against the reference."""
+"""`decode_attention` of keys from before the rotation: by hand, on expanded keys, and its TPU kernel."""
 
 import functools
 
@@ -8,17 +8,18 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
-from pallas_kernels.decode_attention import reference
-from pallas_kernels.lowrank_decode_attention import api
+from pallas_kernels.decode_attention import Rotation, reference
 from pallas_kernels.shapes import CHECKED_LOWRANK, DecodeShape, LowrankShape
+from tests.pallas_kernels.attend import attend
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
 
 
 def run(implementation, args, mean=None, at=None, **how):
-    op = functools.partial(api.lowrank_decode_attention, implementation=implementation, **how)
-    return quick_jit(lambda args, mean, at: op(*args, mean=mean, at=at))(args, mean, at)
+    *args, rotation = args
+    op = functools.partial(attend, implementation=implementation, **how)
+    return quick_jit(op)(*args, rotation._replace(mean=mean, at=at))
 
 
 def turned(k, at, inv_freq):
@@ -32,7 +33,7 @@ def unrotated(shape: DecodeShape, seed: int) -> tuple:
     """`(args, at)` of keys without a basis, rotated by other numbers than their tokens' positions."""
     q, k, v, q_pos, k_pos = shape.draw(seed)
     inv_freq = jnp.float32(10000.0 ** (-np.arange(0, shape.H, 2) / shape.H))
-    return (q, k, v, None, inv_freq, q_pos, k_pos), jnp.maximum(jnp.cumsum(k_pos >= 0, axis=-1) - 1, 0)
+    return (q, k, v, q_pos, k_pos, Rotation(inv_freq)), jnp.maximum(jnp.cumsum(k_pos >= 0, axis=-1) - 1, 0)
 
 
 def test_a_quarter_turn_by_hand():
@@ -41,7 +42,7 @@ def test_a_quarter_turn_by_hand():
     v = jnp.float32([1.0, 2.0, 4.0]).reshape(1, 1, 3, 1)
     basis, inv_freq = jnp.float32([[1.0], [0.0]]).reshape(1, 1, 2, 1), jnp.float32([np.pi / 2])
     q = jnp.float32([0.0, 1.0]).reshape(1, 1, 1, 2)
-    part = run("xla", (q, c, v, basis, inv_freq, jnp.array([[2]]), jnp.array([[[0, 1, 2]]])), scale=1.0)
+    part = run("xla", (q, c, v, jnp.array([[2]]), jnp.array([[[0, 1, 2]]]), Rotation(inv_freq, basis=basis)), scale=1.0)
     # Logits 0, log 3 and 0.
     np.testing.assert_allclose(part.out.item(), (1 + 6 + 4) / 5, rtol=1e-6)
     np.testing.assert_allclose(part.lse.item(), np.log(5.0), rtol=1e-6)
@@ -50,7 +51,7 @@ def test_a_quarter_turn_by_hand():
 @pytest.mark.parametrize("joint", [False, True])
 def test_it_is_attention_over_expanded_and_rotated_keys(joint):
     shape = LowrankShape(DecodeShape(B=2, T=2, K=2, G=2, S=530, H=16), R=6, joint=joint)
-    q, c, v, basis, inv_freq, q_pos, k_pos = args = shape.draw(1)
+    q, c, v, q_pos, k_pos, (inv_freq, _, basis, _) = args = shape.draw(1)
     mean = jnp.float32(np.random.default_rng(2).normal(size=(2, 16)))
     got = run("xla", args, mean, window=300)
     k = np.einsum("bksr,akhr->bksh", np.float64(c), np.float64(basis)) + np.float64(mean)[:, None]
@@ -78,7 +79,7 @@ def test_the_tpu_kernel(shape, monkeypatch):
 def test_keys_without_a_basis_are_rotated_by_what_is_said(monkeypatch):
     monkeypatch.setattr(reference, "_ROTATED", 200)
     args, at = unrotated(DecodeShape(B=2, T=2, K=2, G=2, S=530, H=16), 1)
-    q, k, v, _, inv_freq, q_pos, k_pos = args
+    q, k, v, q_pos, k_pos, (inv_freq, *_) = args
     for by in (None, at):
         got = run("xla", args, at=by, window=300)
         of_keys = turned(np.float64(k), k_pos if by is None else by, inv_freq)
@@ -103,4 +104,4 @@ def test_the_tpu_kernel_without_a_basis(shape, ranked, monkeypatch):
 def test_unsupported_shapes_are_named():
     shape = LowrankShape(DecodeShape(H=24, S=8), R=4)
     with pytest.raises(NotImplementedError, match="heads of a multiple of 16 channels, got 24"):
-        api.lowrank_decode_attention(*shape.abstract(), implementation="mosaic_tpu")
+        attend(*shape.abstract(), implementation="mosaic_tpu")

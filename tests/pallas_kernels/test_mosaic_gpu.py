@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import PageRun, decode_attention
 from pallas_kernels.decode_attention.mosaic_gpu_dense import SLOTS, as_rows, by_token, parts
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import quantize_pack, words_in_row
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
 from pallas_kernels.shapes import DecodeShape, RaggedShape
+from tests.pallas_kernels.attend import attend
 from tests.quick_jit import quick_jit
 
 SHAPES = (
@@ -62,8 +61,8 @@ def quantized(shape: DecodeShape, bits: int, axis: str, group=32, channels=32, s
 def test_quantized_lowers_for_cuda(bits, shape, axis, group, channels):
     arrays = quantized(shape, bits, axis, group, channels)
     bias = jax.ShapeDtypeStruct(arrays[4].shape, jnp.float32)
-    op = lambda *arrays, **how: quantized_decode_attention(*arrays[:5], bias=arrays[5], **how)
-    how = dict(bits=bits, key_axis=axis, window=100, implementation="mosaic_gpu")
+    op = lambda *arrays, **how: decode_attention(*arrays[:5], bias=arrays[5], **how)
+    how = dict(window=100, implementation="mosaic_gpu")
     text = for_cuda(op, *arrays, bias, **how)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
     assert ("dot_general" in text) == (shape.S % (SLOTS * (group or 32)) != 0)
@@ -81,14 +80,13 @@ def test_quantized_lowers_for_cuda(bits, shape, axis, group, channels):
     ids=str,
 )
 def test_ragged_lowers_for_cuda(shape):
-    arrays = shape.abstract()
-    run = PageRun(*[jax.ShapeDtypeStruct(arrays[3].shape[:1], jnp.int32)] * 2)
-    op = lambda *arrays, **how: ragged_decode_attention(*arrays[:6], run=arrays[6], **how)
-    how = dict(kv_heads=shape.decode.K, window=100, implementation="mosaic_gpu")
-    text = for_cuda(op, *arrays, run, **how)
+    *arrays, pages = shape.abstract()
+    pages = pages.replace(run=PageRun(*[jax.ShapeDtypeStruct((shape.decode.B,), jnp.int32)] * 2))
+    how = dict(window=100, implementation="mosaic_gpu")
+    text = for_cuda(attend, *arrays, pages, **how)
     assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
     assert ("dot_general" in text) == (shape.P * shape.page % SLOTS != 0)
-    got = jax.eval_shape(functools.partial(op, **how), *arrays, run)
+    got = jax.eval_shape(functools.partial(attend, **how), *arrays, pages)
     assert got.out.shape == (shape.decode.B, shape.decode.T, shape.decode.K * shape.decode.G, shape.decode.H)
 
 
@@ -96,9 +94,9 @@ def test_nobody_gets_a_gpu_kernel_who_did_not_ask():
     *arrays, _ = SHAPES[0].abstract()
     assert "mosaic_gpu" not in for_cuda(decode_attention, *arrays)
     arrays = quantized(DecodeShape(S=2048, dtype="bfloat16"), 4, "channel")
-    assert "mosaic_gpu" not in for_cuda(quantized_decode_attention, *arrays, bits=4)
+    assert "mosaic_gpu" not in for_cuda(decode_attention, *arrays)
     arrays = RaggedShape(DecodeShape(dtype="bfloat16"), P=8).abstract()
-    assert "mosaic_gpu" not in for_cuda(ragged_decode_attention, *arrays, kv_heads=1)
+    assert "mosaic_gpu" not in for_cuda(attend, *arrays)
 
 
 def test_rows_and_tokens_are_inverse():
@@ -146,7 +144,7 @@ def test_unsupported_shapes_are_named(shape, reason):
 )
 def test_unsupported_packed_shapes_are_named(shape, how, reason):
     arrays = quantized(shape, 4, "channel", **how)
-    op = functools.partial(quantized_decode_attention, bits=4, implementation="mosaic_gpu")
+    op = functools.partial(decode_attention, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=f"decode_attention: mosaic_gpu {reason}"):
         jax.eval_shape(op, *arrays)
 
@@ -162,6 +160,6 @@ def test_unsupported_packed_shapes_are_named(shape, how, reason):
     ],
 )
 def test_unsupported_pages_are_named(shape, reason):
-    op = functools.partial(ragged_decode_attention, kv_heads=shape.decode.K, implementation="mosaic_gpu")
+    op = functools.partial(attend, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=f"decode_attention: mosaic_gpu .*{reason}"):
         jax.eval_shape(op, *shape.abstract())

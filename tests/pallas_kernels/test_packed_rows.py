@@ -8,10 +8,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
 from pallas_kernels.decode_attention.tiles.word_rows import halves, in_order
-from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
 from pallas_kernels.shapes import DecodeShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
+from tests.pallas_kernels.attend import attend
 from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
 
@@ -36,11 +35,10 @@ SHAPES = (
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, monkeypatch):
     monkeypatch.setattr(tpu_decode_blocks, "_MOST_SLOTS", 512)
-    op = functools.partial(quantized_decode_attention, bits=shape.bits, key_axis=shape.key_axis)
     args = shape.draw(0)
     with pltpu.force_tpu_interpret_mode():
-        got = quick_jit(functools.partial(op, implementation="mosaic_tpu"))(*args)
-    want = quick_jit(functools.partial(op, implementation="xla"))(*args)
+        got = quick_jit(functools.partial(attend, implementation="mosaic_tpu"))(*args)
+    want = quick_jit(functools.partial(attend, implementation="xla"))(*args)
     np.testing.assert_allclose(got.out, want.out, **tolerance(shape.decode.dtype))
     np.testing.assert_allclose(got.lse, want.lse, **tolerance(shape.decode.dtype))
 
@@ -50,11 +48,10 @@ def test_pages_whose_queries_fill_one_register(K, G):
     """Eight of them, and few that are there several times, padding included."""
     decode = DecodeShape(K=K, G=G, dtype="bfloat16")
     shape = RaggedQuantizedShape(RaggedShape(decode, 32, page=32), QuantizedShape(DecodeShape(), 4))
-    op = functools.partial(ragged_quantized_decode_attention, kv_heads=K, bits=4)
     args = shape.draw(0)
     with pltpu.force_tpu_interpret_mode():
-        got = quick_jit(functools.partial(op, implementation="mosaic_tpu"))(*args)
-    want = quick_jit(functools.partial(op, implementation="xla"))(*args)
+        got = quick_jit(functools.partial(attend, implementation="mosaic_tpu"))(*args)
+    want = quick_jit(functools.partial(attend, implementation="xla"))(*args)
     np.testing.assert_allclose(got.out, want.out, **tolerance("bfloat16"))
     np.testing.assert_allclose(got.lse, want.lse, **tolerance("bfloat16"))
 
@@ -65,7 +62,7 @@ def test_zeros_far_from_the_codes_are_not_rounded():
     q, k, v, q_pos, k_pos = shape.draw(0)
     n = v.affine.shape[2] // 2
     moved = [k.replace(affine=k.affine.at[..., 128:].add(50)), v.replace(affine=v.affine.at[:, :, n:].add(50))]
-    op = functools.partial(quantized_decode_attention, bits=4, scale=0.01)
+    op = functools.partial(attend, scale=0.01)
     with pltpu.force_tpu_interpret_mode():
         got = quick_jit(functools.partial(op, implementation="mosaic_tpu"))(q, *moved, q_pos, k_pos)
     want = quick_jit(functools.partial(op, implementation="xla"))(q.astype(jnp.float32), *moved, q_pos, k_pos)

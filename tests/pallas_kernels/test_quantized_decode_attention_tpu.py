@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
-from pallas_kernels.quantized_decode_attention import api
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.shapes import CHECKED_QUANTIZED, DecodeShape, QuantizedShape
 from tests.pallas_kernels.kernel_tolerance import tolerance
 from tests.quick_jit import quick_jit
@@ -21,7 +21,7 @@ def several_tiles(monkeypatch):
 
 
 def check(shape, args, **how):
-    op = functools.partial(api.quantized_decode_attention, bits=shape.bits, key_axis=shape.key_axis, **how)
+    op = functools.partial(decode_attention, **how)
     with pltpu.force_tpu_interpret_mode():
         got = quick_jit(functools.partial(op, implementation="mosaic_tpu"))(*args)
     want = quick_jit(functools.partial(op, implementation="xla"))(*args)
@@ -60,6 +60,4 @@ def test_window_bias_and_scale():
 def test_unsupported_shapes_are_named(shape, reason):
     args = shape.abstract()[:5]
     with pytest.raises(NotImplementedError, match=reason):
-        api.quantized_decode_attention(
-            *args, bits=shape.bits, key_axis=shape.key_axis, implementation="mosaic_tpu"
-        )
+        decode_attention(*args, implementation="mosaic_tpu")

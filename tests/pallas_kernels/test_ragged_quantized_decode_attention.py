@@ -1,16 +1,13 @@
-"""`ragged_quantized_decode_attention` on what its codes stand for; its TPU kernel against the reference."""
+"""`decode_attention` over packed pages on what its codes stand for; its TPU kernel against the reference."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantize_pack import dequantize
-from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
-from pallas_kernels.ragged_quantized_decode_attention import api, as_pages, in_a_row
+from pallas_kernels.decode_attention import PageRun
 from pallas_kernels.shapes import (
     CHECKED_RAGGED_QUANTIZED,
     DecodeShape,
@@ -18,6 +15,7 @@ from pallas_kernels.shapes import (
     RaggedQuantizedShape,
     RaggedShape,
 )
+from tests.pallas_kernels.attend import attend
 from tests.pallas_kernels.kernel_tolerance import FLOAT32, tolerance
 from tests.quick_jit import quick_jit
 
@@ -31,11 +29,10 @@ SMALL = {
 RUNS = [None, ([1, 30], [5, 9]), ([39, 0], [1, 40]), ([40, 3], [0, 0])]
 
 
-def run(implementation, shape, args, bias=None, runs=None, **how):
-    packed = shape.packed
-    how = dict(kv_heads=shape.pages.decode.K, bits=packed.bits, key_axis=packed.key_axis, **how)
-    op = functools.partial(api.ragged_quantized_decode_attention, implementation=implementation, **how)
-    return quick_jit(lambda args, bias, runs: op(*args, bias=bias, run=runs))(args, bias, runs)
+def run(implementation, args, bias=None, runs=None, **how):
+    *args, pages = args
+    op = functools.partial(attend, implementation=implementation, **how)
+    return quick_jit(lambda args, bias: op(*args, bias=bias))((*args, pages.replace(run=runs)), bias)
 
 
 def page_run(runs, shape):
@@ -51,35 +48,22 @@ def page_run(runs, shape):
 @pytest.mark.parametrize("runs", RUNS, ids=str)
 def test_it_is_attention_over_what_the_codes_stand_for(axis, runs):
     shape = SMALL[axis]
-    q, k, v, owner, q_pos, k_pos = args = shape.draw(0)
+    q, k, v, *rest = args = shape.draw(0)
     runs = page_run(runs, shape)
-    dense = (dequantize(x, bits=4, axis=of)[:, 0] for x, of in ((k, axis), (v, "token")))
-    want = ragged_decode_attention(
-        q, *dense, owner, q_pos, k_pos, kv_heads=3, run=runs, window=12, implementation="xla"
-    )
-    got = run("xla", shape, args, runs=runs, window=12)
+    want = run("xla", (q, k.decode(), v.decode(), *rest), runs=runs, window=12)
+    got = run("xla", args, runs=runs, window=12)
     np.testing.assert_allclose(got.out, want.out, **FLOAT32)
     np.testing.assert_allclose(got.lse, want.lse, **FLOAT32)
-
-
-@pytest.mark.parametrize("axis", SMALL)
-def test_pages_and_rows_are_inverse(axis):
-    k = SMALL[axis].draw(0)[1]
-    pages = as_pages(k, 40, axis)
-    assert dequantize(pages, bits=4, axis=axis).shape == (2, 40, 16, 16)
-    back = in_a_row(pages, axis)
-    np.testing.assert_array_equal(back.words, k.words)
-    np.testing.assert_array_equal(back.affine, k.affine)
 
 
 @pytest.mark.parametrize("runs", RUNS, ids=str)
 @pytest.mark.parametrize("shape", CHECKED_RAGGED_QUANTIZED, ids=str)
 def test_the_tpu_kernel(shape, runs):
     args, runs = shape.draw(0), page_run(runs, shape)
-    bias = jnp.float32(np.random.default_rng(1).normal(size=args[5].shape))
+    bias = jnp.float32(np.random.default_rng(1).normal(size=args[4].shape))
     with pltpu.force_tpu_interpret_mode():
-        got = run("mosaic_tpu", shape, args, bias, runs, window=12)
-    want = run("xla", shape, args, bias, runs, window=12)
+        got = run("mosaic_tpu", args, bias, runs, window=12)
+    want = run("xla", args, bias, runs, window=12)
     dtype = shape.pages.decode.dtype
     np.testing.assert_allclose(got.out, want.out, **tolerance(dtype))
     np.testing.assert_allclose(got.lse, want.lse, **tolerance(dtype))
@@ -87,6 +71,5 @@ def test_the_tpu_kernel(shape, runs):
 
 def test_unsupported_shapes_are_named():
     shape = RaggedQuantizedShape(RaggedShape(DecodeShape(T=65, K=2), P=2, page=32), QuantizedShape(DecodeShape(), 4))
-    op = functools.partial(api.ragged_quantized_decode_attention, kv_heads=2, bits=4, implementation="mosaic_tpu")
     with pytest.raises(NotImplementedError, match=r"T \* N = 130 of q \[1, 65, 2, 128\]"):
-        jax.eval_shape(op, *shape.abstract())
+        attend(*shape.abstract(), implementation="mosaic_tpu")

@@ -11,22 +11,29 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode_blocks
 from pallas_kernels.attention_mass import attention_mass
-from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
+from pallas_kernels.decode_attention import PageRun
+from pallas_kernels.levels import nearest_levels
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import quantize_pack
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
-from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
 from pallas_kernels.shapes import DecodeShape, LowrankShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
 from pallas_kernels.slot_write import write_slot
+from tests.pallas_kernels.attend import attend
 from tests.pallas_kernels.kernel_tolerance import BFLOAT16
 
 ONE = DecodeShape(K=2, G=4, S=512, dtype="bfloat16")  # one row, whose slots the cores share
 PACKED = QuantizedShape(ONE, 4)
-RUN = PageRun(jnp.array([3, 70], jnp.int32), jnp.array([100, 0], jnp.int32))
-PAGES = RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=160)
 OVERHANGING = DecodeShape(B=2, K=2, G=4, S=600, dtype="bfloat16")
+
+
+def _levels():
+    q, k, v, *rest = ONE.draw(0)
+    table = jnp.linspace(-2.0, 2.0, 8)
+    return q, nearest_levels(k, table), nearest_levels(v, table), *rest
+
+
+def _run_of_pages():
+    *args, pages = RaggedShape(DecodeShape(B=2, K=2, G=4, dtype="bfloat16"), P=160).draw(0)
+    return *args, pages.replace(run=PageRun(jnp.array([3, 70], jnp.int32), jnp.array([100, 0], jnp.int32)))
 
 
 def _observed():
@@ -40,15 +47,13 @@ def _prompt():
 
 
 CASES = {
-    "dense": (decode_attention, ONE.draw(0)),
-    "overhang": (decode_attention, OVERHANGING.draw(0)),
-    "int4": (functools.partial(quantized_decode_attention, bits=4), PACKED.draw(0)),
-    "ragged": (functools.partial(ragged_decode_attention, kv_heads=2, run=RUN), PAGES.draw(0)),
-    "packed pages": (
-        functools.partial(ragged_quantized_decode_attention, kv_heads=2, bits=4),
-        RaggedQuantizedShape(RaggedShape(ONE, 64, page=32), PACKED).draw(0),
-    ),
-    "rank 16": (lowrank_decode_attention, LowrankShape(ONE, 16).draw(0)),
+    "dense": (attend, ONE.draw(0)),
+    "overhang": (attend, OVERHANGING.draw(0)),
+    "int4": (attend, PACKED.draw(0)),
+    "levels": (attend, _levels()),
+    "ragged": (attend, _run_of_pages()),
+    "packed pages": (attend, RaggedQuantizedShape(RaggedShape(ONE, 64, page=32), PACKED).draw(0)),
+    "rank 16": (attend, LowrankShape(ONE, 16).draw(0)),
     "mass": (attention_mass, _observed()),
     "prefill": (prefill_attention, _prompt()),
     "pack": (

@@ -9,76 +9,75 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.lowrank_decode_attention import lowrank_decode_attention
-from pallas_kernels.quantized_decode_attention import quantized_decode_attention
-from pallas_kernels.ragged_decode_attention import PageRun, ragged_decode_attention
-from pallas_kernels.ragged_quantized_decode_attention import ragged_quantized_decode_attention
+from pallas_kernels.decode_attention import PageRun, Rotation
+from pallas_kernels.levels import nearest_levels
 from pallas_kernels.shapes import LLAMA_8B, LowrankShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
 from pallas_kernels.shapes import SMOLLM2 as SHORT
+from pallas_kernels.words import words_in_row
+from tests.pallas_kernels.attend import attend
 
 pytestmark = pytest.mark.tpu_compile
 
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1")
-TPU = dict(implementation="mosaic_tpu")
+OP = functools.partial(attend, implementation="mosaic_tpu")
 SMOLLM2 = dataclasses.replace(SHORT, S=32768)
 
 
 def _quantized(shape, bits, key_axis="channel"):
-    op = functools.partial(quantized_decode_attention, bits=bits, key_axis=key_axis, **TPU)
-    return op, QuantizedShape(shape, bits, key_axis).abstract()[:5]
+    return OP, QuantizedShape(shape, bits, key_axis).abstract()[:5]
 
 
-def _ragged(shape, pages):
-    return functools.partial(ragged_decode_attention, kv_heads=shape.K, **TPU), RaggedShape(shape, pages).abstract()
+def _mixed(shape):
+    """Levels of 3 bits as keys beside packed values of 4, both with norms."""
+    q, _, v, q_pos, k_pos, _ = QuantizedShape(shape, 4).abstract()
+    in_row, table = words_in_row(shape.H, shape.S // 32), jax.ShapeDtypeStruct((8,), jnp.float32)
+    k = jax.eval_shape(functools.partial(nearest_levels, in_row=in_row), shape.abstract()[1], table)
+    op = lambda q, k, v, q_pos, k_pos, k_gain, v_gain: OP(q, k, v, q_pos, k_pos, k_gain=k_gain, v_gain=v_gain)
+    return op, (q, k, v, q_pos, k_pos, *[jax.ShapeDtypeStruct(k_pos.shape, jnp.float32)] * 2)
+
+
+def _run(shape):
+    """A run of the pages of a shape."""
+    *args, pages = shape.abstract()
+    rows = jax.ShapeDtypeStruct(pages.owner.shape[:1], jnp.int32)
+    return OP, (*args, pages.replace(run=PageRun(rows, rows)))
 
 
 def _packed_pages(shape, pages):
-    """A run of packed pages of 32 slots."""
-    shape = RaggedQuantizedShape(RaggedShape(shape, pages, 32), QuantizedShape(shape, 4))
-    op = functools.partial(ragged_quantized_decode_attention, kv_heads=shape.pages.decode.K, bits=4, **TPU)
-    rows = jax.ShapeDtypeStruct((shape.pages.decode.B,), jnp.int32)
-    return lambda *args: op(*args[:-1], run=args[-1]), (*shape.abstract(), PageRun(rows, rows))
+    return RaggedQuantizedShape(RaggedShape(shape, pages, 32), QuantizedShape(shape, 4))
 
 
 def _unrotated(shape):
     """Keys that are rotated when they are read, by ranks of their slots."""
     q, k, v, q_pos, k_pos, _ = shape.abstract()
-    op = lambda q, k, v, q_pos, k_pos, at, inv_freq: lowrank_decode_attention(
-        q, k, v, None, inv_freq, q_pos, k_pos, at=at, **TPU
-    )
-    return op, (q, k, v, q_pos, k_pos, k_pos, jax.ShapeDtypeStruct((shape.H // 2,), jnp.float32))
-
-
-def _run_of_pages(shape, pages):
-    op, args = _ragged(shape, pages)
-    rows = jax.ShapeDtypeStruct((shape.B,), jnp.int32)
-    return lambda *args: op(*args[:-1], run=args[-1]), (*args, PageRun(rows, rows))
+    return OP, (q, k, v, q_pos, k_pos, Rotation(jax.ShapeDtypeStruct((shape.H // 2,), jnp.float32), k_pos))
 
 
 PROGRAMS = {
-    "dense": (functools.partial(decode_attention, **TPU), LLAMA_8B.abstract()[:5]),
+    "dense": (OP, LLAMA_8B.abstract()[:5]),
     "int8": _quantized(LLAMA_8B, 8),
     "int4": _quantized(LLAMA_8B, 4),
     "int2": _quantized(LLAMA_8B, 2),
     "int2-token": _quantized(LLAMA_8B, 2, "token"),
+    "mixed": _mixed(LLAMA_8B),
     "unrotated": _unrotated(LLAMA_8B),
-    "ragged": _ragged(LLAMA_8B, 8 * 2048),
-    "packed pages": _packed_pages(LLAMA_8B, 8 * 1024),
-    "run": _run_of_pages(dataclasses.replace(LLAMA_8B, B=2), 4 * 8 * 2048),
-    "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 64).abstract()),
-    "joint": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(LLAMA_8B, 256, joint=True).abstract()),
+    "ragged": (OP, RaggedShape(LLAMA_8B, 8 * 2048).abstract()),
+    "packed pages": _run(_packed_pages(LLAMA_8B, 8 * 1024)),
+    "run": _run(RaggedShape(dataclasses.replace(LLAMA_8B, B=2), 4 * 8 * 2048)),
+    "lowrank": (OP, LowrankShape(LLAMA_8B, 64).abstract()),
+    "joint": (OP, LowrankShape(LLAMA_8B, 256, joint=True).abstract()),
 }
 """At 32,768 slots of the 8B shape."""
 
 SMALL = {
-    "dense": (functools.partial(decode_attention, **TPU), SMOLLM2.abstract()[:5]),
+    "dense": (OP, SMOLLM2.abstract()[:5]),
     "int4": _quantized(SMOLLM2, 4),
     "int2-token": _quantized(SMOLLM2, 2, "token"),
+    "mixed": _mixed(SMOLLM2),
     "unrotated": _unrotated(SMOLLM2),
-    "ragged": _ragged(SMOLLM2, 3 * 2048),
-    "packed pages": _packed_pages(SMOLLM2, 3 * 1024),
-    "lowrank": (functools.partial(lowrank_decode_attention, **TPU), LowrankShape(SMOLLM2, 32).abstract()),
+    "ragged": (OP, RaggedShape(SMOLLM2, 3 * 2048).abstract()),
+    "packed pages": _run(_packed_pages(SMOLLM2, 3 * 1024)),
+    "lowrank": (OP, LowrankShape(SMOLLM2, 32).abstract()),
 }
 """At 32,768 slots of 64 channels."""
 
@@ -92,7 +91,7 @@ def _cases():
     for name in ("dense", "int4", "ragged", "lowrank"):
         yield from ((name, topology) for topology in TOPOLOGIES)
     yield from zip(("int8", "int2", "int2-token", "joint"), TOPOLOGIES)
-    yield from zip(["run"] * 4 + ["unrotated"] * 4 + ["packed pages"] * 4, TOPOLOGIES * 3)
+    yield from zip(["run"] * 4 + ["unrotated"] * 4 + ["packed pages"] * 4 + ["mixed"] * 4, TOPOLOGIES * 4)
 
 
 @pytest.mark.parametrize("name, topology", list(_cases()))
@@ -115,7 +114,7 @@ def test_64_channels(compiled, name, topology):
     program = compiled(function, args, topology)
     assert "tpu_custom_call" in program.as_text()
     # 3 heads of positions are padded to 4, and the bases of the latents, 32, to 128 lanes.
-    padding = args[3:4] * 3 if name == "lowrank" else ()
+    padding = (args[5].basis,) * 3 if name == "lowrank" else ()
     memory = program.memory_analysis()
     assert nbytes(args) <= memory.argument_size_in_bytes < 1.02 * (nbytes(args) + nbytes(padding))
     assert memory.temp_size_in_bytes < 0.01 * nbytes(args) + 2**19

@@ -63,7 +63,7 @@ def _spread(words: jax.Array, part, bits: int) -> jax.Array:
 
 def level_keys(k: Levels, q: jax.Array, kv_heads: int) -> Keys:
     """Levels of the keys."""
-    dtype, bits, per = q.dtype, k.bits, WORD_BITS // k.bits
+    dtype, bits, per = q.dtype, k.bits, WORD_BITS // planes(k.bits)[0]
 
     def logits(q, pos, *tiles):
         *words, table = tiles
@@ -80,7 +80,7 @@ def level_keys(k: Levels, q: jax.Array, kv_heads: int) -> Keys:
 
 def level_values(v: Levels, q: jax.Array, kv_heads: int) -> Values:
     """Levels of the values."""
-    dtype, bits, per, H = q.dtype, v.bits, WORD_BITS // v.bits, v.shape[3]
+    dtype, bits, per, H = q.dtype, v.bits, WORD_BITS // planes(v.bits)[0], v.shape[3]
 
     def weigh(p, *tiles):
         *words, table = tiles
@@ -111,8 +111,8 @@ def cost(x: Levels, q: jax.Array, kv_heads: int) -> Cost:
 def _unsupported(x: Levels, q: jax.Array, kv_heads: int, role: str) -> str | None:
     if x.shape[3] % LANES and x.in_row * x.shape[3] != LANES:
         return f"takes {role} of levels that fill {LANES} lanes, got {x.shape[3]} channels, {x.in_row} in a row"
-    if x.in_row > 1 and (x.bits == 3 or x.in_row > 2 or x.shape[2] % BLOCK):
-        return f"takes two words in a row of 2 or 4 bits and a multiple of {BLOCK} slots, got {x.bits} bits"
+    if x.in_row > 1 and (x.in_row > 2 or x.shape[2] % BLOCK):
+        return f"takes one or two runs in a row of a multiple of {BLOCK} slots, got {x.in_row} in a row of {x.shape[2]}"
     return None
 
 
