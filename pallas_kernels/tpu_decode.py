@@ -61,10 +61,20 @@ class Cost(NamedTuple):
     key: tuple[tuple[str, Any], ...] = ()  # of an entry of the table of block sizes, beside what all kernels have
 
 
+class Numbers(NamedTuple):
+    """Slots that are decoded in VMEM, for what has to be done to keys before they meet a query."""
+
+    stored: tuple[Stored, ...]
+    decoded: Callable[..., jax.Array]  # (*tiles) -> [s, R] or [R, s], over `factor`
+    slots: int  # the axis of slots, 0 or 1
+    factor: float = 1.0
+
+
 class Loader(NamedTuple):
     """How one type of keys or values is read. All take an array, the queries and the KV heads of a program."""
 
     keys: Callable[[Any, jax.Array, int], Keys]
+    numbers: Callable[[Any, jax.Array], Numbers]
     values: Callable[[Any, jax.Array, int], Values]
     cost: Callable[[Any, jax.Array, int], Cost]  # from shapes and dtypes alone
     unsupported: Callable[[Any, jax.Array, int, str], str | None]  # the last is "keys" or "values"
@@ -348,6 +358,15 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> j
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def transposed(x: jax.Array) -> jax.Array:
+    """f32[X, s] of [s, X]: 16-bit numbers by the matrix unit, which has nothing else to do."""
+    if x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32).T
+    shape = x.shape[1], x.shape[1]
+    same = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return product(same.astype(jnp.float32).astype(x.dtype), x, (1, 1))
 
 
 def logits_bytes(q: jax.Array, heads: int) -> float:

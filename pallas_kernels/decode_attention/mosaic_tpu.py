@@ -37,10 +37,9 @@ def _owned(k, v, k_pos, pages) -> OwnedSlots | None:
 def _sizes(q, k, v, k_pos, numbers=(), rotation=None, pages=None) -> Blocks | None:
     K, S = 1 if pages is not None else _kv_heads(k, v, k_pos, numbers, rotation), k_pos.shape[2]
     owned = _owned(k, v, k_pos, pages)
-    costs = {
-        "k": _loader(k).cost(k, q, K) if rotation is None else rotated.cost(k, q, K, rotation),
-        "v": _loader(v).cost(v, q, K),
-    }
+    costs = {"k": _loader(k).cost(k, q, K), "v": _loader(v).cost(v, q, K)}
+    if rotation is not None:
+        costs["k"] = rotated.cost(costs["k"], k, q, rotation)
     named = {f"{role}_{name}".rstrip("_"): value for role, x in costs.items() for name, value in x.key}
     unit = {} if owned is None else {"unit": owned.unit}
     key = block_sizes.key(heads=K, rows=padded_rows(q, K), H=q.shape[3], q=q.dtype, **named, **unit)
@@ -81,15 +80,15 @@ def _unsupported(q, k, v, q_pos, k_pos, bias, k_gain, v_gain, rotation, pages, *
 def _decode_attention(
     q, k, v, q_pos, k_pos, bias, k_gain, v_gain, rotation, pages, *, window, scale
 ) -> Partial:
-    v, numbers = k if v is None else v, (bias, k_gain, v_gain)
-    K = 1 if pages is not None else _kv_heads(k, v, k_pos, numbers, rotation)
+    v, per_slot = k if v is None else v, (bias, k_gain, v_gain)
+    K = 1 if pages is not None else _kv_heads(k, v, k_pos, per_slot, rotation)
     owned = _owned(k, v, k_pos, pages)
     if rotation is None:
         keys = _loader(k).keys(k, q, K)
-    elif rotation.mean is None:
-        keys = rotated.rotated_keys(k, q, rotation)
     else:
-        keys, k_gain = rotated.rotated_keys(k, q, rotation, k_gain), None
+        numbers = _loader(k).numbers(k, q)
+        inside, k_gain = (None, k_gain) if rotation.mean is None else (k_gain, None)
+        keys = rotated.rotated_keys(numbers, q, rotation, inside)
     return attend(
         q,
         owned.owned(keys, q) if owned else keys,
@@ -100,7 +99,7 @@ def _decode_attention(
         k_gain,
         v_gain,
         owned.within if owned else None,
-        sizes=_sizes(q, k, v, k_pos, numbers, rotation, pages),
+        sizes=_sizes(q, k, v, k_pos, per_slot, rotation, pages),
         window=window,
         scale=scale,
     )

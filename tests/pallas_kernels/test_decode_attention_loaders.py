@@ -128,6 +128,20 @@ def test_gains_inside_a_mean():
     check((q, k, v, *rest), dict(rotation=rotation, **more))
 
 
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("key", ["fp8", "int4 channel", "int4 token", "levels 3"])
+def test_codes_are_rotated_when_they_are_read(key, mean):
+    """As they are, and as coordinates of 64 channels, whose words lie two in a row."""
+    R = 64 if mean and not key.startswith("levels") else 128
+    (q, *_), _ = draw("dense", "dense", 9)
+    (_, k, v, *rest), more = draw(key, "dense", 9, H=R, gains=mean)
+    rng = np.random.default_rng(9)
+    inv_freq = jnp.float32(1000.0 ** (-np.arange(0, 128, 2) / 128))
+    basis = jnp.float32(rng.normal(size=(1, K, 128, R)) * R**-0.5)
+    rotation = Rotation(inv_freq, rest[1] // 2, basis, jnp.float32(rng.normal(size=(K, 128))))
+    check((q, k, v, *rest), dict(rotation=rotation if mean else Rotation(inv_freq), **more))
+
+
 @pytest.mark.parametrize("pair", [("int8 channel", "dense"), ("levels 3", "int2 token")], ids=str)
 def test_pages(pair):
     args, more = draw(*pair, 6, S=2048, heads=(1, 1), gains=True)

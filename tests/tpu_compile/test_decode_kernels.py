@@ -47,10 +47,10 @@ def _packed_pages(shape, pages):
     return RaggedQuantizedShape(RaggedShape(shape, pages, 32), QuantizedShape(shape, 4))
 
 
-def _unrotated(shape):
+def _unrotated(args):
     """Keys that are rotated when they are read, by ranks of their slots."""
-    q, k, v, q_pos, k_pos, _ = shape.abstract()
-    return OP, (q, k, v, q_pos, k_pos, Rotation(jax.ShapeDtypeStruct((shape.H // 2,), jnp.float32), k_pos))
+    q, k, v, q_pos, k_pos = args[:5]
+    return OP, (q, k, v, q_pos, k_pos, Rotation(jax.ShapeDtypeStruct((q.shape[3] // 2,), jnp.float32), k_pos))
 
 
 PROGRAMS = {
@@ -60,7 +60,9 @@ PROGRAMS = {
     "int2": _quantized(LLAMA_8B, 2),
     "int2-token": _quantized(LLAMA_8B, 2, "token"),
     "mixed": _mixed(LLAMA_8B),
-    "unrotated": _unrotated(LLAMA_8B),
+    "unrotated": _unrotated(LLAMA_8B.abstract()),
+    "unrotated int4": _unrotated(QuantizedShape(LLAMA_8B, 4).abstract()),
+    "unrotated int2-token": _unrotated(QuantizedShape(LLAMA_8B, 2, "token").abstract()),
     "ragged": (OP, RaggedShape(LLAMA_8B, 8 * 2048).abstract()),
     "packed pages": _run(_packed_pages(LLAMA_8B, 8 * 1024)),
     "run": _run(RaggedShape(dataclasses.replace(LLAMA_8B, B=2), 4 * 8 * 2048)),
@@ -74,7 +76,8 @@ SMALL = {
     "int4": _quantized(SMOLLM2, 4),
     "int2-token": _quantized(SMOLLM2, 2, "token"),
     "mixed": _mixed(SMOLLM2),
-    "unrotated": _unrotated(SMOLLM2),
+    "unrotated": _unrotated(SMOLLM2.abstract()),
+    "unrotated int4": _unrotated(QuantizedShape(SMOLLM2, 4).abstract()),
     "ragged": (OP, RaggedShape(SMOLLM2, 3 * 2048).abstract()),
     "packed pages": _run(_packed_pages(SMOLLM2, 3 * 1024)),
     "lowrank": (OP, LowrankShape(SMOLLM2, 32).abstract()),
@@ -91,6 +94,7 @@ def _cases():
     for name in ("dense", "int4", "ragged", "lowrank"):
         yield from ((name, topology) for topology in TOPOLOGIES)
     yield from zip(("int8", "int2", "int2-token", "joint"), TOPOLOGIES)
+    yield from zip(["unrotated int4", "unrotated int2-token"] * 2, TOPOLOGIES)
     yield from zip(["run"] * 4 + ["unrotated"] * 4 + ["packed pages"] * 4 + ["mixed"] * 4, TOPOLOGIES * 4)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_decode import Cost, Keys, Loader, Stored, Values, product
+from pallas_kernels.tpu_decode import Cost, Keys, Loader, Numbers, Stored, Values, product
 from pallas_kernels.tpu_device import tpu_device
 from pallas_kernels.tpu_tiles import slots_minor
 
@@ -85,4 +85,9 @@ def cost(x: jax.Array, q: jax.Array, kv_heads: int) -> Cost:
     return Cost(vmem_bytes(x) * x.shape[1] / kv_heads, widened, key=(("", x.dtype), ("width", x.shape[3])))
 
 
-loader = Loader(dense_keys, dense_values, cost, lambda x, q, kv_heads, role: None)
+def _numbers(k: jax.Array, q: jax.Array) -> Numbers:
+    stored = as_laid_out(k)
+    return Numbers((stored,), lambda tile: widened(tile, q.dtype), stored.axis - 2, widening_factor(k))
+
+
+loader = Loader(dense_keys, _numbers, dense_values, cost, lambda x, q, kv_heads, role: None)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.tiles.word_rows import BLOCK, halves, in_order, of_half
 from pallas_kernels.levels import Levels
-from pallas_kernels.tpu_decode import Cost, Keys, Loader, Stored, Values, product
+from pallas_kernels.tpu_decode import Cost, Keys, Loader, Numbers, Stored, Values, product
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 from pallas_kernels.words import WORD_BITS, planes
 
@@ -116,4 +116,12 @@ def _unsupported(x: Levels, q: jax.Array, kv_heads: int, role: str) -> str | Non
     return None
 
 
-loader = Loader(level_keys, level_values, cost, _unsupported)
+def _numbers(k: Levels, q: jax.Array) -> Numbers:
+    def decoded(*tiles):
+        *words, table = tiles
+        return _restored(words, table, k.bits, q.dtype)
+
+    return Numbers(_stored(k), decoded, 0)
+
+
+loader = Loader(level_keys, _numbers, level_values, cost, _unsupported)

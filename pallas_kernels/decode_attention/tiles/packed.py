@@ -20,12 +20,14 @@ from pallas_kernels.tpu_decode import (
     Cost,
     Keys,
     Loader,
+    Numbers,
     Stored,
     Values,
     logits_bytes,
     product,
     repeated_rows,
     sum_of_copies,
+    transposed,
 )
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
 from pallas_kernels.words import WORD_BITS
@@ -113,11 +115,7 @@ def keys_per_channel(k: Packed, q: jax.Array, kv_heads: int) -> Keys:
 
     def logits(queries, pos, words, affine):
         if not folds(pos, words):
-            n, affine = affine.shape[0], affine.astype(jnp.float32)
-            scale = affine[:, :H]
-            code = unpacked(_in_slots(words, H), bits, jnp.float32).reshape(n, group, H)
-            x = code * scale[:, None] + (affine[:, H:] + half * scale)[:, None]
-            return product(queries, x.reshape(n * group, H).astype(dtype), (1, 1))
+            return product(queries, _restored(words, affine, H, bits).astype(dtype), (1, 1))
         (scaled, offsets), rows = queries, per * period
         code, parts = unpacked(words, bits, dtype), len(scaled)
         size = chunk // parts  # rows of codes of a chunk
@@ -280,4 +278,36 @@ def _keys(x: Packed, q: jax.Array, kv_heads: int) -> Keys:
     return (keys_per_channel if x.axis == "channel" else keys_per_token)(x, q, kv_heads)
 
 
-loader = Loader(_keys, values_per_token, cost, _unsupported)
+def _numbers(x: Packed, q: jax.Array) -> Numbers:
+    """Numbers with slots along sublanes or, with scales per token, along lanes, where the scales lie."""
+    (H, bits), half, dtype = (x.shape[3], x.bits), 2.0 ** (x.bits - 1), q.dtype
+    if x.axis == "channel":
+        return Numbers(
+            (_words(x), Stored(x.affine, 2, x.group)),
+            lambda words, affine: _restored(words, affine, H, bits).astype(dtype),
+            0,
+        )
+
+    def decoded(words, affine):
+        n, affine = affine.shape[0] // 2, affine.astype(jnp.float32)
+        code = transposed(unpacked(_in_slots(words, H), bits, jnp.bfloat16))  # exact
+        scale, zero = affine[:n], affine[n:]
+        width = H // n
+        parts = [
+            code[i * width : (i + 1) * width] * scale[i : i + 1] + (zero + half * scale)[i : i + 1] for i in range(n)
+        ]
+        return jnp.concatenate(parts, axis=0).astype(dtype)
+
+    return Numbers((_words(x), Stored(x.affine, 3)), decoded, 1)
+
+
+def _restored(words: jax.Array, affine: jax.Array, H: int, bits: int) -> jax.Array:
+    """f32[s, H] of words and of the scales and zeros of n groups of slots."""
+    n, affine = affine.shape[0], affine.astype(jnp.float32)
+    scale, half = affine[:, :H], 2.0 ** (bits - 1)
+    code = unpacked(_in_slots(words, H), bits, jnp.float32)
+    x = code.reshape(n, -1, H) * scale[:, None] + (affine[:, H:] + half * scale)[:, None]
+    return x.reshape(-1, H)
+
+
+loader = Loader(_keys, _numbers, values_per_token, cost, _unsupported)
