@@ -98,12 +98,14 @@ def rotated(x, pos, inv_freq):
 class Case:
     """Drawn inputs, and what NumPy makes of them."""
 
-    def __init__(self, key, value, seed, *, gains=False, rotation=None, heads=(K, K), pages=False, S=SLOTS, bias=False):
+    def __init__(
+        self, key, value, seed, *, gains=False, rotation=None, heads=(K, K), pages=False, S=SLOTS, bias=False, dtype=None
+    ):
         rng = np.random.default_rng(seed)
         self.heads = (1, 1) if pages else heads
         R = 8 if rotation == "basis" else H
         draw = lambda *shape: jnp.float32(rng.normal(size=shape))
-        self.q = draw(B, T, K * G, H)
+        self.q = draw(B, T, K * G, H).astype(dtype or jnp.float32)
         self.k, self.v = (encoded(*x, S, R) for x in zip((key, value), (seed, seed + 1), self.heads))
         width = max(self.heads)
         k_pos = np.tile(np.arange(S), (B, width, 1))
@@ -157,7 +159,7 @@ class Case:
                     keys = keys @ np.float64(basis)[0, head].T + np.float64(mean)[head]
                 keys = rotated(keys, pos if at is None else of(np.asarray(at))[slots], inv_freq)
             more = {} if bias is None else dict(bias=of(bias)[slots][None, None])
-            q = np.asarray(self.q)[b : b + 1, :, head * G : (head + 1) * G]
+            q = decoded(self.q)[b : b + 1, :, head * G : (head + 1) * G]
             one = lambda x: x[None, None]
             parts.append(attention(q, one(keys), one(values), self.q_pos[b : b + 1], one(pos), **more, **static))
         whole = lambda name: np.concatenate(
@@ -234,10 +236,31 @@ def test_keys_are_the_values(key):
     check(case, close())
 
 
-def test_a_run_of_encoded_pages(small_tiles):
-    case = Case("int4 channel", "levels 2", 5, pages=True, bias=True)
-    case.pages = case.pages.replace(run=PageRun(jnp.array([1, 3]), jnp.array([3, 0])))
+@pytest.mark.parametrize("first, count", [([1, 3], [3, 0]), ([2, 0], [3, 5]), ([5, 4], [0, 1])])
+@pytest.mark.parametrize("key, value", [("int4 channel", "levels 2"), ("int2 token", "f32")])
+def test_a_run_of_encoded_pages(small_tiles, key, value, first, count):
+    """Within the list, to its end, of all of it, and of none."""
+    case = Case(key, value, 5, pages=True, bias=True)
+    case.pages = case.pages.replace(run=PageRun(jnp.array(first), jnp.array(count)))
     check(case, close())
+
+
+@pytest.mark.parametrize("S", [16, 64, 80, 128, 176])
+def test_tile_counts(small_tiles, S):
+    check(Case("int4 channel", "int4 token", 9, S=S, bias=True), close())
+
+
+@pytest.mark.parametrize("group", [24, 48, 96])
+def test_groups_that_do_not_divide_a_tile_or_are_larger(small_tiles, group):
+    case = Case("f32", "int8 token", 10, S=288)
+    pack = functools.partial(quantize_pack, bits=2, group=group, axis="channel", scale_dtype="bfloat16", in_row=1)
+    case.k = quick_jit(pack)(case.k, case.k_pos >= 0)
+    assert case.k.block == np.lcm(group, 16)
+    check(case, close())
+
+
+def test_bfloat16_queries():
+    check(Case("int8 channel", "levels 4", 11, S=64, dtype=jnp.bfloat16), close("bf16"))
 
 
 def test_gains_are_inside_the_cap():

@@ -1,4 +1,4 @@
-"""The TPU kernel of `quantized_decode_attention`, interpreted, against the reference."""
+"""The TPU kernel of `decode_attention` over packed slots, interpreted, against the reference."""
 
 import functools
 
