@@ -12,7 +12,7 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
-DATA = {".gin", ".json"}
+DATA = {".gin", ".json", ".typed"}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = {"kvjax", "pallas_kernels", "models", "experiments", "configs"}
 
@@ -62,6 +62,12 @@ def test_every_top_level_package_is_declared(setup_cfg):
     assert {name.partition(".")[0] for name in installed} == PACKAGES
     found = setuptools.find_packages(str(ROOT), exclude=["tests", "tests.*", "build", "build.*"])
     assert sorted(found) == sorted(installed)
+
+
+@pytest.mark.parametrize("package", ["kvjax", "models", "pallas_kernels"])
+def test_type_checkers_read_the_annotations_of_the_library(package, setup_cfg):
+    assert (ROOT / package / "py.typed").is_file()
+    assert "py.typed" in setup_cfg["options.package_data"][package].split()
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
