@@ -24,6 +24,7 @@ _PLAIN = (bool, int, float, str, tuple, list, dict, type(None))  # what is neith
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
+    "Budget": "a number",
     "bool": "True or False",
     "str": "a string",
     "None": "None",
@@ -142,6 +143,7 @@ def _expected(value: Any, annotation: str) -> str | None:
     fits = {
         "int": number and isinstance(value, int),
         "float": number,
+        "Budget": number,
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
         "None": value is None,

@@ -96,6 +96,12 @@ for _name in _TRANSFORMS:
     gin.external_configurable(getattr(kvjax, _name), module="transforms")
 
 
+@gin.configurable(module="experiments")
+def tokens(count: int = gin.REQUIRED) -> kvjax.Tokens:
+    """A budget of so many tokens: `snapkv.budget = @tokens()` with `tokens.count = 1`, where a plain 1 is refused."""
+    return kvjax.Tokens(count)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A transform with how its prompt is read.
@@ -187,7 +193,7 @@ def check_method_names(names: Sequence[str], flag: str = "--methods") -> None:
 def load_method(
     name: str,
     *,
-    budget: int | float,
+    budget: kvjax.Budget,
     gin_files: Sequence[str] = (),
     bindings: Sequence[str] = (),
     calibrate: Calibrate | None = None,
@@ -198,7 +204,7 @@ def load_method(
 
     Args:
       name: of the file.
-      budget: what `%budget` means in it: tokens per KV head (int) or a fraction of the context (float).
+      budget: what `%budget` means in it: tokens per KV head (int, 1 included) or a fraction of the context (float).
       gin_files: read after the method's file, so they win over it.
       bindings: read after all files, so they win.
       calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
@@ -219,7 +225,8 @@ def load_method(
     with gin.unlock_config():
         gin_bindings.parse(text, f"method {name}, its config")
         gin_bindings.read_files(gin_files)
-        gin.parse_config(f"budget = {budget!r}")
+        one = isinstance(budget, int) and budget == 1
+        gin.parse_config("tokens.count = 1\nbudget = @tokens()" if one else f"budget = {budget}")
         gin_bindings.parse_each(bindings)
     global _calibrations, _tokenizer
     _calibrations, _tokenizer = calibrate, tokenizer

@@ -6,6 +6,7 @@ papers as short compositions, `bind` joins a decoder and a method: `prefill`, `e
 
 from kvjax import codecs, inspection, methods, scores, sharding
 from kvjax.bound import BoundMethod, bind
+from kvjax.budget import Budget, Fraction, Tokens
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.limits import Limits, Room
@@ -126,8 +127,11 @@ __all__ = [
     "protect",
     "respect_windows",
     "when_full",
-    # Transforms that drop or join slots.
+    # Transforms that drop or join slots, and how many they keep.
+    "Budget",
+    "Fraction",
     "MergeRule",
+    "Tokens",
     "adaptive",
     "by_variance",
     "convolve",

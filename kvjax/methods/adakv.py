@@ -6,12 +6,13 @@ Inference". NeurIPS 2025. arXiv:2407.11550.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import Pooling, future_attention, window_attention
 from kvjax.transforms import CacheTransform, adaptive, at_prefill_end, evict_by_head
 
 
 def adakv_snapkv(
-    budget: int | float = 1024,
+    budget: Budget = 1024,
     window: int = 32,
     kernel: int = 7,
     pooling: Pooling = "max",
@@ -39,7 +40,7 @@ def adakv_snapkv(
 
 
 def adakv_expected(
-    budget: int | float = 1024, future: int = 512, sinks: int = 4, floor: float = 0.2, page: int = 16
+    budget: Budget = 1024, future: int = 512, sinks: int = 4, floor: float = 0.2, page: int = 16
 ) -> CacheTransform:
     """The same over expected attention, which needs no question to look at.
 

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 
 import jax
 
+from kvjax.budget import Budget
 from kvjax.gating import attention_gate as gate_scores
 from kvjax.transforms import CacheTransform, adaptive, at_prefill_end, evict_by_head, learned
 
 
 def attention_gate(
     calibration: Mapping[str, jax.Array],
-    budget: int | float = 0.5,
+    budget: Budget = 0.5,
     sinks: int = 4,
-    recent: int | float = 32,
+    recent: Budget = 32,
     page: int = 16,
 ) -> CacheTransform:
     """Keeps, when the prompt is in, the tokens that the gates of their heads rate highest; heads keep what they need.

@@ -6,12 +6,13 @@ Qin, Cao, Lin, Hu, Fan, Cheng, Lin, Li. "CAKE: Cascading and Adaptive KV Cache E
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import dispersion, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict_across_layers
 
 
 def cake(
-    budget: int | float = 1024,
+    budget: Budget = 1024,
     window: int = 32,
     kernel: int = 5,
     gamma: float = 200.0,

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention
 from kvjax.transforms import CacheTransform, by_variance, every_step, into_nearest, merge, whole_layers
 
 
 def d2o(
-    budget: int | float = 0.2,
-    recent: int | float = 0.5,
+    budget: Budget = 0.2,
+    recent: Budget = 0.5,
     sinks: int = 4,
     smoothing: float = 0.5,
     calibration: Mapping[str, jax.Array] | None = None,

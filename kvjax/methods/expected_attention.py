@@ -6,12 +6,13 @@ Distribution". 2025. arXiv:2510.00636.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import future_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
 def expected_attention(
-    budget: int | float = 0.5,
+    budget: Budget = 0.5,
     future: int = 512,
     sinks: int = 4,
     covariance: bool = True,

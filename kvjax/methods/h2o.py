@@ -6,12 +6,13 @@ Efficient Generative Inference of Large Language Models". NeurIPS 2023. arXiv:23
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention
 from kvjax.transforms import CacheTransform, every_step, evict
 
 
 def h2o(
-    budget: int | float = 0.2, recent: int | float = 0.5, normalise: bool = False
+    budget: Budget = 0.2, recent: Budget = 0.5, normalise: bool = False
 ) -> CacheTransform:
     """Keeps the newest tokens and those that have received most attention so far; acts at every step.
 

@@ -6,11 +6,12 @@ Inference in Resource-Constrained Environments". 2025. arXiv:2504.15364.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import key_difference
 from kvjax.transforms import CacheTransform, at_prefill_end, every_chunk, evict
 
 
-def keydiff(budget: int | float = 0.5, by_chunk: bool = False) -> CacheTransform:
+def keydiff(budget: Budget = 0.5, by_chunk: bool = False) -> CacheTransform:
     """Keeps, per KV head, the tokens whose keys have the smallest cosine with the mean of the unit keys.
 
     Deviations: by default it acts once, when the prompt is in, as in kvpress. With `by_chunk` it acts after every chunk

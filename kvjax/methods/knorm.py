@@ -6,11 +6,12 @@ EMNLP 2024. arXiv:2406.11430.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import negative_key_norm
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
-def knorm(budget: int | float = 0.5) -> CacheTransform:
+def knorm(budget: Budget = 0.5) -> CacheTransform:
     """Keeps, per KV head, the tokens whose keys have the smallest L2 norm.
 
     Deviation: every layer is compressed; the paper leaves the first two alone for some tasks.

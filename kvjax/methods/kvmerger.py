@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention
 from kvjax.transforms import CacheTransform, every_chunk, into_runs, merge, whole_layers
 
 
 def kvmerger(
-    budget: int | float = 0.5,
-    recent: int | float = 0.34,
+    budget: Budget = 0.5,
+    recent: Budget = 0.34,
     heavy: float = 0.24,
     threshold: float = 0.75,
     width: float = 5.0,

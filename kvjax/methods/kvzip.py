@@ -6,13 +6,14 @@ arXiv:2505.23416.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.observation import Instruction, Reread
 from kvjax.scores import reconstruction
 from kvjax.transforms import CacheTransform, adaptive, at_prefill_end, evict_across_layers
 
 
 def kvzip(
-    budget: int | float = 0.3,
+    budget: Budget = 0.3,
     instruction: Instruction | None = None,
     chunk: int = 2048,
     sinks: int = 4,

@@ -6,11 +6,12 @@ Reasoning". 2025. arXiv:2506.15969.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import recurrence
 from kvjax.transforms import CacheTransform, every, evict
 
 
-def lazyeviction(budget: int | float = 1024, window: int = 128, alpha: float = 1e-4) -> CacheTransform:
+def lazyeviction(budget: Budget = 1024, window: int = 128, alpha: float = 1e-4) -> CacheTransform:
     """Every `window` tokens keeps the newest `window` and, per KV head, those most likely to recur.
 
     Deviations: `alpha` and `window` were tuned per model in the paper (5e-4 or 1e-4; the 80th percentile of the

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 
 import jax
 
+from kvjax.budget import Budget
 from kvjax.scores import call_attention
 from kvjax.transforms import CacheTransform, convolve, every_chunk, learned
 
 
 def lococo(
     calibration: Mapping[str, jax.Array],
-    budget: int | float = 512,
+    budget: Budget = 512,
     sinks: int = 0,
-    recent: int | float = 0.25,
+    recent: Budget = 0.25,
 ) -> CacheTransform:
     """After every chunk of the prompt, keeps the tokens that the chunk attended to most and mixes the others.
 

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 
 import jax
 
+from kvjax.budget import Budget
 from kvjax.scores import retaining_heads
 from kvjax.transforms import CacheTransform, chain, every_chunk, evict, learned, reindex
 
 
 def locret(
     calibration: Mapping[str, jax.Array],
-    budget: int | float = 6000,
-    stabilizers: int | float = 0.25,
+    budget: Budget = 6000,
+    stabilizers: Budget = 0.25,
     sinks: int = 0,
     reindexed: bool = True,
 ) -> CacheTransform:

@@ -6,13 +6,14 @@ Quantization". 2024. arXiv:2402.18096.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, balance_channels, chain, quantize, split_slots
 
 
 def mikv(
-    budget: int | float = 0.25,
-    recent: int | float = 0.5,
+    budget: Budget = 0.25,
+    recent: Budget = 0.5,
     important_bits: int = 8,
     bits: int = 2,
     group: int = 32,

@@ -6,11 +6,12 @@ NeurIPS 2024. arXiv:2405.14366.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.transforms import CacheTransform, at_prefill_end, merge_layers
 
 
 def minicache(
-    start: int | float = 0.5, retain: int | float = 0.05, interpolation: float = 0.6
+    start: int | float = 0.5, retain: Budget = 0.05, interpolation: float = 0.6
 ) -> CacheTransform:
     """Merges layers in pairs from the middle of the model on, but for the tokens that differ most.
 

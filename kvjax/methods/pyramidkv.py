@@ -6,12 +6,13 @@ Information Funneling". 2024. arXiv:2406.02069.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import Pooling, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict, pyramid
 
 
 def pyramidkv(
-    budget: int | float = 2048, window: int = 32, kernel: int = 5, pooling: Pooling = "avg", beta: int = 20
+    budget: Budget = 2048, window: int = 32, kernel: int = 5, pooling: Pooling = "avg", beta: int = 20
 ) -> CacheTransform:
     """SnapKV's scores with budgets that fall linearly from the first layer to the last.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import random
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
-def random_eviction(budget: int | float = 0.5, seed: int = 0) -> CacheTransform:
+def random_eviction(budget: Budget = 0.5, seed: int = 0) -> CacheTransform:
     """Keeps, per KV head, tokens drawn without replacement.
 
     Args:

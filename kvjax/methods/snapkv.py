@@ -6,12 +6,13 @@ Generation". NeurIPS 2024. arXiv:2404.14469.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import Pooling, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
 def snapkv(
-    budget: int | float = 1024, window: int = 32, kernel: int = 5, pooling: Pooling = "avg"
+    budget: Budget = 1024, window: int = 32, kernel: int = 5, pooling: Pooling = "avg"
 ) -> CacheTransform:
     """Keeps the last `window` tokens and, per KV head, the tokens they attend to most.
 

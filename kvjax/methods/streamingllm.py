@@ -6,10 +6,11 @@ arXiv:2309.17453.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.transforms import CacheTransform, ring
 
 
-def streamingllm(budget: int | float = 516, sinks: int = 4, reindex: bool = True) -> CacheTransform:
+def streamingllm(budget: Budget = 516, sinks: int = 4, reindex: bool = True) -> CacheTransform:
     """Keeps the first `sinks` tokens and the newest `budget - sinks`, in constant memory for ever.
 
     Keys are stored un-rotated and rotated at every read at their rank in the cache, and so is the query:

@@ -5,11 +5,12 @@ Oren, Hassid, Yarden, Adi, Schwartz. "Transformers are Multi-State RNNs". EMNLP 
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import last_query_attention
 from kvjax.transforms import CacheTransform, every_step, evict
 
 
-def tova(budget: int | float = 512) -> CacheTransform:
+def tova(budget: Budget = 512) -> CacheTransform:
     """Keeps, at every step, the tokens with most attention from the newest query, averaged over all heads.
 
     Deviation: when several tokens arrive in one call, the last of them decides for all.

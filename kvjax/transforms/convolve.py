@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_rows, budget_slots, check_budget
+from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.rope import rotate
@@ -21,7 +21,7 @@ from kvjax.transforms.schedule import Schedule
 
 
 def convolve(
-    scorer: Scorer, budget: int | float, merged: int, *, sinks: int = 0, recent: int | float = 0
+    scorer: Scorer, budget: Budget, merged: int, *, sinks: int = 0, recent: Budget = 0
 ) -> CacheTransform:
     """Keeps `budget - merged` slots per KV head as they are, and mixes the rest into `merged` slots.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import check_budget
+from kvjax.budget import Budget, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation, Quota
 from kvjax.segments.segment import Segment, slot_tail
@@ -59,10 +59,10 @@ class Told(NamedTuple):
 
 def evict(
     scorer: Scorer,
-    budget: int | float,
+    budget: Budget,
     *,
     sinks: int = 0,
-    recent: int | float = 0,
+    recent: Budget = 0,
     layers: LayerBudgets | None = None,
     reuse: int = 1,
 ) -> CacheTransform:
@@ -160,7 +160,7 @@ def check_scorer(scorer: Scorer, transform: str) -> None:
         )
 
 
-def check_protected(budget: int | float, sinks: int, recent: int | float) -> int:
+def check_protected(budget: Budget, sinks: int, recent: Budget) -> int:
     """Checks, when a method is built, that a budget holds what is always kept; returns how many tokens that are.
 
     A `recent` that is a fraction is a part of the budget: what the sinks leave of it, but at least one token.
@@ -177,7 +177,7 @@ def check_protected(budget: int | float, sinks: int, recent: int | float) -> int
     return sinks + count
 
 
-def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: int | float) -> jax.Array:
+def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: Budget) -> jax.Array:
     """bool[B, K, S]: the slots that are always kept.
 
     Args:

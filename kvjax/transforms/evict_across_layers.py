@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_rows, budget_slots
+from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments import Segment
@@ -33,12 +33,12 @@ _LARGEST = 1e30  # of a layer's weight: a sum over layers stays finite
 
 def evict_across_layers(
     scorer: Scorer,
-    budget: int | float,
+    budget: Budget,
     *,
     heads: HeadBudgets | None = None,
     layers: LayerWeights | None = None,
     sinks: int = 0,
-    recent: int | float = 0,
+    recent: Budget = 0,
     page: int = 16,
 ) -> CacheTransform:
     """Keeps `budget` slots per KV head on average over the whole cache, in one pool of pages for all layers.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_rows, budget_slots
+from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation, of_head
 from kvjax.segments import Segment
@@ -63,11 +63,11 @@ def adaptive(floor: float = 0.2, normalise: bool = False) -> HeadBudgets:
 
 def evict_by_head(
     scorer: Scorer,
-    budget: int | float,
+    budget: Budget,
     *,
     heads: HeadBudgets,
     sinks: int = 0,
-    recent: int | float = 0,
+    recent: Budget = 0,
     page: int = 16,
 ) -> CacheTransform:
     """Keeps `budget` slots per KV head on average over a layer, each head its own number, in pages.
@@ -168,7 +168,7 @@ def choose(
     heads: HeadBudgets,
     count: int,
     sinks: int,
-    recent: int | float,
+    recent: Budget,
 ) -> jax.Array:
     """bool[B, M]: the slots that stay, when heads share `count` times the budgets i32[B] `rows`.
 

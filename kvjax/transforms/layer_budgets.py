@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.budget import budget_rows, budget_slots
+from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.observation import Observation
 
 _SLACK = 1e-3  # tokens; equal shares are equal whatever float32 makes of them
@@ -141,7 +141,7 @@ def whole_layers(whole: Sequence[int], others: LayerBudgets | None = None) -> La
 
 
 def split_budget(
-    budget: int | float, count: int, observation: Observation, layers: LayerBudgets | None, always: int
+    budget: Budget, count: int, observation: Observation, layers: LayerBudgets | None, always: int
 ) -> list[tuple[int, jax.Array]]:
     """For each of `count` layers its slots, and i32[B], the budget of each row.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax.budget import Budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation, Quota
 from kvjax.segments.segment import Segment, dense_tail
@@ -88,11 +89,11 @@ class MergeRule(NamedTuple):
 
 def merge(
     scorer: Scorer,
-    budget: int | float,
+    budget: Budget,
     rule: MergeRule,
     *,
     sinks: int = 0,
-    recent: int | float = 0,
+    recent: Budget = 0,
     layers: LayerBudgets | None = None,
     log_count: bool = False,
 ) -> CacheTransform:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_rows, budget_slots
+from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import Observation
 from kvjax.segments import ScaledView, Segment
@@ -19,7 +19,7 @@ _NEARLY_PARALLEL = 1e-3  # sine below which the arc is a chord
 _ROUNDING = 1e-5  # radians, and of a scaled angle: what float32 cannot tell apart does not decide
 
 
-def merge_layers(start: int | float, retain: int | float, *, interpolation: float = 0.5) -> CacheTransform:
+def merge_layers(start: int | float, retain: Budget, *, interpolation: float = 0.5) -> CacheTransform:
     """Merges layers `start` and `start + 1`, the next two, and so on; a last layer without a partner stays.
 
     For each token and KV head, keys and values apart, the shared direction lies on the arc between the two layers':

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvjax.budget import budget_rows, budget_slots, check_budget
+from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.layouts import Ring
@@ -26,7 +26,7 @@ def as_ring(segment: Segment, slots: int, sinks: int, rows: jax.Array | None = N
     return segment.replace(layout=Ring(sinks)).newest(rows, slots)
 
 
-def ring(budget: int | float, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
+def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
     """Keeps tokens `0 .. sinks - 1` and the newest `budget - sinks`, in a segment that overwrites its oldest.
 
     Memory never grows, in prefill or decode, and no slot is spent on slack.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kvjax.budget import Budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation, Phase
 from kvjax.transforms.order import Order
@@ -53,7 +54,7 @@ class Schedule(NamedTuple):
     before: Callable[[Cache], Cache] | None = None
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None
-    budget: int | float | None = None
+    budget: Budget | None = None
     at_least: int = 1
     name: str = "transform"
     on_ring: Callable[[LayerCache, LayerObservation], LayerCache] | None = None

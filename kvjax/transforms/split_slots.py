@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import sharding
-from kvjax.budget import budget_rows, budget_slots
+from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.segment import Segment, dense_tail
@@ -27,7 +27,7 @@ from kvjax.transforms.schedule import Observer, Schedule
 
 
 def split_slots(
-    scorer: Scorer, budget: int | float, *, sinks: int = 0, recent: int | float = 0
+    scorer: Scorer, budget: Budget, *, sinks: int = 0, recent: Budget = 0
 ) -> CacheTransform:
     """Leaves, per KV head, the `budget` slots with the highest scores in the last segment; moves the rest before it.
 

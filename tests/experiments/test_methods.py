@@ -45,3 +45,12 @@ def test_an_instruction_needs_a_tokenizer_and_none_needs_nothing():
 @pytest.mark.parametrize("name, alone", [("reasoncache", True), ("h2o_chunked", True), ("snapkv", False)])
 def test_what_reads_in_chunks_or_behind_a_prefix_reads_a_prompt_by_itself(name, alone):
     assert load_method(name, budget=32, calibrate=calibrate(tiny_model.CONFIG)).reads_alone is alone
+
+
+def test_one_token_is_a_budget_of_a_program_and_of_a_config_and_a_plain_1_is_refused():
+    assert load_method("knorm", budget=1).transform.schedule.budget == 1
+    bound = ("knorm.budget = @tokens()", "tokens.count = 1")
+    assert isinstance(load_method("knorm", budget=0.5, bindings=bound).transform.schedule.budget, kvjax.Tokens)
+    assert isinstance(load_method("knorm", budget=1.0).transform.schedule.budget, float)
+    with pytest.raises(ValueError, match=r"^method knorm: budget must be 1.0 for the whole prompt or kvjax.Tokens\(1\)"):
+        load_method("knorm", budget=0.5, bindings=("knorm.budget = 1",))
