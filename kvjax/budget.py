@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TypeAlias
 
@@ -96,7 +97,11 @@ def budget_slots(budget: Budget, prompt_slots: int, at_least: int = 1) -> int:
 def budget_rows(budget: Budget, prompt: jax.Array, prompt_slots: int, at_least: int = 1) -> jax.Array:
     """Returns the same for each row: i32[B] tokens to keep, from i32[B] prompt lengths of at most `prompt_slots`."""
     if isinstance(budget, float):
-        rows = jnp.maximum(max(1, at_least), jnp.floor(float(budget) * prompt + _SLACK).astype(jnp.int32))
-        # From 2 ** 14 tokens on, the product in float32 may round up past the slots there are.
-        return jnp.minimum(rows, budget_slots(budget, prompt_slots, at_least))
+        return _parts(prompt, float(budget), max(1, at_least), budget_slots(budget, prompt_slots, at_least))
     return jnp.full_like(prompt, int(budget))
+
+
+@functools.partial(jax.jit, inline=True)  # one program where a caller runs it outside jit
+def _parts(prompt: jax.Array, fraction: float, least: int, most: int) -> jax.Array:
+    rows = jnp.maximum(least, jnp.floor(fraction * prompt + _SLACK).astype(jnp.int32))
+    return jnp.minimum(rows, most)  # from 2 ** 14 tokens on, the product in float32 may round up past the slots

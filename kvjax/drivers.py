@@ -6,6 +6,7 @@ functions here are pure; callers jit them (with the cache donated) and see only 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -71,9 +72,37 @@ class Run(NamedTuple):
         return sharding.placed(self, Run.specs)
 
 
+# One program each where a caller runs the drivers outside jit, and inside it part of the caller's, as if written there.
+_compiled = functools.partial(jax.jit, inline=True)
+
+
 def _positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:
+    """i32[B, T]: where the next tokens lie, -1 for padding."""
+    return _from(cache.length, lengths, T=T)
+
+
+@functools.partial(_compiled, static_argnames="T")
+def _from(first: jax.Array, lengths: jax.Array, *, T: int) -> jax.Array:
     index = jnp.arange(T)[None]
-    return jnp.where(index < lengths[:, None], cache.length[:, None] + index, -1)
+    return jnp.where(index < lengths[:, None], first[:, None] + index, -1)
+
+
+@_compiled
+def _accepted(right: jax.Array, lengths: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which rows go on, and with how many tokens: one that was refused once stays so."""
+    right = right & ~jnp.any(jnp.isnan(logits), axis=-1)
+    return right, jnp.where(right, lengths, 0).astype(jnp.int32)
+
+
+@_compiled
+def _logits_after(
+    logits: jax.Array, before: jax.Array, right: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """f32[B, V] of the next token of every row, and f32[B, T, V] after each token; NaN for rows that were refused."""
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    last = jnp.take_along_axis(logits, last, axis=1)[:, 0]
+    last = jnp.where((lengths > 0)[:, None], last, before)
+    return jnp.where(right[:, None], last, jnp.nan), jnp.where(right[:, None, None], logits, jnp.nan)
 
 
 def prefill(
@@ -305,8 +334,7 @@ def extend(
 def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     left = _left(run)
     right = readable(limits_of(step), tokens, lengths, run.cache.length, least=0, left=left)
-    right &= ~jnp.any(jnp.isnan(run.logits), axis=-1)  # a row that was refused once stays so
-    lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
+    right, lengths = _accepted(right, lengths, run.logits)
     out = step(
         tokens,
         _positions(run.cache, lengths, tokens.shape[1]),
@@ -319,11 +347,7 @@ def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     )
     cache, state = transform.step(out.cache, run.state, seen)
     cache = cache.constrained()
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    logits = jnp.take_along_axis(out.logits, last, axis=1)[:, 0]
-    logits = jnp.where((lengths > 0)[:, None], logits, run.logits)
-    logits = jnp.where(right[:, None], logits, jnp.nan)
-    each = jnp.where(right[:, None, None], out.logits, jnp.nan)
+    logits, each = _logits_after(out.logits, run.logits, right, lengths)
     return Run(logits, cache, state, run.prompt, run.room), each
 
 

@@ -198,7 +198,7 @@ def answer(
 
 
 def padded_length(tokens: int) -> int:
-    """Returns what so many tokens are padded to: 64, 96, 128, 192, 256, 384, ...; never half as many more, from 64 on."""
+    """Returns what so many tokens are padded to: 64, 96, 128, 192, 256, ...; never half as many more, from 64 on."""
     power = _SHORTEST
     while power < tokens:
         power *= 2

@@ -173,7 +173,7 @@ def step(
       donate: see `layer`.
       remat: see `layer`.
     """
-    x, count = embed(params, config, tokens, positions), jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    x, count = embed(params, config, tokens, positions), _count(positions)
     last = _tokens_read(cache.layers[-1].inlined(cache.shared), needs, tokens.shape[1]) if last_only else None
     how = dict(needs=needs, last=last, donate=donate, remat=remat)
     layers, seen = [], []
@@ -312,6 +312,11 @@ def _tokens_read(cache: LayerCache, needs: Needs, tokens: int) -> int | None:
     if held or needs.queries == ALL or needs.moments_from or needs.largest_inputs or 4 * count > tokens:
         return None
     return count
+
+
+@functools.partial(jax.jit, inline=True)
+def _count(positions: jax.Array) -> jax.Array:
+    return jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
