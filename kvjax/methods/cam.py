@@ -21,7 +21,8 @@ def cam(
     Deviations: the probability of the paper's random mask takes the place of the mask: what is added is its mean. Of
     the tokens that a prompt drops at once only the newest `following` are merged; token by token, as in the paper,
     values would be passed on from each to the next. The mean is over the tokens a value goes to, as in the paper's
-    streaming code; that of its simulation has a maximum over start and recent. Attention is averaged over a query group.
+    streaming code; that of its simulation has a maximum over start and recent. Attention is averaged over a query
+    group.
 
     Args:
       budget: tokens per KV head (the paper's simulation: 0.1 first and 0.1 recent).

@@ -126,6 +126,7 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
         frees_in_prefill=soonest(s.frees_in_prefill for s in schedules),
         frees_in_decode=soonest(s.frees_in_decode for s in schedules),
         budget=budgeted.budget,
+        excess=budgeted.excess,
         at_least=budgeted.at_least,
         name=" and ".join(s.name for s in schedules),
         order=order,

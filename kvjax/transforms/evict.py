@@ -16,7 +16,7 @@ from kvjax.segments.segment import Segment, slot_tail
 from kvjax.segments.moves import keep_best
 from kvjax.segments.slots import LAST, lowest, priority, token_order
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
+from kvjax.transforms.layer_budgets import LayerBudgets, excess_over, split_budget
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Observer, Schedule
 
@@ -140,6 +140,7 @@ def evict(
             frees_in_prefill=1,
             frees_in_decode=1,
             budget=budget,
+            excess=excess_over(budget, layers, always),
             at_least=always,
             name="evict",
             order=Order.of(needs="slots room", loses="whole" if scorer.aligned else "whole aligned"),

@@ -131,6 +131,17 @@ def evict_by_head(
             )
         return shrink(cache, rows, observation, lambda tail: tail.drop(tail.pos >= 0)), rows
 
+    def excess(cache: Cache, observation: Observation) -> jax.Array:
+        rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
+
+        def of(layer: LayerCache) -> jax.Array:
+            _, pages, tail = split_pages(layer, "evict_by_head")
+            held = jnp.sum(tail.pos >= 0, axis=(1, 2)) + (0 if pages is None else jnp.sum(pages.pos >= 0, axis=(1, 2)))
+            K = tail.pos.shape[1]
+            return (held + K // 2) // K - rows  # heads' numbers are rounded: pages may hold half a slot a head less
+
+        return jnp.max(jnp.stack([of(layer) for layer in cache.layers]), axis=0)
+
     return CacheTransform(
         init=init,
         update=update,
@@ -139,6 +150,7 @@ def evict_by_head(
             frees_in_prefill=1,
             frees_in_decode=1,
             budget=budget,
+            excess=excess,
             at_least=always,
             name="evict_by_head",
             order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.budget import Budget, budget_rows, budget_slots
+from kvjax.cache import Cache
 from kvjax.observation import Observation
 
 _SLACK = 1e-3  # tokens; equal shares are equal whatever float32 makes of them
@@ -170,3 +171,14 @@ def split_budget(
         with jax.ensure_compile_time_eval():
             slots = [int(jnp.max(n)) for n in of(jnp.arange(1, max(prompt_slots, 1) + 1))]
     return [(observation.slots_of(n), jnp.minimum(rows, n)) for n, rows in zip(slots, of(observation.prompt))]
+
+
+def excess_over(budget: int | float, layers: LayerBudgets | None, always: int):
+    """Returns `Schedule.excess` of a transform whose dense tails hold what `split_budget` gives each layer."""
+
+    def excess(cache: Cache, observation: Observation) -> jax.Array:
+        each = split_budget(budget, len(cache.layers), observation, layers, always)
+        held = (jnp.max(jnp.sum(layer.segments[-1].pos >= 0, axis=-1), axis=-1) for layer in cache.layers)
+        return jnp.max(jnp.stack([n - rows for n, (_, rows) in zip(held, each, strict=True)]), axis=0)
+
+    return excess

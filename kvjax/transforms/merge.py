@@ -24,7 +24,7 @@ from kvjax.transforms.evict import (
     slot_scores,
     with_stats,
 )
-from kvjax.transforms.layer_budgets import LayerBudgets, split_budget
+from kvjax.transforms.layer_budgets import LayerBudgets, excess_over, split_budget
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
@@ -172,6 +172,7 @@ def merge(
             frees_in_prefill=1,
             frees_in_decode=1,
             budget=budget,
+            excess=excess_over(budget, layers, always),
             at_least=always,
             name="merge",
             order=Order.of(needs="vectors slots room", loses="whole aligned"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from kvjax.budget import Budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation, Phase
@@ -41,10 +43,12 @@ class Schedule(NamedTuple):
       frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a token and
         the driver reserves room for all of them.
       budget: tokens per KV head that are kept, as a count or as a fraction of the prompt; None: no token budget.
+      excess: `(cache, observation) -> i32[B]`: tokens that a head of each row holds above its budget, in the layer that
+        holds most above its own; below 0 where all have room. None: it does not say.
       at_least: tokens below which a budget that is a fraction never falls: those that are always kept.
       name: what errors call the transform.
-      on_ring: `(layer cache, layer observation) -> layer cache`, how it stores the slots of a layer that keeps no more than its sliding
-        window; None: as they are. See `respect_windows`.
+      on_ring: `(layer cache, layer observation) -> layer cache`, how it stores the slots of a layer that keeps no more
+        than its sliding window; None: as they are. See `respect_windows`.
       order: which transforms it may follow, and which may follow it.
     """
 
@@ -55,6 +59,7 @@ class Schedule(NamedTuple):
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None
     budget: Budget | None = None
+    excess: Callable[[Cache, Observation], jax.Array] | None = None
     at_least: int = 1
     name: str = "transform"
     on_ring: Callable[[LayerCache, LayerObservation], LayerCache] | None = None

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import query_window
-from kvjax.budget import budget_rows
-from kvjax.cache import Cache
 from kvjax.observation import ALL
 from kvjax.transforms.base import CacheTransform
 
@@ -22,14 +20,14 @@ def at_prefill_end(transform: CacheTransform) -> CacheTransform:
             return cache, ()
         return transform.init(cache, observation.replace(grows=True))
 
-    schedule = transform.schedule._replace(acts_in=(), frees_in_prefill=None, frees_in_decode=None)
+    schedule = transform.schedule._replace(acts_in=(), frees_in_prefill=None, frees_in_decode=None, excess=None)
     return transform._replace(init=init, schedule=schedule)
 
 
 def every_chunk(transform: CacheTransform) -> CacheTransform:
     """Acts after every chunk of the prompt and not while decoding: constant memory for any prompt length."""
     acts_in = tuple(phase for phase in transform.schedule.acts_in if phase == "prefill")
-    schedule = transform.schedule._replace(acts_in=acts_in, frees_in_prefill=1, frees_in_decode=None)
+    schedule = transform.schedule._replace(acts_in=acts_in, frees_in_prefill=1, frees_in_decode=None, excess=None)
     growing = lambda run: lambda *of: run(*of[:-1], of[-1].replace(grows=True))
     return transform._replace(schedule=schedule).map(growing)
 
@@ -73,46 +71,39 @@ def every(n: int, transform: CacheTransform) -> CacheTransform:
 
 
 def when_full(slack: int, transform: CacheTransform) -> CacheTransform:
-    """Acts on the rows whose first layer holds `slack` tokens more than the budget.
+    """Acts on the rows in which a layer holds `slack` tokens more than its budget.
 
-    Like `every(slack, ...)`, but a row that is still below its budget is left alone.
+    Like `every(slack, ...)`, but a row that is still below its budget in all layers is left alone.
 
     Args:
       slack: slots kept free above the budget, at least 1.
-      transform: what acts; it must have a token budget.
+      transform: what acts; it must say how much it holds above its budget, as `evict`, `merge` and `evict_by_head` do.
     """
     if slack < 1:
         raise ValueError(f"slack must be at least 1 slot, got {slack}.")
-    if transform.schedule.budget is None:
-        raise ValueError("when_full needs a transform with a token budget, got one without.")
+    excess = transform.schedule.excess
+    if excess is None:
+        raise ValueError(
+            f"when_full needs a transform with a token budget that says what it holds above it, such as evict, got "
+            f"{transform.schedule.name}."
+        )
     transform = _remembering(transform)
-
-    def occupied(cache: Cache) -> jax.Array:
-        return jnp.max(jnp.sum(cache.layers[0].segments[-1].pos >= 0, axis=-1), axis=-1)
-
-    def init(cache, observation):
-        cache, state = transform.init(cache, observation)
-        budget, least = transform.schedule.budget, transform.schedule.at_least
-        return cache, (state, budget_rows(budget, observation.prompt, observation.prompt_slots, least))
-
     act = _acting(transform)
 
-    def observe(cache, state, observation):
-        inner, rows = state
-        cache, inner = transform.observed(cache, inner, observation)
-        return cache, (inner, rows)
-
     def update(cache, state, observation):
-        inner, rows = state
-        due = occupied(cache) >= rows + slack
-        cache, inner = act(cache, inner, observation, due)
-        return cache, (inner, rows)
+        return act(cache, state, observation, excess(cache, observation) >= slack)
 
-    return _freeing(slack, _around(transform, init, observe, update))
+    return _freeing(slack, transform._replace(update=update))
 
 
 def _freeing(tokens: int, transform: CacheTransform) -> CacheTransform:
-    """The same, which frees slots every so many tokens."""
+    """The same, which frees slots every so many tokens.
+
+    Raises:
+      ValueError: it does not act while decoding, and would free none.
+    """
+    if "decode" not in transform.schedule.acts_in:
+        raise ValueError(f"{transform.schedule.name} acts on the prompt alone and cannot be told to act while decoding.")
     return transform._replace(
         schedule=transform.schedule._replace(frees_in_prefill=tokens, frees_in_decode=tokens)
     )

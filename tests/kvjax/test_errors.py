@@ -159,6 +159,31 @@ BUILD = {
     "retaining more than all": (lambda: methods.minicache(retain=1.2), "retain must be .* got 1.2"),
     "direction off the arc": (lambda: methods.minicache(interpolation=2), r"interpolation must be in \[0, 1\], got 2"),
     "full without a budget": (lambda: when_full(4, methods.full()), "when_full needs a transform with a token budget"),
+    "full at a prompt's end": (lambda: when_full(4, methods.knorm(8)), "says what it holds above it, .* got evict"),
+    "every token at a prompt's end": (lambda: every(4, methods.knorm(8)), "evict acts on the prompt alone"),
+    "reuse by no layers": (lambda: evict(scores.random(0), 8, reuse=0), "reuse must be at least 1 layer, got 0"),
+    "reuse of statistics": (
+        lambda: evict(scores.accumulated_attention(), 8, reuse=2),
+        "reuse must be 1 for a scorer that keeps statistics of each layer, got 2",
+    ),
+    "a blend of nothing": (lambda: scores.blend([]), "blend needs at least one pair"),
+    "a blend of sums and a window": (
+        lambda: scores.blend([(1.0, scores.accumulated_attention()), (1.0, scores.window_attention(4))]),
+        r"scorers must all add up attention, or all look at the last queries, got \[4\] queries",
+    ),
+    "the same statistic twice": (
+        lambda: scores.strongest(scores.accumulated_attention(), scores.accumulated_attention()),
+        "statistics of different names to be joined, got attention, attention",
+    ),
+    "blocks of no tokens": (lambda: scores.in_blocks(scores.random(0), 0), "size must be at least 1 token"),
+    "more than a block": (lambda: scores.in_blocks(scores.random(0), 4, 5), "top at most size or None, got 4 and 5"),
+    "no last queries": (lambda: scores.end_attention(0), "last must be at least 1 query, .* got 0"),
+    "a crowd of representatives": (
+        lambda: scores.crushed(scores.random(0), 1.5),
+        r"share must be in \[0, 1\], got 1.5",
+    ),
+    "a steep line": (lambda: kvjax.pyramid(0.5), "beta must be at least 1, got 0.5"),
+    "a flat curve": (lambda: kvjax.by_coverage([[1.0]]), "coverage must be a curve of at least two points"),
 }
 
 
@@ -185,7 +210,6 @@ def _prefill(transform, chunk=None, room=4, tokens=16):
 
 
 _heavy = lambda budget: evict(scores.accumulated_attention(), budget)
-_of_all_queries = kvjax.Scorer(lambda segment, seen: seen.queries.pos, needs=kvjax.Needs(queries=kvjax.ALL))
 
 PREFILL = {
     "a whole layer that is not there": (
@@ -217,7 +241,7 @@ PREFILL = {
         "group must divide the token group axis of length 8, got 3",
     ),
     "chunks for a score of all queries": (
-        lambda: _prefill(kvjax.at_prefill_end(evict(_of_all_queries, 8)), chunk=4),
+        lambda: _prefill(kvjax.at_prefill_end(evict(scores.call_attention(), 8)), chunk=4),
         "chunk must be None for a transform that wants every query of the prompt",
     ),
     "reading again what is not there any more": (
