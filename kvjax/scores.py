@@ -16,7 +16,7 @@ from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
 from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads, strongest
 from kvjax.scores_of_keys import lag_relative, leverage, redundancy
-from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, slots_of_call
+from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, recurrence, slots_of_call
 from kvjax.segments.segment import Segment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
@@ -298,50 +298,6 @@ def future_attention(
         return p * jnp.linalg.norm(segment.values.astype(jnp.float32), axis=-1) if value_norm else p
 
     return Scorer(score=score, needs=Needs(moments_from=(sinks,)))
-
-
-def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
-    """How likely a token is to be attended to again, from when it was last and from how long it ever rested.
-
-    A token is active when the newest query of a call, in any head of the group, pays it more than `alpha`.
-    `gap` is its longest rest between two activities (being written is the first), `idle` its rest by now:
-    `s = 2 sigmoid(-idle / gap) + 2 sigmoid(-gap / window)`. A token that has not come back since it was written
-    has 1 while `idle == 0`, then `0.001 / (1 + idle)`: the limit of the first term, newer tokens first.
-
-    Args:
-      alpha: probability above which a token is active.
-      window: tokens that make a gap long.
-
-    Source: Zhang et al., LazyEviction (2025), arXiv:2506.15969. The form of the second term is unverified: notes
-    on the paper disagree; this one favours short gaps, as the text says, on a scale that float32 can tell apart.
-    """
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha must be in [0, 1), got {alpha}.")
-    if window < 1:
-        raise ValueError(f"window must be at least 1 token, got {window}.")
-    last, longest = "active_after", "gap"  # tokens from a slot's own position to its last activity; tokens
-
-    def observe(segment: Segment, seen: LayerObservation) -> Segment:
-        now = jnp.max(seen.queries.pos, axis=1, initial=-1)[:, None, None]
-        mass = _mass(segment, newest(seen, 1))
-        B, K, S = segment.pos.shape
-        active = (jnp.max(mass.reshape(B, K, -1, S), axis=2) > alpha) & (now >= 0)
-        rest = now - segment.pos - segment.stats[last]
-        stats = {
-            longest: jnp.where(active, jnp.maximum(segment.stats[longest], rest), segment.stats[longest]),
-            last: jnp.where(active, (now - segment.pos).astype(jnp.float32), segment.stats[last]),
-        }
-        return segment.with_slots(stats={**segment.stats, **stats})
-
-    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
-        now = jnp.max(segment.pos, axis=-1, keepdims=True)
-        idle = now - segment.pos - segment.stats[last]
-        gap = segment.stats[longest]
-        overdue = 2 * jax.nn.sigmoid(-idle / jnp.maximum(gap, 1.0)) + 2 * jax.nn.sigmoid(-gap / window)
-        once = jnp.where(idle <= 0, 1.0, 1e-3 / (1.0 + jnp.maximum(idle, 0.0)))
-        return jnp.where(gap > 0, overdue, once)
-
-    return Scorer(score=score, needs=Needs(queries=1), stats=(last, longest), observe=observe)
 
 
 def retaining_heads() -> Scorer:

@@ -49,14 +49,9 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
         keys, k_pos = segment.k.astype(jnp.float32), segment.pos[:, :, None, None]
         heads = (jnp.arange(N) + N * seen.layer).reshape(K, N // K, 1, 1)
         size = min(T, _BLOCK)
-        count = -(-T // size)
-
-        def blocks(x, fill):
-            x = jnp.pad(x, [(0, 0), (0, count * size - T)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-            return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
 
         def add(total, block):
-            q, pos = block  # [B, t, N, H], i32[B, t]
+            q, pos, _ = block  # [B, t, N, H], i32[B, t]
             grouped = q.reshape(B, size, K, N // K, H)
             logits = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, precision=jax.lax.Precision.HIGHEST)
             logits = capped(factor(seen.scale, H) * logits, seen.scale)
@@ -71,8 +66,7 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
             p = jax.nn.softmax(jnp.where(sees, logits, -1e30), axis=-1)
             return total + jnp.mean(jnp.sum(jnp.where(sees, p, 0.0), axis=3), axis=2), None
 
-        given = (blocks(queries.rotated.astype(jnp.float32), 0.0), blocks(queries.pos, -1))
-        received, _ = jax.lax.scan(add, jnp.zeros(segment.pos.shape, jnp.float32), given)
+        received, _ = jax.lax.scan(add, jnp.zeros(segment.pos.shape, jnp.float32), _query_blocks(seen, size))
         return segment.with_slots(stats={**segment.stats, stat: segment.stats[stat] + received})
 
     score = lambda segment, seen: segment.stats[stat]
@@ -161,6 +155,64 @@ def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
 
 
+def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
+    """How likely a token is to be attended to again, from when it was last and from how long it ever rested.
+
+    A token is active when a query, in any head of the group, pays it more than `alpha`: each query in turn, those of a
+    prompt too.
+    `gap` is its longest rest between two activities (being written is the first), `idle` its rest by now:
+    `s = 2 sigmoid(-idle / gap) + 2 sigmoid(-gap / window)`. A token that has not come back since it was written
+    has 1 while `idle == 0`, then `0.001 / (1 + idle)`: the limit of the first term, newer tokens first.
+
+    Args:
+      alpha: probability above which a token is active.
+      window: tokens that make a gap long.
+
+    Source: Zhang et al., LazyEviction (2025), arXiv:2506.15969. The form of the second term is unverified: notes
+    on the paper disagree; this one favours short gaps, as the text says, on a scale that float32 can tell apart.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be in [0, 1), got {alpha}.")
+    if window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}.")
+    last, longest = "active_after", "gap"  # tokens from a slot's own position to its last activity; tokens
+
+    def observe(segment: Segment, seen: LayerObservation) -> Segment:
+        if segment.key_rope != "stored":
+            raise TypeError("recurrence scores rotated keys; put it before what re-indexes them.")
+        T, S = seen.queries.pos.shape[1], segment.pos.shape[2]
+        if not T or not S:
+            return segment
+        size = min(T, _BLOCK)
+
+        def note(carry, block):
+            until, longest_rest = carry  # i32[B, K, S]: position of the last activity; the longest rest
+            active = _probabilities(segment, seen, *block).max(axis=2) > alpha  # [B, K, t, S]
+            at = jnp.where(active, block[1][:, None, :, None], -1)
+            # The last activity before each query of the block: its own position counts from one query on.
+            before = jnp.maximum(jax.lax.cummax(at, axis=2), until[:, :, None])
+            before = jnp.concatenate([until[:, :, None], before[:, :, :-1]], axis=2)
+            rest = jnp.max(jnp.where(active, at - before, 0), axis=2)
+            return (jnp.maximum(until, jnp.max(at, axis=2)), jnp.maximum(longest_rest, rest)), None
+
+        until = segment.pos + segment.stats[last].astype(jnp.int32)
+        start = (until, segment.stats[longest].astype(jnp.int32))
+        (until, rest), _ = jax.lax.scan(note, start, _query_blocks(seen, size))
+        occupied = segment.pos >= 0
+        after = {last: jnp.where(occupied, until - segment.pos, 0), longest: jnp.where(occupied, rest, 0)}
+        return segment.with_slots(stats={**segment.stats, **{name: x.astype(jnp.float32) for name, x in after.items()}})
+
+    def score(segment: Segment, seen: LayerObservation) -> jax.Array:
+        now = jnp.max(segment.pos, axis=-1, keepdims=True)
+        idle = now - segment.pos - segment.stats[last]
+        gap = segment.stats[longest]
+        overdue = 2 * jax.nn.sigmoid(-idle / jnp.maximum(gap, 1.0)) + 2 * jax.nn.sigmoid(-gap / window)
+        once = jnp.where(idle <= 0, 1.0, 1e-3 / (1.0 + jnp.maximum(idle, 0.0)))
+        return jnp.where(gap > 0, overdue, once)
+
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(last, longest), observe=observe)
+
+
 def slots_of_call(segment: Segment, queries: Queries) -> tuple[jax.Array, jax.Array]:
     """Finds the slots of the tokens that a call brought: i32[B, K, T], and bool[B, T], which are real.
 
@@ -173,3 +225,35 @@ def slots_of_call(segment: Segment, queries: Queries) -> tuple[jax.Array, jax.Ar
     there = (place >= 0) & (place < newest_first.shape[2])
     slot = jnp.take_along_axis(newest_first, jnp.clip(place, 0, newest_first.shape[2] - 1)[:, None], axis=2)
     return slot, there
+
+
+def _query_blocks(seen: LayerObservation, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A call's rotated queries, their positions and their lse, [blocks, B, size, ...] each, padding last."""
+    queries, T = seen.queries, seen.queries.pos.shape[1]
+    count = -(-T // size)
+
+    def blocks(x, fill):
+        x = jnp.pad(x, [(0, 0), (0, count * size - T)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    rotated = blocks(queries.rotated.astype(jnp.float32), 0.0)
+    return rotated, blocks(queries.pos, -1), blocks(seen.lse, 0.0)
+
+
+def _probabilities(
+    segment: Segment, seen: LayerObservation, q: jax.Array, pos: jax.Array, lse: jax.Array
+) -> jax.Array:
+    """f32[B, K, G, t, S]: what each of t rotated queries [B, t, N, H] gives each slot."""
+    B, t, N, H = q.shape
+    K = segment.pos.shape[1]
+    grouped = lambda x: x.reshape(B, t, K, N // K, *x.shape[3:])
+    keys, k_pos, q_pos = segment.k.astype(jnp.float32), segment.pos[:, :, None, None], pos[:, None, None, :, None]
+    logits = jnp.einsum("btkgh,bksh->bkgts", grouped(q), keys, precision=jax.lax.Precision.HIGHEST)
+    logits = capped(factor(seen.scale, H) * logits, seen.scale)
+    if segment.bias is not None:
+        logits = logits + segment.bias[:, :, None, None]
+    sees = (k_pos >= 0) & (k_pos <= q_pos)
+    if seen.window is not None:
+        sees &= k_pos > q_pos - seen.window
+    total = jnp.moveaxis(grouped(lse), 1, 3)[..., None]
+    return jnp.exp(jnp.where(sees, logits - jnp.where(total == -jnp.inf, 0.0, total), -jnp.inf))

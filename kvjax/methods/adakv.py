@@ -17,10 +17,13 @@ def adakv_snapkv(
     kernel: int = 7,
     pooling: Pooling = "max",
     floor: float = 0.2,
-    normalise: bool = False,
+    normalise: bool = True,
     page: int = 16,
 ) -> CacheTransform:
     """SnapKV's scores compared over all heads of a layer; the heads' slots are pages of one pool.
+
+    The defaults are those of KVCache-Factory: a floor of 0.2, normalised. The authors' code has 0.5, and does not
+    normalise unless told to.
 
     Deviation: scores are averaged over a query group before pooling, so that each KV head is stored once.
 
@@ -29,7 +32,7 @@ def adakv_snapkv(
       window: observed queries at the end of the prompt, kept in every head.
       kernel: tokens over which scores are pooled, odd.
       pooling: "avg" or "max".
-      floor: fraction of the uniform share that every head keeps at least (0.2; the official README has 0.5).
+      floor: fraction of the uniform share that every head keeps at least.
       normalise: weigh a head by the mass of its highest scores first.
       page: slots of a page.
     """
@@ -42,7 +45,7 @@ def adakv_snapkv(
 def adakv_expected(
     budget: Budget = 1024, future: int = 512, sinks: int = 4, floor: float = 0.2, page: int = 16
 ) -> CacheTransform:
-    """The same over expected attention, which needs no question to look at.
+    """The same over expected attention, which needs no question to look at; floor and scores are as in kvpress.
 
     Args:
       budget: tokens per KV head on average over the layer.

@@ -103,7 +103,7 @@ def _freeing(tokens: int, transform: CacheTransform) -> CacheTransform:
       ValueError: it does not act while decoding, and would free none.
     """
     if "decode" not in transform.schedule.acts_in:
-        raise ValueError(f"{transform.schedule.name} acts on the prompt alone and cannot be told to act while decoding.")
+        raise ValueError(f"{transform.schedule.name} acts on the prompt alone; it cannot act while decoding.")
     return transform._replace(
         schedule=transform.schedule._replace(frees_in_prefill=tokens, frees_in_decode=tokens)
     )

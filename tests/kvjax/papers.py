@@ -205,12 +205,13 @@ class LazyEviction:
             self.states = [{} for _ in slots]
         now = slots[0][-1]
         for weights, at, state in zip(probability, slots, self.states):
-            seen = weights[:, -1].max(axis=0)  # over the query group
-            for token, p in zip(at, seen):
-                last, gap = state.get(token, (token, 0))
-                if p > self.alpha:
-                    last, gap = now, max(gap, now - last)
-                state[token] = (last, gap)
+            for query in range(weights.shape[1]):
+                step = at[len(at) - weights.shape[1] + query]
+                for token, p in zip(at, weights[:, query].max(axis=0)):  # over the query group
+                    last, gap = state.get(token, (token, 0))
+                    if p > self.alpha:
+                        last, gap = step, max(gap, step - last)
+                    state[token] = (last, gap)
         self.since = self.window if self.since is None else self.since + 1
         if self.since < self.window:
             return slots
@@ -892,7 +893,7 @@ class CaM:
 
 @dataclasses.dataclass
 class EMS:
-    """EMS as `kvjax.methods.ems` reads it: global or local importance, merges by cos(k) cos(v) weighted by importance."""
+    """EMS as `kvjax.methods.ems` reads it: global or local importance, merges by cos(k) cos(v), weighted by it."""
 
     budget: int
     window: int
