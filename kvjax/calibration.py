@@ -189,8 +189,9 @@ def copying_scores(keys: Segment, seen: LayerObservation, period: int) -> tuple[
       period: tokens after which the text repeats; the last query has position `R * period - 1`.
 
     Returns:
-      f32[K] echo: mean probability, from the second repetition on, that a query gives earlier copies of its own
-      token; f32[K] induction: the same for the tokens after those copies. Both are the highest of a query group.
+      f32[K] echo: mean probability, from the second repetition on, that a query gives an earlier copy of its own
+      token, of several their mean; f32[K] induction: the same for the tokens after those copies. Both are the highest
+      of a query group.
 
     Source: Tang et al., RazorAttention (2024), arXiv:2407.15891, section 3.2.
     """
@@ -199,8 +200,9 @@ def copying_scores(keys: Segment, seen: LayerObservation, period: int) -> tuple[
     echo, induction = 0.0, 0.0
     for back in range(1, T // period):
         at = jnp.arange(back * period, T)
-        echo = echo + jnp.sum(mass(at, at - back * period), axis=0)
-        induction = induction + jnp.sum(mass(at, at - back * period + 1), axis=0)
+        copies = (at // period)[:, None]  # earlier ones of each query
+        echo = echo + jnp.sum(mass(at, at - back * period) / copies, axis=0)
+        induction = induction + jnp.sum(mass(at, at - back * period + 1) / copies, axis=0)
     per_kv_head = lambda x: jnp.max((x / (T - period)).reshape(keys.pos.shape[1], -1), axis=-1)
     return per_kv_head(echo), per_kv_head(induction)
 

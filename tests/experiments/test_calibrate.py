@@ -156,11 +156,11 @@ def test_copying_heads_are_found_by_hand():
     queries = kvjax.Queries(jnp.float32(q), pos, rope)
     lse = keys.attend(queries).lse
     echo, induction = copying_scores(keys, kvjax.LayerObservation(queries, lse, jnp.int32(0)), period)
-    # Head 0 looks at all copies of its token, itself included: 1/2 and 2/3 of its attention are earlier copies.
-    np.testing.assert_allclose(echo[0], (1 / 2 + 2 / 3) / 2, atol=0.02)
+    # Head 0 looks at all copies of its token, itself included: an earlier one gets 1/2 of its attention, then 1/3.
+    np.testing.assert_allclose(echo[0], (1 / 2 + 1 / 3) / 2, atol=0.02)
     assert induction[0] < 0.02
-    # Head 1 looks at what follows its token: one slot from the second repetition on (its own follower is to come).
-    np.testing.assert_allclose(induction[1], 1.0, atol=0.02)
+    # Head 1 looks at what follows its token: one slot in the second repetition, two in the third.
+    np.testing.assert_allclose(induction[1], (1 + 1 / 2) / 2, atol=0.02)
     assert echo[1] < 0.02
 
 
