@@ -60,6 +60,7 @@ _TRANSFORMS = (
     "by_coverage",
     "by_variance",
     "cast",
+    "convolve",
     "every",
     "every_chunk",
     "every_step",
@@ -72,8 +73,11 @@ _TRANSFORMS = (
     "into_next",
     "into_runs",
     "into_similar",
+    "learned",
     "merge",
     "merge_layers",
+    "prefix",
+    "product_quantize",
     "protect",
     "prune_channels",
     "pyramid",
@@ -149,6 +153,23 @@ def calibration(recipe: str = gin.REQUIRED, path: str | None = None) -> Mapping[
         digest.update(part.encode() + np.asarray(found[part]).tobytes())
     _got.append(f"calibration {recipe}: {digest.hexdigest()[:16]}")
     return found
+
+
+@gin.configurable(module="experiments")
+def by_layer(arrays: Mapping[str, jax.Array] = gin.REQUIRED, names: Sequence[str] | None = None) -> list:
+    """Splits arrays [L, ...], such as those of a `calibration`, into what each layer gets.
+
+    Args:
+      arrays: by name.
+      names: the arrays of a layer come as a tuple in this order, as `prefix` and `product_quantize` take them; None: by
+        name, as `learned` does.
+    """
+    if names is None:
+        return [dict(zip(arrays, each)) for each in zip(*arrays.values())]
+    unknown = [name for name in names if name not in arrays]
+    if unknown:
+        raise ValueError(f"by_layer.names: there is no {unknown[0]!r}; {there_are(unknown[0], sorted(arrays))}")
+    return list(zip(*(arrays[name] for name in names)))
 
 
 @gin.configurable(module="experiments")
