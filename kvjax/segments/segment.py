@@ -42,6 +42,7 @@ class Segment:
     key_rope: KeyRope = struct.field(pytree_node=False, default="stored")
     layout: Rows | Ring = struct.field(pytree_node=False, default=Rows())
     replicated: bool = struct.field(pytree_node=False, default=False)  # on a mesh, every shard has all slots
+    outside_windows: bool = struct.field(pytree_node=False, default=False)  # every query sees them, however far back
 
     @classmethod
     def of(cls, k: Stored, v: Stored | None, pos: jax.Array, *, bias=None, stats=None, **static) -> Segment:
@@ -153,7 +154,7 @@ class Segment:
             v_gain=v_gain,
             rotation=rotation,
             pages=pages,
-            window=window,
+            window=None if self.outside_windows else window,
             scale=scale,
         )
         return partial if not folded else Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
@@ -174,6 +175,7 @@ class Segment:
             k = rotate(k, self.pos if self.key_rope == "at_attend" else ranks.slots, queries.rope)
         if k.shape[0] != q.shape[0]:
             raise TypeError("A prefix shared by the batch has no per-row attention mass.")
+        window = None if self.outside_windows else window
         return attention_mass(
             q, k, queries.pos, self.pos, lse, bias=self.bias, window=window, scale=scale, reduce=reduce
         )

@@ -17,7 +17,8 @@ def prefix(layers: Sequence[tuple[jax.Array, jax.Array]]) -> CacheTransform:
     """Lets the prompt, and all that follows, attend to the same slots; tokens keep their positions.
 
     The slots are in a segment of their own that the rows of a batch share. Their keys are read as they are, as rotated
-    keys, and their position counts as 0: every query sees them. Nothing evicts them, and no budget counts them.
+    keys, and their position counts as 0. Every query sees them, whatever the window of its layer. Nothing evicts them,
+    and no budget counts them.
 
     Args:
       layers: keys and values [K, m, H] of m slots, for each layer.
@@ -36,7 +37,8 @@ def prefix(layers: Sequence[tuple[jax.Array, jax.Array]]) -> CacheTransform:
                 f"{list(k.shape)} and {list(v.shape)}."
             )
         k, v = (x[None].astype(tail.k.dtype) for x in (k, v))
-        return layer.replace(segments=(Segment.of(k, v, jnp.zeros(k.shape[:3], jnp.int32)), *layer.segments))
+        slots = Segment.of(k, v, jnp.zeros(k.shape[:3], jnp.int32), outside_windows=True)
+        return layer.replace(segments=(slots, *layer.segments))
 
     def before(cache: Cache) -> Cache:
         if len(layers) != len(cache.layers):

@@ -11,6 +11,7 @@ import pytest
 import kvjax
 from kvjax.transforms import bounded_layers
 from tests.kvjax import tiny_model
+from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
 
 WINDOW, PROMPT, AFTER = 8, 40, 6
@@ -85,3 +86,23 @@ def test_bounded_layers_are_those_with_a_shorter_window_than_the_prompt():
     out = jax.eval_shape(lambda: step(TOKENS, jnp.zeros_like(TOKENS), empty, needs=kvjax.Needs(), last_only=True))
     seen = lambda slots: kvjax.Observation(out.layers, jnp.array([1, 1]), jnp.array([1, 1]), slots)
     assert bounded_layers(seen(WINDOW)) == () and bounded_layers(seen(WINDOW + 1)) == (0,)
+
+
+def test_a_learned_prefix_is_seen_from_beyond_the_window():
+    """In a layer with a window, from every position; tokens are seen as far as the window says."""
+    rng = np.random.default_rng(0)
+    K, H, m, T, N = CONFIG.num_kv_heads, CONFIG.head_dim, 3, 20, CONFIG.num_heads
+    slots, tokens = rng.normal(size=(2, K, m, H)), rng.normal(size=(2, 2, K, T, H))
+    q, at, rope = rng.normal(size=(2, 4, N, H)), np.array([[1, 7, 15, 19], [0, 2, 8, 9]]), kvjax.Rope(jnp.zeros(H // 2))
+    put = kvjax.prefix([(jnp.float32(slots[0]), jnp.float32(slots[1]))] * CONFIG.num_layers).schedule.before
+    layer = put(tiny_model.empty(2, CONFIG)).layers[0]
+    pos = np.broadcast_to(np.arange(T), (2, T))
+    layer = layer.append(*(jnp.float32(x) for x in tokens), jnp.asarray(pos), rope)
+    got = layer.attend(kvjax.Queries(jnp.float32(q), jnp.asarray(at), rope), window=WINDOW)
+    for t in range(4):
+        here = at[:, t : t + 1]
+        held = np.concatenate([np.broadcast_to(here, (2, m)), pos], axis=1)[:, None].repeat(K, axis=1)
+        both = (np.concatenate([np.stack([x, x]), y], axis=2) for x, y in zip(slots, tokens))
+        want = attention(q[:, t : t + 1], *both, here, held, window=WINDOW)
+        np.testing.assert_allclose(got.out[:, t], want.out[:, 0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got.lse[:, t], want.lse[:, 0], rtol=1e-5, atol=1e-5)
