@@ -19,10 +19,10 @@ def duoattention(
 ) -> CacheTransform:
     """Makes streaming heads of the `sparsity` of all KV heads with the lowest scores.
 
-    Deviations: scores are how strongly a head copies from repeated random tokens (induction, training-free), not trained
-    gates. Heads stream when the whole prompt is in. In the paper a prompt that comes in chunks streams from the second
-    chunk on, whose tokens then see sinks, window and their chunk; here they see everything, and the prompt's cache is
-    held in full until its end.
+    Deviations: scores are how strongly a head copies from repeated random tokens (induction, training-free), not
+    trained gates. Heads stream when the whole prompt is in. In the paper a prompt that comes in chunks streams from the
+    second chunk on, whose tokens then see sinks, window and their chunk; here they see everything, and the prompt's
+    cache is held in full until its end.
 
     Args:
       calibration: of `experiments.calibrate --method=duoattention`: `induction` f32[L, K].

@@ -19,8 +19,8 @@ def pyramidkv(
     Each row of a batch is split by its own length. Under twice the budget that is evenly, and so, where the budget is a
     count, every layer has room for as many tokens, however little it keeps of a long prompt.
 
-    Deviation: budgets add up to what was asked for. The official code rounds the step between layers down, and keeps
-    a tenth more at small budgets.
+    Deviations: budgets add up to what was asked for; the official code rounds the step between layers down, and keeps a
+    tenth more at small budgets. Whether a prompt is under twice the budget is asked of both without the window.
 
     Args:
       budget: tokens per KV head on average over the layers, the window included.

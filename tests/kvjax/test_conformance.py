@@ -44,6 +44,8 @@ SHARDED = [
     *("attention_gate", "reasoncache"),  # a scorer that mixes heads and slots; slots that rows share
     *("locret", "lococo"),  # chunk by chunk
     *("kvmerger", "think", "xkv", "minicache", "razorattention"),
+    *("chunkkv", "kvcrush", "lagkv", "compactor", "keyformer"),  # scores of neighbours, of the budget, of pairs
+    *("elasticcache", "cam"),  # merges by position, into several
     *("matryoshka_pca", "cskv", "duoattention"),  # trained, the same transforms with other arrays
 ]
 SHARDED_FAST = ["int4", "streamingllm", "xkv"]
