@@ -131,7 +131,7 @@ class Ours:
             return kvjax.bind(bind(params, config), method.transform)
 
         def compress(params, out):
-            return reading.compress(dataclasses.replace(model, params=params), method, out, ids, room=new_tokens)
+            return reading.compress(dataclasses.replace(model, params=params), method, out, [ids], room=new_tokens)
 
         def read(params, tokens):
             return lm(params).prefill(tokens, jnp.array([T]), room=new_tokens, chunk=method.prefill_chunk)
@@ -184,8 +184,8 @@ def bench(
     for index, (length, candidates) in enumerate(groups):
         if candidates is None:  # read once for all of them
             needs = reading.shared_needs(methods)
-            reading.read(model, ids[:length], needs)  # compiles
-            prompt = reading.read(model, ids[:length], needs)
+            reading.read(model, [ids[:length]], needs)  # compiles
+            prompt = reading.read(model, [ids[:length]], needs)
             candidates = {m.name: Ours(model, m, ids[:length], new_tokens, prompt) for m in methods}
         full_bytes = candidates[methods[0].name].cache_bytes
         if peer is not None and index < len(lengths):
@@ -239,7 +239,7 @@ def run() -> None:
         if flag.value < 1:
             raise ValueError(f"--{flag.name} must be at least 1, got {flag.value}.")
     names = _COMPRESSED if cli.METHODS.value is None else cli.METHODS.value
-    keep = cli.KEEP.value or _COMPRESSED_KEEP
+    keep = cli.only(cli.KEEP, _COMPRESSED_KEEP)
     check_method_names(names)
     if cli.OUTPUT_DIR.value is not None:
         pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ _WORDS = {
     "str": "a string",
     "None": "None",
     "Sequence[str]": "a list of strings",
+    "Sequence[int]": "a list of whole numbers",
+    "Sequence[float]": "a list of numbers",
 }
 
 
@@ -139,15 +141,18 @@ def _expected(value: Any, annotation: str) -> str | None:
     kinds = [kind.strip() for kind in annotation.split("|")]
     if not set(kinds) <= set(_WORDS):
         return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = lambda item: isinstance(item, (int, float)) and not isinstance(item, bool)
+    whole = lambda item: number(item) and isinstance(item, int)
+    listed = lambda fits: isinstance(value, (list, tuple)) and all(map(fits, value))
     fits = {
-        "int": number and isinstance(value, int),
-        "float": number,
-        "Budget": number,
+        "int": whole(value),
+        "float": number(value),
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
         "None": value is None,
-        "Sequence[str]": isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value),
+        "Sequence[str]": listed(lambda item: isinstance(item, str)),
+        "Sequence[int]": listed(whole),
+        "Sequence[float]": listed(number),
     }
     if any(fits[kind] for kind in kinds):
         return None
@@ -217,6 +222,11 @@ def origin(value: str, files: Sequence[str], bindings: Sequence[str]) -> str | N
         except (ValueError, SyntaxError):
             continue
     return None
+
+
+def binds_macro(config: str, name: str) -> bool:
+    """Returns whether a rendered configuration holds a macro."""
+    return name in _MACRO.findall(config)
 
 
 def _names(config: str) -> set[str]:

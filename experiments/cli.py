@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import gin
 from absl import app, flags, logging
@@ -13,15 +14,42 @@ from absl import app, flags, logging
 from experiments import bindings, interrupts
 from models import FetchError
 
+
+
+class _Numbers(flags.ArgumentParser):
+    """Reads numbers with commas between them."""
+
+    def __init__(self, kind: type, noun: str):
+        self._kind, self.syntactic_help = kind, f"{noun}, or several with commas between"
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        try:
+            return tuple(self._kind(part) for part in str(argument).split(","))
+        except ValueError:
+            raise ValueError(f"expected {self.syntactic_help}") from None
+
+    def flag_type(self) -> str:
+        return "numbers"
+
+
+def define_numbers(name: str, kind: type, noun: str, help: str):
+    """Defines a flag whose value is a tuple of numbers."""
+    return flags.DEFINE(_Numbers(kind, noun), name, None, help, serializer=flags.CsvListSerializer(","))
+
+
 # One flag has one meaning in all programs. A program declares those that it accepts with `flags.declare_key_flag`;
 # they are what its --help lists, and the others are refused.
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
 GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win over all files.")
 MODEL = flags.DEFINE_string("model", None, "smollm2, gemma3-270m, a path, or a name on the hub.")
 METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods.")
-KEEP = flags.DEFINE_float("keep", None, "Fraction of the context that token-budget methods keep.")
-CONTEXT = flags.DEFINE_integer("context", None, "Tokens of the context.")
-TASKS = flags.DEFINE_string("tasks", None, "A JSONL file of tasks; without it, synthetic ones.")
+KEEP = define_numbers("keep", float, "a fraction", "Fraction of the context that token-budget methods keep.")
+BUDGET = define_numbers("budget", int, "a number of tokens", "The same in tokens per KV head.")
+CONTEXT = define_numbers("context", int, "a number of tokens", "Tokens of the context.")
+TASKS = flags.DEFINE_string("tasks", None, "Names of generated tasks, and task files and texts by their paths.")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights and of what they compute.")
+BATCH = flags.DEFINE_integer("batch", None, "Prompts at once.")
+MESH = flags.DEFINE_string("mesh", None, "Devices as named axes and sizes, such as data:2,seq:2,model:2.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where results go.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Discard the results that output_dir holds.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
@@ -81,8 +109,22 @@ def check_flags(program: Callable[[], None]) -> None:
             if module.startswith("experiments.") and flag.present and flag.name not in accepted:
                 raise ValueError(f"--{flag.name} means nothing to this program.")
     gin_files()
-    if KEEP.value is not None and not 0 < KEEP.value <= 1:
-        raise ValueError(f"--keep must be in (0, 1], got {KEEP.value}.")
+    for keep in KEEP.value or ():
+        if not 0 < keep <= 1:
+            raise ValueError(f"--keep must be in (0, 1], got {keep:g}.")
+
+
+def only(flag: flags.FlagHolder, default: Any) -> Any:
+    """Returns the one number of a flag that may hold several, or the default where it is not given.
+
+    Raises:
+      ValueError: it holds several, which this program has no use for.
+    """
+    if flag.value is None:
+        return default
+    if len(flag.value) > 1:
+        raise ValueError(f"--{flag.name} takes one number here, got {','.join(map(str, flag.value))}.")
+    return flag.value[0]
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -21,18 +21,17 @@ from kvjax import nbytes
 from models import load_model
 from models.checkpoint import save_checkpoint
 
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the params.")
 _INT8 = flags.DEFINE_bool("int8", False, "Store the matrices of the layers in 8 bits.")
-for _name in ("model", "output_dir", "replace"):
+for _name in ("model", "dtype", "output_dir", "replace"):
     flags.declare_key_flag(_name)
 
 
 def run() -> None:
     """The program."""
-    folder = output_folder("checkpoint")
-    model = load_model(cli.MODEL.value or "smollm2", _DTYPE.value, int8=_INT8.value)
+    folder, dtype = output_folder("checkpoint"), cli.DTYPE.value or "float32"
+    model = load_model(cli.MODEL.value or "smollm2", dtype, int8=_INT8.value)
     save_checkpoint(folder, model.config, model.params, model.tokenizer)
-    kind = f"{_DTYPE.value}, matrices in 8 bits" if _INT8.value else _DTYPE.value
+    kind = f"{dtype}, matrices in 8 bits" if _INT8.value else dtype
     print(f"{model.config.name} as {kind}: {human_bytes(nbytes(model.params))} in {folder}")
 
 

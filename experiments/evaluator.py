@@ -1,4 +1,8 @@
-"""Runs methods on examples: compresses a context, feeds the question, scores the answer."""
+"""Runs methods on examples: compresses contexts, feeds questions, scores answers and predictions.
+
+Several examples are read together, one a row. Rows do not depend on each other, so each gets the numbers it would get
+alone, to rounding.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import kvjax
 from experiments import reading, tasks
 from experiments.methods import Method
 from models import Model
-from models.decoder import bind
+from models.decoder import bind, prompt_cache
+from models.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,10 @@ class Score:
     nll: float | None
     exact_match: bool | None
     kl: float | None
+    prediction: str | None
+    score: float | None
     cache_bytes: int
+    allocated_bytes: int
     kept_tokens: float
     budgeted_tokens: float  # of the layers that a budget is for: those without a sliding window, if there are any
     prefill_seconds: float
@@ -31,100 +40,228 @@ class Score:
     log_probs: jax.Array  # f32[answer, V]
 
 
-class Evaluator:
-    """Runs methods on examples. The dense prefill of an example is shared by the methods that start from it."""
+@dataclasses.dataclass
+class _Clock:
+    """Tokens that were decoded one by one, over all rows, and the seconds they took."""
 
-    def __init__(self, model: Model, methods: Sequence[Method], room: int, call_tokens: int):
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> float | None:
+        return self.tokens / self.seconds if self.tokens else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Examples that are read together, as an evaluation puts them: one row each.
+
+    Attributes:
+      examples: a row each.
+      prompts: what is read before the cache is compressed.
+      questions: what follows.
+      slots: that every prompt is padded to.
+      room: tokens that may follow.
+    """
+
+    examples: Sequence[tasks.Example]
+    prompts: Sequence[Sequence[int]]
+    questions: Sequence[Sequence[int]]
+    slots: int
+    room: int
+
+
+class Evaluator:
+    """Runs methods on examples. The dense prefill of examples is shared by the methods that start from it.
+
+    Args:
+      model: that answers.
+      methods: the full cache first.
+      call_tokens: the most tokens of a question that one call of the decoder takes.
+      cache_dtype: of uncompressed keys and values; None: the weights'.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        methods: Sequence[Method],
+        call_tokens: int,
+        cache_dtype: jnp.dtype | None = None,
+    ):
         self._model = model
+        self._full = methods[0]
         self._step_in_place = bind(model.params, model.config, donate=True)
         self._needs = reading.shared_needs(methods)
-        self._room, self._call_tokens = room, call_tokens
+        self._call_tokens = call_tokens
+        self._dtype = jnp.dtype(cache_dtype or model.params.embed.dtype)
         self._alone = {}
+        self._at_rest: dict[tuple[str, int, jnp.dtype], int] = {}
 
-    def prefill(self, ids: Sequence[int], slots: int | None = None) -> tuple[kvjax.StepOutput, float]:
-        """Reads a prompt, padded to `slots`, with the full cache: what came out, and the seconds it took."""
-        return reading.read(self._model, ids, self._needs, slots)
+    def prefill(self, asked: Asked) -> tuple[kvjax.StepOutput, float]:
+        """Reads prompts with the full cache: what came out, and the seconds it took."""
+        return reading.read(self._model, asked.prompts, self._needs, asked.slots, self._dtype)
 
-    def compress(
-        self, method: Method, dense: kvjax.StepOutput, ids: Sequence[int], slots: int | None = None
-    ) -> tuple[kvjax.Run, float]:
-        """Compresses what `prefill` read, or reads the prompt alone: the run, and the seconds it took."""
+    def compress(self, method: Method, dense: kvjax.StepOutput, asked: Asked) -> tuple[kvjax.Run, float]:
+        """Compresses what `prefill` read, or reads the prompts alone: the run, and the seconds it took."""
         start = time.perf_counter()
         if method.reads_alone:
-            run = self._prefill_alone(method)(
-                self._model.params, reading.padded(ids, slots), jnp.asarray([len(ids)])
-            )
+            tokens, lengths = reading.padded(asked.prompts, asked.slots), reading.row_lengths(asked.prompts)
+            run = self._prefill_alone(method, asked.room)(self._model.params, tokens, lengths)
         else:
-            room = dict(room=self._room, call_tokens=self._call_tokens, slots=slots)
-            run = reading.compress(self._model, method, dense, ids, **room)
+            how = dict(room=asked.room, call_tokens=self._call_tokens, slots=asked.slots)
+            run = reading.compress(self._model, method, dense, asked.prompts, **how)
         jax.block_until_ready(run)
         return run, time.perf_counter() - start
 
-    def answer(
-        self, method: Method, run: kvjax.Run, question: Sequence[int], example: tasks.Example
-    ) -> tuple[jax.Array, float | None]:
-        """Feeds the question and the answer: f32[answer, V] log-probabilities, and tokens per second."""
-        run, _ = self._feed(method, run, question)
-        log_probs = [jax.nn.log_softmax(run.logits)]
-        answer = example.answer_ids
-        if not answer:
-            return jnp.zeros((0, run.logits.shape[-1])), None
-        if not example.scored:
-            _, logits = self._feed(method, run, answer[:-1])
-            return jnp.concatenate([*log_probs, *map(jax.nn.log_softmax, logits)]), None
-        jax.block_until_ready(run)
-        start = time.perf_counter()
-        for token in answer[:-1]:
-            run, _ = self._feed(method, run, (token,), calls_of=1)
-            log_probs.append(jax.nn.log_softmax(run.logits))
-        jax.block_until_ready(log_probs)
-        seconds = time.perf_counter() - start
-        speed = (len(answer) - 1) / seconds if len(answer) > 1 else None
-        return jnp.concatenate(log_probs), speed
+    def warm_up(self, method: Method, dense: kvjax.StepOutput, asked: Asked) -> None:
+        """Compiles what `score` runs, so that what it measures is not the compiler."""
+        run, _ = self.compress(method, dense, asked)
+        for size in (self._call_tokens, 1):
+            nothing = jnp.zeros((len(asked.prompts), size), jnp.int32)
+            run, _ = kvjax.bind(self._step_in_place, method.transform).extend(run, nothing, nothing[:, 0])
 
     def score(
         self,
         method: Method,
-        example: tasks.Example,
         dense: tuple[kvjax.StepOutput, float],
-        prompt: Sequence[int],
-        question: Sequence[int],
-        reference: jax.Array | None,
-        slots: int | None = None,
-    ) -> Score:
-        """Compresses, asks and scores; `reference` are the full cache's log-probabilities."""
-        run, seconds = self.compress(method, dense[0], prompt, slots)
+        asked: Asked,
+        references: Sequence[jax.Array | None],
+    ) -> list[Score]:
+        """Compresses, asks and scores, row by row; `references` are the full cache's log-probabilities."""
+        examples, rows = asked.examples, range(len(asked.examples))
+        run, seconds = self.compress(method, dense[0], asked)
         if not method.reads_alone:
             seconds += dense[1]
-        cache_bytes = kvjax.nbytes((run.cache, run.state))
-        kept, budgeted = (float(kvjax.kept_tokens(cache)[0]) for cache in (run.cache, self._budgeted(run.cache)))
-        self._check_finite(method, example, run.logits)
-        log_probs, speed = self.answer(method, run, question, example)
-        self._check_finite(method, example, log_probs)
-        answer = jnp.asarray(example.answer_ids, jnp.int32)
-        nll = match = kl = None
-        if len(example.answer_ids):
-            nll = float(-jnp.mean(jnp.take_along_axis(log_probs, answer[:, None], axis=1)))
-            if example.scored:
-                match = bool(jnp.all(jnp.argmax(log_probs, axis=-1) == answer))
-            if reference is not None:
-                kl = float(jnp.mean(jnp.sum(jnp.exp(reference) * (reference - log_probs), axis=-1)))
-        return Score(nll, match, kl, cache_bytes, kept, budgeted, seconds, speed, log_probs)
+        allocated = kvjax.nbytes((run.cache, run.state)) // len(rows)
+        at_rest = self.bytes_at_rest(method, asked.slots)
+        kept, budgeted = (np.asarray(kvjax.kept_tokens(cache)) for cache in (run.cache, self._budgeted(run.cache)))
+        self._check_finite(method, examples, run.logits)
+        run, _ = self._feed(method, run, asked.questions)
+        clock = _Clock()
+        log_probs, matches, predictions = self._answers(method, run, examples, clock)
+        for each in log_probs:
+            self._check_finite(method, examples, each)
+        scores = []
+        for row, example in enumerate(examples):
+            answer = jnp.asarray(example.answer_ids, jnp.int32)
+            nll = kl = None
+            if len(answer):
+                nll = float(-jnp.mean(jnp.take_along_axis(log_probs[row], answer[:, None], axis=1)))
+                if references[row] is not None:
+                    full = references[row]
+                    kl = float(jnp.mean(jnp.sum(jnp.exp(full) * (full - log_probs[row]), axis=-1)))
+            scores.append(
+                Score(
+                    nll=nll,
+                    exact_match=matches[row],
+                    kl=kl,
+                    prediction=predictions[row],
+                    score=None if predictions[row] is None else example.score(predictions[row]),
+                    cache_bytes=at_rest,
+                    allocated_bytes=allocated,
+                    kept_tokens=float(kept[row]),
+                    budgeted_tokens=float(budgeted[row]),
+                    prefill_seconds=seconds / len(rows),
+                    decode_tokens_per_second=clock.speed,
+                    log_probs=log_probs[row],
+                )
+            )
+        return scores
 
-    def abstract_bytes(self, method: Method, slots: int) -> int:
-        """Bytes of the compressed cache of a context of `slots` tokens, without running anything.
+    def bytes_at_rest(self, method: Method, slots: int) -> int:
+        """Returns the bytes of one compressed context of `slots` tokens, without room for tokens to come.
+
+        Nothing runs: they follow from shapes.
 
         Raises:
           ValueError: the method refuses such a context, by its name.
         """
-        shape = jax.ShapeDtypeStruct((1, slots), jnp.int32)
-        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._model.params)
-        try:
-            run = jax.eval_shape(lambda *args: self._prefill(method, *args), params, shape, lengths)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"method {method.name}, a context of {slots} tokens: {error}") from error
-        return kvjax.nbytes((run.cache, run.state))
+        return self._bytes(method, slots, self._dtype)
+
+    def full_bytes(self, slots: int) -> int:
+        """Returns the same of the full cache in 16 bits, which every ratio is to."""
+        return self._bytes(self._full, slots, jnp.dtype(jnp.bfloat16))
+
+    def _bytes(self, method: Method, slots: int, dtype: jnp.dtype) -> int:
+        key = method.config, slots, dtype
+        if key not in self._at_rest:
+            tokens, lengths = jax.ShapeDtypeStruct((1, slots), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+            params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._model.params)
+            prefill = lambda *args: self._prefill(method, *args, room=0, dtype=dtype)
+            try:
+                run = jax.eval_shape(prefill, params, tokens, lengths)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"method {method.name}, a context of {slots} tokens: {error}") from error
+            self._at_rest[key] = kvjax.nbytes((run.cache, run.state))
+        return self._at_rest[key]
+
+    def _answers(
+        self, method: Method, run: kvjax.Run, examples: Sequence[tasks.Example], clock: _Clock
+    ) -> tuple[list[jax.Array], list[bool | None], list[str | None]]:
+        """Scores each answer token by token, and generates: log-probabilities f32[answer, V], matches, predictions.
+
+        All examples generate, or none does. Where every answer turns out to be what greedy decoding gives, it goes on
+        behind it.
+        """
+        answers = [example.answer_ids for example in examples]
+        first = jax.nn.log_softmax(run.logits)
+        log_probs = [[first[row : row + 1]] if answers[row] else [] for row in range(len(answers))]
+        if not examples[0].generates:
+            _, logits = self._feed(method, run, [answer[:-1] for answer in answers])
+            for row, each in enumerate(logits):
+                log_probs[row].append(jax.nn.log_softmax(each))
+            log_probs = [self._joined(each) for each in log_probs]
+            return log_probs, [None] * len(answers), [None] * len(answers)
+        before = jax.tree.map(jnp.copy, run) if any(answers) else run
+        jax.block_until_ready(before)
+        start = time.perf_counter()
+        for index in range(max(map(len, answers))):
+            tokens = [answer[index : index + 1] for answer in answers]
+            run, _ = self._feed(method, run, tokens, 1)
+            clock.tokens += sum(map(len, tokens))
+            after = jax.nn.log_softmax(run.logits)
+            for row, answer in enumerate(answers):
+                if index + 1 < len(answer):
+                    log_probs[row].append(after[row : row + 1])
+        jax.block_until_ready(run)
+        clock.seconds += time.perf_counter() - start
+        log_probs = [self._joined(each) for each in log_probs]
+        best = [np.asarray(jnp.argmax(each, axis=-1)).tolist() for each in log_probs]
+        right = [bool(answer) and got == list(answer) for got, answer in zip(best, answers)]
+        matches = [found if answer else None for found, answer in zip(right, answers)]
+        written = [list(answer) if all(right) else [] for answer in answers]
+        predictions = self._generate(method, run if all(right) else before, examples, written, clock)
+        return log_probs, matches, predictions
+
+    def _generate(
+        self,
+        method: Method,
+        run: kvjax.Run,
+        examples: Sequence[tasks.Example],
+        written: list[list[int]],
+        clock: _Clock,
+    ) -> list[str]:
+        """Goes on greedily behind what is `written` until every row has stopped, and returns the texts."""
+        tokenizer = self._model.tokenizer
+        start = time.perf_counter()
+        while True:
+            going = [not _has_stopped(tokenizer, *row) for row in zip(examples, written)]
+            if not any(going):
+                break
+            best = np.asarray(jnp.argmax(run.logits, axis=-1))
+            tokens = [[int(token)] if alive else [] for token, alive in zip(best, going)]
+            for ids, token in zip(written, tokens):
+                ids += token
+            left = [not _has_stopped(tokenizer, *row) for row in zip(examples, written)]
+            if any(left):
+                run, _ = self._feed(method, run, [ids if alive else [] for ids, alive in zip(tokens, left)], 1)
+                clock.tokens += sum(left)
+        clock.seconds += time.perf_counter() - start
+        self._check_finite(method, examples, run.logits)
+        return [_text(tokenizer, *row) for row in zip(examples, written)]
+
+    def _joined(self, log_probs: Sequence[jax.Array]) -> jax.Array:
+        return jnp.concatenate(log_probs) if log_probs else jnp.zeros((0, self._model.config.vocab_size))
 
     def _budgeted(self, cache: kvjax.Cache) -> kvjax.Cache:
         """The cache of the layers that a method's budget is for."""
@@ -132,32 +269,52 @@ class Evaluator:
         others = tuple(layer for i, layer in enumerate(cache.layers) if i not in local)
         return cache.replace(layers=others) if others else cache
 
-    def _check_finite(self, method: Method, example: tasks.Example, logits: jax.Array) -> None:
+    def _check_finite(self, method: Method, examples: Sequence[tasks.Example], logits: jax.Array) -> None:
         if bool(jnp.any(jnp.isnan(logits))):
             whose = f"the weights or activations of {self._model.config.name} are not finite"
             if method.name != "full":
                 whose = "the full cache gave numbers, so the method is wrong here"
-            raise ValueError(f"method {method.name}: its predictions for {example.task} are NaN; {whose}.")
+            named = ", ".join(dict.fromkeys(example.task for example in examples))
+            raise ValueError(f"method {method.name}: its predictions for {named} are NaN; {whose}.")
 
-    def _prefill(self, method: Method, params, tokens, lengths) -> kvjax.Run:
-        lm = kvjax.bind(bind(params, self._model.config), method.transform)
-        how = dict(room=self._room, call_tokens=self._call_tokens, chunk=method.prefill_chunk)
-        return lm.prefill(tokens, lengths, **how)
+    def _prefill(self, method: Method, params, tokens, lengths, *, room: int, dtype: jnp.dtype) -> kvjax.Run:
+        config = self._model.config
+        empty = lambda batch: prompt_cache(config, batch, dtype)
+        lm = kvjax.bind(bind(params, config), method.transform, empty_cache=empty)
+        return lm.prefill(tokens, lengths, room=room, call_tokens=self._call_tokens, chunk=method.prefill_chunk)
 
-    def _prefill_alone(self, method: Method):
-        if method.name not in self._alone:
-            self._alone[method.name] = jax.jit(lambda *args: self._prefill(method, *args))
-        return self._alone[method.name]
+    def _prefill_alone(self, method: Method, room: int):
+        if (method.setting, room) not in self._alone:
+            how = dict(room=room, dtype=self._dtype)
+            self._alone[method.setting, room] = jax.jit(lambda *args: self._prefill(method, *args, **how))
+        return self._alone[method.setting, room]
 
     def _feed(
-        self, method: Method, run: kvjax.Run, ids: Sequence[int], calls_of: int | None = None
+        self, method: Method, run: kvjax.Run, rows: Sequence[Sequence[int]], size: int | None = None
     ) -> tuple[kvjax.Run, list[jax.Array]]:
-        """Feeds tokens in calls of a fixed size, and returns the logits after each of them, by call."""
-        lm, size = kvjax.bind(self._step_in_place, method.transform), calls_of or self._call_tokens
-        logits = []
-        for start in range(0, len(ids), size):
-            part = list(ids[start : start + size])
-            tokens = jnp.asarray([part + [0] * (size - len(part))])
-            run, after = lm.extend(run, tokens, jnp.asarray([len(part)]))
-            logits.append(after[0, : len(part)])
-        return run, logits
+        """Feeds tokens in calls of a fixed size, and returns f32[tokens, V] for each row, the logits after each."""
+        size = size or self._call_tokens
+        logits: list[list[jax.Array]] = [[] for _ in rows]
+        for start in range(0, max(map(len, rows)), size):
+            parts = [list(ids[start : start + size]) for ids in rows]
+            tokens = jnp.asarray([part + [0] * (size - len(part)) for part in parts], jnp.int32)
+            lm = kvjax.bind(self._step_in_place, method.transform)
+            run, after = lm.extend(run, tokens, jnp.asarray([len(part) for part in parts]))
+            for row, part in enumerate(parts):
+                logits[row].append(after[row, : len(part)])
+        return run, [self._joined(each) for each in logits]
+
+
+def _has_stopped(tokenizer: Tokenizer, example: tasks.Example, ids: Sequence[int]) -> bool:
+    """Whether a text is as long as it may be, or has come to an end."""
+    if len(ids) >= example.new_tokens or ids and ids[-1] in tokenizer.eos_ids:
+        return True
+    text = tokenizer.decode(ids) if example.stops else ""
+    return any(stop in text for stop in example.stops)
+
+
+def _text(tokenizer: Tokenizer, example: tasks.Example, ids: Sequence[int]) -> str:
+    """The text before the first token or string that ends it."""
+    ends = [index for index, token in enumerate(ids) if token in tokenizer.eos_ids]
+    text = tokenizer.decode(ids[: min([*ends, example.new_tokens])])
+    return text[: min([len(text), *(text.find(stop) for stop in example.stops if stop in text)])]

@@ -83,7 +83,7 @@ def run() -> None:
     """The program."""
     names = list(cli.METHODS.value or _METHODS)
     check_method_names(names)
-    tokens = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
+    tokens = cli.only(cli.CONTEXT, _TOKENS)
     if tokens < 2:
         raise ValueError(f"--context must be at least 2 tokens, got {tokens}.")
     model = load_model(cli.MODEL.value or "smollm2")
@@ -92,7 +92,7 @@ def run() -> None:
         calibrate=Calibrations(model),
         tokenizer=model.tokenizer,
     )
-    methods = [load_method(name, budget=cli.KEEP.value or _KEEP, **configs) for name in names]
+    methods = [load_method(name, budget=cli.only(cli.KEEP, _KEEP), **configs) for name in names]
     cli.check_reached(method.config for method in methods)
     ids, _ = read_prompt(model, [tokens], 1)
     full = model.config.num_layers * model.config.num_kv_heads * (len(ids) - 1)

@@ -17,6 +17,7 @@ import numpy as np
 
 import kvjax
 from experiments import bindings as gin_bindings
+from experiments.results import setting
 from experiments.suggestions import there_are
 from models.tokenizer import Tokenizer
 
@@ -115,12 +116,29 @@ class Method:
       transform: what compresses.
       prefill_chunk: tokens of a chunk of the prompt; None reads it in one shot.
       config: the gin bindings that made it, and hashes of what it got of a model.
+      budget: what `%budget` was in its config; None: the config does not use it.
     """
 
     name: str
     transform: kvjax.CacheTransform
     prefill_chunk: int | None
     config: str
+    budget: int | float | None = None
+
+    @property
+    def keep(self) -> float | None:
+        """The fraction of the context that it was told to keep; None: none."""
+        return self.budget if isinstance(self.budget, float) else None
+
+    @property
+    def budget_tokens(self) -> int | None:
+        """The tokens per KV head that it was told to keep; None: none."""
+        return self.budget if isinstance(self.budget, int) else None
+
+    @property
+    def setting(self) -> str:
+        """Its name and what it was told to keep."""
+        return setting(self.name, self.keep, self.budget_tokens)
 
     @property
     def reads_alone(self) -> bool:
@@ -265,4 +283,5 @@ def load_method(
         got = f"@{transform.__name__}" if callable(transform) else repr(transform)
         raise ValueError(f"method {name}: method.transform must be a call such as @snapkv(), got {got}.")
     config = gin.operative_config_str() + "".join(f"# {line}\n" for line in _got)
-    return Method(name, transform, chunk, config)
+    used = budget if gin_bindings.binds_macro(config, "budget") else None
+    return Method(name, transform, chunk, config, used)

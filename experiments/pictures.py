@@ -1,6 +1,6 @@
 """A summary as pictures: quality against bytes, and where in the context facts are found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import math
 import os
 from typing import Any
@@ -13,6 +13,7 @@ from matplotlib.transforms import Bbox
 
 from experiments.report import pareto_front, times_smaller
 from experiments.results import Row
+from experiments.summaries import Group
 
 # Okabe and Ito's colours, distinguishable with every kind of colour vision.
 _FRONT_COLOR, _OTHER_COLOR, _FULL_COLOR = "#0072B2", "#D55E00", "#000000"
@@ -20,56 +21,67 @@ _DPI = 120
 
 
 def plot_pareto(summary: Mapping[str, Any], path: str | os.PathLike[str], *, full: str = "full") -> None:
-    """Draws quality against cache bytes: exact match, and negative log-likelihood above the full cache's.
+    """Draws quality against cache bytes: the score, and negative log-likelihood above the full cache's.
 
     Args:
-      summary: what `results.summarise` returned.
+      summary: what `summaries.summarise` returned.
       path: of the picture; its suffix decides the format.
-      full: the method whose likelihood the others' is compared with.
+      full: the method whose likelihood the others' is compared with, at the same length of context.
 
     Raises:
-      ValueError: if no method has an exact match, nor a likelihood to compare with `full`'s.
+      ValueError: if no method has a score, nor a likelihood to compare with `full`'s.
     """
-    exact = _points(summary, {method: entry["mean"].get("exact_match") for method, entry in summary.items()})
-    losses = {method: _nll_increase(entry, summary.get(full)) for method, entry in summary.items()}
+    scores = _points(summary, {name: entry["mean"].get("score") for name, entry in summary.items()})
+    bases = {entry.get("length"): entry for entry in summary.values() if entry.get("method") == full}
+    losses = {name: _nll_increase(entry, bases.get(entry.get("length"))) for name, entry in summary.items()}
     increase = _points(summary, losses)
-    panels = [panel for panel in (("exact", exact), ("nll", increase)) if panel[1]]
+    panels = [panel for panel in (("score", scores), ("nll", increase)) if panel[1]]
     if not panels:
-        raise ValueError(f"summary: got no exact match and no nll beside {full}'s, expected one of them to draw")
+        raise ValueError(f"summary: got no score and no nll beside {full}'s, expected one of them to draw")
     figure = Figure(figsize=(7.2 * len(panels), 5.6), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for number, (kind, points) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), number)
-        if kind == "exact":
-            axes.set_title("Answers exactly right: higher is better")
-            axes.set_ylabel("exact match, mean over tasks (%)")
+        if kind == "score":
+            axes.set_title("Score of answers: higher is better")
+            axes.set_ylabel("score, mean over tasks (%)")
             points = {method: (x, 100 * y) for method, (x, y) in points.items()}
         else:
             axes.set_title("Loss of likelihood: lower is better")
             axes.set_ylabel(f"nll increase over {full}, mean over tasks (nats per token)")
-        _scatter(axes, points, full, sign=1 if kind == "exact" else -1)
+        whole = {name for name, entry in summary.items() if entry.get("method") == full}
+        _scatter(axes, points, whole, sign=1 if kind == "score" else -1)
     figure.suptitle("Quality against cache size (the line joins the methods that no other beats on both)", fontsize=13)
     _label_points(figure)
     _save(figure, path)
 
 
 def plot_needle(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Draws where facts are found: mean exact match per method and depth, over all tasks that plant one.
+    """Draws where facts are found: mean score per method, length of context and depth, over all tasks that plant one.
 
     Args:
       rows: lines of `results.jsonl`, with `depth` from 0 to 1 where the task has one.
       path: of the picture; its suffix decides the format.
 
     Raises:
-      ValueError: if no row has both a depth and an exact match.
+      ValueError: if no row has both a depth and a score.
     """
+    rows = [row for row in rows if row.get("depth") is not None and row.get("score") is not None]
+    if not rows:
+        raise ValueError("rows: got none with a depth and a score, expected some to draw")
+    groups = list(dict.fromkeys(map(Group.of, rows)))
+    budgets, lengths = ({of(group) for group in groups} for of in (lambda g: g[1:3], lambda g: g.length))
+
+    def name(group: Group) -> str:
+        setting = group.setting if len(budgets - {(None, None)}) > 1 else group.method
+        return setting if len(lengths) == 1 else f"{setting}, {group.length or 'own'}"
+
+    order = {setting: i for i, setting in enumerate(dict.fromkeys(group.setting for group in groups))}
+    groups.sort(key=lambda group: (order[group.setting], group.length or 0))
     cells: dict[tuple[str, float], list[float]] = {}
     for row in rows:
-        if row.get("depth") is not None and row["exact_match"] is not None:
-            cells.setdefault((row["method"], row["depth"]), []).append(float(row["exact_match"]))
-    if not cells:
-        raise ValueError("rows: got none with a depth and an exact match, expected some to draw")
-    methods = list(dict.fromkeys(method for method, _ in cells))
+        cells.setdefault((name(Group.of(row)), row["depth"]), []).append(row["score"])
+    methods = list(dict.fromkeys(map(name, groups)))
     depths = sorted({depth for _, depth in cells})
     percent = [
         [100 * sum(found) / len(found) if (found := cells.get((method, depth))) else math.nan for depth in depths]
@@ -87,14 +99,15 @@ def plot_needle(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     axes.set_xticks(range(len(depths)), [f"{100 * depth:.3g}" for depth in depths])
     axes.set_yticks(range(len(methods)), methods)
     axes.set_xlabel("depth of the fact in the context (%)")
-    axes.set_title("Facts found, by method and depth")
+    by = "method, length and depth" if len(lengths) > 1 else "method and depth"
+    axes.set_title(f"Facts found, by {by}")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xticks([x - 0.5 for x in range(1, len(depths))], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, len(methods))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
-    figure.colorbar(image, ax=axes, label="exact match (%)")
+    figure.colorbar(image, ax=axes, label="score (%)")
     _save(figure, path)
 
 
@@ -188,14 +201,17 @@ def _nll_increase(entry: Mapping[str, Any], full: Mapping[str, Any] | None) -> f
     return sum(increases) / len(increases) if increases else None
 
 
-def _scatter(axes: Axes, points: Mapping[str, tuple[float, float]], full: str, *, sign: int) -> None:
-    """Points, the front as a line, and one label each, still to be placed; `sign` is -1 where less is better."""
+def _scatter(axes: Axes, points: Mapping[str, tuple[float, float]], whole: Collection[str], *, sign: int) -> None:
+    """Points, the front as a line, and one label each, still to be placed.
+
+    `whole` are the names of full caches, and `sign` is -1 where less is better.
+    """
     methods = list(points)
     front = pareto_front([(points[method][0], sign * points[method][1]) for method in methods])
     axes.plot(*zip(*(points[methods[i]] for i in front)), color=_FRONT_COLOR, linewidth=1.5, alpha=0.6, zorder=1)
     for i, method in enumerate(methods):
         marker, color = ("o", _FRONT_COLOR) if i in front else ("s", _OTHER_COLOR)
-        if method == full:
+        if method in whole:
             marker, color = "*", _FULL_COLOR
         size = 130 if marker == "*" else 45
         axes.scatter(*points[method], s=size, marker=marker, color=color, edgecolor="white", zorder=3)
@@ -217,7 +233,7 @@ def _scatter(axes: Axes, points: Mapping[str, tuple[float, float]], full: str, *
     axes.set_xticks([2.0**power for power in powers], [_power_of_two(power) for power in powers])
     axes.set_xlim(2.0 ** powers[0], 2.0 ** powers[-1])
     axes.margins(y=0.14)
-    axes.set_xlabel("cache bytes relative to the full cache (log scale)")
+    axes.set_xlabel("cache bytes relative to a full cache in 16 bits (log scale)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -35,12 +35,10 @@ from kvjax import sharding
 from models.config import DecoderConfig
 from models.families import read_config
 
-for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "output_dir", "json"):
+for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "batch", "mesh", "output_dir", "json"):
     flags.declare_key_flag(_name)
 _TOKENS = 131072  # of each prompt, without --context
-_BATCH = flags.DEFINE_integer("batch", 1, "Prompts at once.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Slice, such as v5e:16x16 or v5p:4x4x4.")
-_MESH = flags.DEFINE_string("mesh", None, "Such as seq:32,model:8; without it the KV heads are split first.")
 _SPLIT_WEIGHTS = flags.DEFINE_bool("split_weights", False, "Split weights over the sequence axis too.")
 _INT8_WEIGHTS = flags.DEFINE_bool("int8_weights", False, "Matrices of the layers in 8 bits.")
 _CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a chunk of the prompt.")
@@ -154,24 +152,24 @@ the bytes of their results. largest: tokens that fit, with what is beside growin
 
 def run() -> None:
     """The program."""
-    context = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
-    for name, value in (("context", context), *((f.name, f.value) for f in (_BATCH, _CHUNK, _ROOM))):
+    context, batch = cli.only(cli.CONTEXT, _TOKENS), 1 if cli.BATCH.value is None else cli.BATCH.value
+    for name, value in (("context", context), ("batch", batch), *((f.name, f.value) for f in (_CHUNK, _ROOM))):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
     if cli.MODEL.value is None:
         raise ValueError(f"--model says which shape: one of {', '.join(model_names())}, or a path of a config.json.")
     config = read_model(cli.MODEL.value, context)
     chip, chips = read_topology(_TOPOLOGY.value)
-    budget = 0.25 if cli.KEEP.value is None else cli.KEEP.value
+    budget = cli.only(cli.KEEP, 0.25)
     how = dict(budget=budget, **cli.configs())
     methods = [load_method(name, **how) for name in dict.fromkeys(cli.METHODS.value or ["full", "int4"])]
     cli.check_reached(method.config for method in methods)
     devices = compile_only_devices(_TOPOLOGY.value)
-    text = _MESH.value or default_mesh(config, len(devices))
+    text = cli.MESH.value or default_mesh(config, len(devices))
     setting = Setting(
         config,
         context=context,
-        batch=_BATCH.value,
+        batch=batch,
         mesh=sharding.make_mesh(text, devices),
         rules=sharding.WEIGHTS_OVER_SEQUENCE if _SPLIT_WEIGHTS.value else sharding.RULES,
         int8_weights=_INT8_WEIGHTS.value,

@@ -1,4 +1,4 @@
-"""A prompt that is read once, with the full cache, and compressed by several methods."""
+"""Prompts that are read once, with the full cache, and compressed by several methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.decoder import bind, prompt_cache
 
 
 def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
-    """What the decoder must collect for all methods that compress a prompt which was read once for all."""
+    """Returns what the decoder must collect for all methods that compress prompts which were read once for all."""
     needs = kvjax.Needs()
     for method in methods:
         if not method.reads_alone:
@@ -24,23 +24,38 @@ def shared_needs(methods: Sequence[Method]) -> kvjax.Needs:
     return needs
 
 
-def padded(ids: Sequence[int], slots: int | None) -> jax.Array:
-    """i32[1, slots]: a prompt padded at its end; None: as it is."""
-    return jnp.asarray([[*ids, *[0] * ((slots or len(ids)) - len(ids))]], jnp.int32)
+def padded(prompts: Sequence[Sequence[int]], slots: int | None = None) -> jax.Array:
+    """Returns i32[B, slots]: prompts padded at their ends; None: to the longest."""
+    slots = slots or max(map(len, prompts))
+    return jnp.asarray([[*ids, *[0] * (slots - len(ids))] for ids in prompts], jnp.int32)
+
+
+def row_lengths(prompts: Sequence[Sequence[int]]) -> jax.Array:
+    """Returns i32[B]: the tokens of each prompt."""
+    return jnp.asarray([len(ids) for ids in prompts], jnp.int32)
 
 
 def read(
-    model: Model, ids: Sequence[int], needs: kvjax.Needs, slots: int | None = None
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    needs: kvjax.Needs,
+    slots: int | None = None,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[kvjax.StepOutput, float]:
-    """Reads a prompt, one compiled layer after another: what came out, and the seconds it took.
+    """Reads prompts, one compiled layer after another: what came out, and the seconds it took.
 
-    With `slots` it is padded to so many tokens, so that prompts of several lengths share what was compiled.
+    Args:
+      model: that reads.
+      prompts: token ids, one list a row.
+      needs: what to collect.
+      slots: pad to so many tokens, so that prompts of several lengths share what was compiled; None: to the longest.
+      dtype: of the cache; None: the weights'.
     """
-    tokens = padded(ids, slots)
+    tokens, lengths = padded(prompts, slots), row_lengths(prompts)
     index = jnp.arange(tokens.shape[1])
-    positions = jnp.where(index < len(ids), index, -1)[None]
+    positions = jnp.where(index < lengths[:, None], index, -1)
     start = time.perf_counter()
-    cache = prompt_cache(model.config, 1, model.params.embed.dtype)
+    cache = prompt_cache(model.config, len(prompts), dtype or model.params.embed.dtype)
     out = bind(model.params, model.config)(tokens, positions, cache, needs=needs, last_only=True)
     jax.block_until_ready(out)
     return out, time.perf_counter() - start
@@ -50,14 +65,14 @@ def compress(
     model: Model,
     method: Method,
     out: kvjax.StepOutput,
-    ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     room: int,
     call_tokens: int = 1,
     slots: int | None = None,
 ) -> kvjax.Run:
-    """The run of one method after a prompt that `read` read with the same `slots`."""
-    lengths, tokens = jnp.asarray([len(ids)]), padded(ids, slots)
+    """Returns the run of one method after prompts that `read` read with the same `slots`."""
+    lengths, tokens = row_lengths(prompts), padded(prompts, slots)
     seen = Observation(
         tuple(_narrow(layer, method.transform.schedule.needs) for layer in out.layers),
         new=lengths,

@@ -1,46 +1,81 @@
-"""What an evaluation leaves on disk: finished lines that survive an interruption, and a summary.
+"""The finished lines of an evaluation, on disk, where they survive an interruption.
 
 A run's directory holds `run.json` (the settings that make results comparable, and what the lines of each method and of
-each example are of), `results.jsonl` (one line per method and example, each on disk before the next begins) and
-`summary.json`. One process at a time writes there.
+each example are of) and `results.jsonl` (one line per method, budget and example, each on disk before the next begins).
+One process at a time writes there.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
-import datetime
 import difflib
 import errno
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import reprlib
-import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.folder_lock import FolderLock
 
 Row = dict[str, Any]
 
+class Line(NamedTuple):
+    """Which line of the results: the fields that no two lines share.
+
+    Attributes:
+      method: its name.
+      task: its name.
+      example: number among those of its task and length.
+      length: tokens of context that the task was made for; None: the task has contexts of its own.
+      keep: the fraction of the context that the method was told to keep; None: no fraction was.
+      budget: the same in tokens per KV head.
+    """
+
+    method: str
+    task: str
+    example: int
+    length: int | None = None
+    keep: float | None = None
+    budget: int | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Line":
+        """Reads the fields of a row; those that it lacks are None."""
+        return cls(*(row.get(field) for field in cls._fields))
+
+    @property
+    def setting(self) -> str:
+        """The method and what it was told to keep: "snapkv keep=0.25", "snapkv budget=256", "full"."""
+        return setting(self.method, self.keep, self.budget)
+
+
+def setting(method: str, keep: float | None, budget: int | None) -> str:
+    """Names a method with what it was told to keep."""
+    return method + ("" if keep is None else f" keep={keep}") + ("" if budget is None else f" budget={budget}")
+
+
 FIELDS = (
-    "method",
-    "task",
-    "example",
+    *Line._fields,
     "nll",
     "exact_match",
+    "score",
+    "metric",
+    "prediction",
     "cache_bytes",
     "full_bytes",
     "kept_tokens",
     "prefill_seconds",
     "decode_tokens_per_second",
 )
-PACKAGES = ("jax", "jaxlib", "numpy", "kvjax")
-_GROUPING = ("method", "task", "example")
+"""What every line holds: see docs/evaluating.md."""
 _FLAGS = ("exact_match", "over_budget")
+_TEXTS = ("metric", "prediction")
 # What else lines hold; a line may have more, of which nothing is known here.
-_NUMBERS = (*FIELDS[3:4], *FIELDS[5:], "kl", "depth", "context_tokens", "budget_tokens")
+_NUMBERS = (
+    *("keep", "budget", "length", "nll", "score", "cache_bytes", "full_bytes", "allocated_bytes", "kept_tokens"),
+    *("prefill_seconds", "decode_tokens_per_second", "kl", "depth", "context_tokens", "budget_tokens"),
+)
 # What a file system reports when nothing more fits: the disk, the quota, the file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,22 +85,23 @@ class Sources:
     """What lines come from: of two runs that go on in one file, what they share must agree.
 
     Attributes:
-      methods: by name, the resolved configuration.
-      examples: by (task, index), JSON values that decide its lines, by name; of an example that is not run now perhaps
-          fewer than of one that is.
-      complete: whether these are all examples, so that lines of others are of examples that are gone.
+      methods: by name with what it keeps (`Line.setting`), the resolved configuration.
+      examples: by (task, length, index), JSON values that decide its lines, by name; of an example that is not run now
+          perhaps fewer than of one that is.
+      growing: tasks of which there may be more examples than these; lines of other tasks' examples that are not here
+          are of examples that are gone. None: all tasks.
     """
 
     methods: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    examples: Mapping[tuple[str, int], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    complete: bool = False
+    examples: Mapping[tuple[str, int | None, int], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    growing: Collection[str] | None = None
 
 
 class ResultsFile:
     """The lines of `results.jsonl`, earlier and new; only ever appended to.
 
     Opening keeps the complete lines of an earlier run of the same settings and drops a last line that was cut.
-    `(method, task, example) in results` says whether that line is already there.
+    `Line(...) in results` says whether that line is already there.
 
     Args:
       directory: where the files lie; created where missing.
@@ -98,13 +134,13 @@ class ResultsFile:
             if self.path.exists() and not (folder / "run.json").exists():
                 raise ValueError(f"{folder}: got a results.jsonl without its run.json; {_GO_ON}")
             self.rows, self._end = _complete_lines(self.path)
-            _claim(folder, _plain(settings), sources, self.rows)
+            _claim(folder, plain(settings), sources, self.rows)
             self._file = open(self.path, "ab", buffering=0)
             self._file.truncate(self._end)
         except BaseException:
             self._lock.close()
             raise
-        self._done = {_key(row) for row in self.rows}
+        self._done = {Line.of(row) for row in self.rows}
 
     def __enter__(self) -> "ResultsFile":
         return self
@@ -113,8 +149,8 @@ class ResultsFile:
         self._file.close()
         self._lock.close()
 
-    def __contains__(self, key: tuple[str, str, int]) -> bool:
-        return key in self._done
+    def __contains__(self, line: Line) -> bool:
+        return line in self._done
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one line and waits until it is on disk. Numbers that are not finite become null.
@@ -123,16 +159,16 @@ class ResultsFile:
           row: all of `FIELDS`, and whatever else is worth keeping.
 
         Raises:
-          ValueError: for a row without one of `FIELDS`, or one whose method, task and example are already there.
+          ValueError: for a row without one of `FIELDS`, or one whose `Line` is already there.
           OSError: if the line could not be written; the file then ends with the line before.
         """
         missing = [field for field in FIELDS if field not in row]
         if missing:
             raise ValueError(f"row: got no {', '.join(missing)}, expected all of {', '.join(FIELDS)}")
-        if _key(row) in self._done:
-            raise ValueError(f"row: got {_key(row)} a second time, expected each method, task and example once")
-        plain = _plain(row)
-        line = json.dumps(plain, allow_nan=False).encode() + b"\n"
+        if Line.of(row) in self._done:
+            raise ValueError(f"row: got {Line.of(row)} a second time, expected each once")
+        values = plain(row)
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
         try:
             written = 0
             while written < len(line):  # an unbuffered write may stop early, for example where the disk ends
@@ -142,88 +178,15 @@ class ResultsFile:
             self._file.truncate(self._end)
             raise _explained(error, self.path, f"{len(self.rows)} finished lines are kept") from error
         self._end += len(line)
-        self.rows.append(plain)
-        self._done.add(_key(plain))
-
-
-def summarise(rows: Iterable[Row]) -> dict[str, Any]:
-    """Means over examples, per method and task.
-
-    A mean leaves out nulls and is null where nothing is left. Exact match counts as 0 or 1. `mean` weighs every task
-    alike, whatever its number of examples.
-
-    Args:
-      rows: lines of `results.jsonl`.
-
-    Returns:
-      `{method: {"examples": count, "mean": {field: mean}, "tasks": {task: {"examples": count, "scored": those with an
-      answer, field: mean}}}}`, in the order in which methods and tasks first appear.
-    """
-    grouped: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        grouped.setdefault(row["method"], {}).setdefault(row["task"], []).append(row)
-    summary = {}
-    for method, by_task in grouped.items():
-        tasks = {task: _means(task_rows) for task, task_rows in by_task.items()}
-        counts = {
-            task: {"examples": len(task_rows), "scored": sum(row["nll"] is not None for row in task_rows)}
-            for task, task_rows in by_task.items()
-        }
-        summary[method] = {
-            "examples": sum(len(task_rows) for task_rows in by_task.values()),
-            "mean": _means(list(tasks.values())),
-            "tasks": {task: counts[task] | means for task, means in tasks.items()},
-        }
-    return summary
-
-
-def write_summary(
-    path: str | os.PathLike[str],
-    rows: Iterable[Row],
-    *,
-    command: Sequence[str],
-    gin_config: str,
-    device: str,
-) -> dict[str, Any]:
-    """Writes `summary.json` in one step: a reader sees the old file or the new one, never a part.
-
-    Args:
-      path: of the file.
-      rows: lines of `results.jsonl`.
-      command: the arguments that started the program, its own name first.
-      gin_config: the resolved configuration as gin prints it.
-      device: what the model ran on, for example "cpu" or "NVIDIA H100 80GB HBM3".
-
-    Returns:
-      What was written; `methods` holds `summarise(rows)`.
-
-    Raises:
-      OSError: if it cannot be written; an earlier file is then unchanged.
-    """
-    summary = _plain(
-        {
-            "command": shlex.join(command),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-            "machine": {
-                "platform": platform.platform(),
-                "processor": platform.machine(),
-                "cpus": os.cpu_count(),
-                "device": device,
-            },
-            "methods": summarise(rows),
-            "gin_config": gin_config,
-        }
-    )
-    _write_atomically(pathlib.Path(path), summary)
-    return summary
+        self.rows.append(values)
+        self._done.add(Line.of(values))
 
 
 def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, rows: Sequence[Row]) -> None:
     """Makes the directory this run's, or checks that it is and adds what this run brings."""
     run = folder / "run.json"
     methods = dict(sources.methods)
-    examples = {_name(task, index): _plain(example) for (task, index), example in sources.examples.items()}
+    examples = {example_name(*which): plain(example) for which, example in sources.examples.items()}
     earlier_methods, earlier_examples = {}, {}
     if run.exists():
         try:
@@ -245,13 +208,13 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, row
         changes = _changes(earlier_settings, settings)
         if changes:
             raise ValueError(f"{folder}: holds results of other settings ({changes}); {_GO_ON}")
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in dict.fromkeys(Line.of(row).setting for row in rows):
         if method in methods and methods[method] != earlier_methods.get(method):
             changes = _changed_lines(earlier_methods.get(method, ""), methods[method])
             raise ValueError(f"{folder}: holds results of another {method} ({changes}); {_GO_ON}")
-    for task, index in dict.fromkeys((row["task"], row["example"]) for row in rows):
-        name = _name(task, index)
-        if name not in examples and sources.complete:
+    lines = {example_name(line.task, line.length, line.example): line.task for line in map(Line.of, rows)}
+    for name, task in lines.items():
+        if name not in examples and sources.growing is not None and task not in sources.growing:
             raise ValueError(f"{folder}: holds results of example {name}, which the tasks no longer have; {_GO_ON}")
         was = earlier_examples.get(name, {})
         changes = _changes(was, {**was, **examples.get(name, {})})
@@ -260,14 +223,15 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, row
     for name, example in examples.items():
         earlier_examples[name] = earlier_examples.get(name, {}) | example
     about = {"settings": settings, "methods": earlier_methods | methods, "examples": earlier_examples}
-    _write_atomically(run, about)
+    write_atomically(run, about)
 
 
 _GO_ON = "pass another --output_dir, or --overwrite to start afresh"
 
 
-def _name(task: str, index: int) -> str:
-    return f"{task}/{index}"
+def example_name(task: str, length: int | None, index: int) -> str:
+    """Names an example: "needles/1024/0", or "mine/0" where its context has a length of its own."""
+    return f"{task}/{index}" if length is None else f"{task}/{length}/{index}"
 
 
 def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -287,7 +251,7 @@ def _changed_lines(was: str, now: str) -> str:
 def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
     """The lines that end with a line break, and the byte after the last of them."""
     rows, end = [], 0
-    first: dict[tuple[Any, ...], int] = {}
+    first: dict[Line, int] = {}
     content = path.read_bytes() if path.exists() else b""
     for number, raw in enumerate(content.split(b"\n")[:-1], start=1):  # what follows the last line break was cut
         where = f"{path}, line {number}"
@@ -295,7 +259,7 @@ def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
             row = json.loads(raw)
         except (ValueError, RecursionError):
             raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {_GO_ON}") from None
-        if not isinstance(row, dict) or not set(_GROUPING) <= set(row):
+        if not isinstance(row, dict) or not {"method", "task", "example"} <= set(row):
             raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {_GO_ON}")
         for field in FIELDS:
             if field not in row:
@@ -304,12 +268,13 @@ def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
             wanted = _expected(field, value)
             if wanted is not None:
                 raise ValueError(f"{where}: {field}: got {reprlib.repr(value)}, expected {wanted}; {_GO_ON}")
-        if _key(row) in first:
+        line = Line.of(row)
+        if line in first:
+            name = example_name(line.task, line.length, line.example)
             raise ValueError(
-                f"{where}: got {row['method']}, {row['task']}, {row['example']} again, as in line {first[_key(row)]}, "
-                f"expected each once; {_GO_ON}"
+                f"{where}: got {line.setting}, {name} again, as in line {first[line]}, expected each once; {_GO_ON}"
             )
-        first[_key(row)] = number
+        first[line] = number
         rows.append(row)
         end += len(raw) + 1
     return rows, end
@@ -322,6 +287,8 @@ def _expected(field: str, value: Any) -> str | None:
         return None if isinstance(value, str) and value else "a name"
     if field == "example":
         return None if whole and value >= 0 else "a whole number"
+    if field in _TEXTS:
+        return None if value is None or isinstance(value, str) else "a text or null"
     if field in _FLAGS:
         return None if value is None or isinstance(value, bool) else "true, false or null"
     if field in _NUMBERS:
@@ -330,26 +297,12 @@ def _expected(field: str, value: Any) -> str | None:
     return None
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[field] for field in _GROUPING)
-
-
-def _means(rows: Sequence[Row]) -> dict[str, float | None]:
-    fields = dict.fromkeys(field for row in rows for field in row if field not in _GROUPING)
-    means: dict[str, float | None] = {}
-    for field in fields:
-        values = [row[field] for row in rows if row.get(field) is not None]
-        if all(isinstance(value, (bool, int, float)) for value in values):
-            means[field] = math.fsum(values) / len(values) if values else None
-    return means
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: array scalars as numbers, and null for what is not finite."""
+def plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it: array scalars as numbers, and null for what is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -357,14 +310,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def write_atomically(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON in one step: a reader sees the old file or the new one, never a part.
 
-
-def _write_atomically(path: pathlib.Path, value: Any) -> None:
+    Raises:
+      OSError: if it cannot be written; an earlier file is then unchanged.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:

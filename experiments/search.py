@@ -26,10 +26,12 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import tqdm
 from absl import flags
 
-from experiments import cli, evaluation, pictures, report, results, tasks
+from experiments import cli, evaluation, pictures, report, results, summaries, tasks
+from experiments.benchmarks import sources as task_sources
 from experiments.calibrations import Calibrations, fingerprint
 from experiments.compositions import compose_configs, has_budget, keep_for_ratio
 from experiments.evaluator import Evaluator
@@ -74,7 +76,7 @@ def candidates(
     store: Sequence[str],
 ) -> tuple[list[Candidate], list[str]]:
     """The compositions that reach the ratio, and why others were left out."""
-    full_bytes = evaluator.abstract_bytes(full, length)
+    full_bytes = evaluator.full_bytes(length)
     calibrate = Calibrations(model)
     found, refused = [], []
     pairs = [*itertools.product(select, store), *((name,) for name in (*select, *store))]
@@ -85,13 +87,14 @@ def candidates(
             build = lambda keep: load_method(
                 title, budget=keep, calibrate=calibrate, tokenizer=model.tokenizer, text=text
             )
-            size = lambda keep: evaluator.abstract_bytes(build(keep), length)
+            size = lambda keep: evaluator.bytes_at_rest(build(keep), length)
             keep = keep_for_ratio(size, full_bytes, ratio) if has_budget(text) else 0.5
             if keep is None or size(keep) * ratio > full_bytes * 1.001:
                 refused.append(f"{title}: not {ratio:g} times smaller")
                 continue
             fixed = text.replace("%budget", repr(keep))
-            found.append(Candidate(build(keep), fixed, full_bytes / size(keep)))
+            method = dataclasses.replace(build(keep), budget=None)  # each has its own, so its name is enough
+            found.append(Candidate(method, fixed, full_bytes / size(keep)))
         except (ValueError, TypeError) as error:
             refused.append(f"{title}: {str(error).splitlines()[0]}")
     return found, refused
@@ -120,7 +123,7 @@ def run() -> None:
     settings = evaluation.Settings(
         model=cli.MODEL.value or "smollm2",
         methods=("full",),
-        tasks=cli.TASKS.value,
+        tasks=task_sources.split(cli.TASKS.value or "synthetic"),
         length=_LENGTH.value,
         examples=_EXAMPLES.value,
         max_examples=_EXAMPLES.value,
@@ -137,18 +140,15 @@ def run() -> None:
             )
     evaluation.check_fit(examples, [full], model)
     longest = max(len(example.context_ids) for example in examples)
-    room = max(len(e.question_ids) + len(e.answer_ids) for e in examples) + 1
-    evaluator = Evaluator(model, [full], room, settings.call_tokens)
+    evaluator = Evaluator(model, [full], settings.call_tokens, jnp.dtype(settings.cache_dtype))
     left, refused = candidates(model, evaluator, full, longest, _RATIO.value, _SELECT.value, _STORE.value)
     for why in refused:
         print(f"left out  {why}", file=sys.stderr)
     if not left:
         raise ValueError(f"--target_ratio: no composition is {_RATIO.value:g} times smaller than the full cache.")
     tried = {entry.method.name: entry for entry in left}
-    decides = dataclasses.asdict(settings) | {"target_ratio": _RATIO.value, "weights": fingerprint(model)}
-    for name in ("methods", "max_examples", "examples"):
-        del decides[name]  # these only add lines
-    lines_of = evaluation.sources(settings, [full, *(entry.method for entry in left)], examples, every)
+    decides = settings.decides() | {"target_ratio": _RATIO.value, "weights": fingerprint(model)}
+    lines_of = evaluation.sources(settings, model, [full, *(entry.method for entry in left)], examples, every)
     with results.ResultsFile(cli.OUTPUT_DIR.value, decides, lines_of, overwrite=cli.OVERWRITE.value) as file:
         try:
             winner = _compete(settings, model, full, left, examples, file)
@@ -162,18 +162,17 @@ def _compete(settings, model, full, left: list[Candidate], examples, file) -> Ca
     by_task: dict[str, list] = {}
     for example in examples:
         by_task.setdefault(example.task, []).append(example)
-    padding = evaluation.Padding.of(examples, settings)  # the same in all rounds
+    padding = evaluation.Padding.of(examples, settings, model)  # the same in all rounds
     count = 1
     while True:
         some = [example for each in by_task.values() for example in each[:count]]
         methods = [full, *(entry.method for entry in left)]
         lines = evaluation.evaluate(settings, model, methods, some, file, padding)
-        asked = {(m.name, e.task, i) for m in methods for i, e in evaluation.numbered(some)}
-        total = sum(key not in file for key in asked)
+        total = sum(line not in file for line in evaluation.lines_of(methods, some))
         with tqdm.tqdm(lines, desc=f"{len(left)} left", total=total, unit="line") as bar:
             for row in bar:
                 bar.set_postfix_str(f"{row['task']} {row['method']}", refresh=False)
-        losses = {name: entry["mean"]["kl"] for name, entry in results.summarise(file.rows).items()}
+        losses = {name: entry["mean"]["kl"] for name, entry in summaries.summarise(file.rows).items()}
         left = halve(left, losses)
         if len(left) == 1:
             return left[0]
@@ -186,7 +185,7 @@ def _write(winner: Candidate, tried: dict[str, Candidate], rows: list[results.Ro
     command = [os.path.basename(sys.executable), "-m", "experiments.search", *sys.argv[1:]]
     config = "\n".join(f"# {name}\n{entry.text}" for name, entry in tried.items())
     device = jax.devices()[0].device_kind
-    summary = results.write_summary(folder / "summary.json", rows, command=command, gin_config=config, device=device)
+    summary = summaries.write_summary(folder / "summary.json", rows, command=command, gin_config=config, device=device)
     methods = summary["methods"]
     pictures.plot_pareto(methods, folder / "pareto.png")
     names = [name for name in methods if name in tried]

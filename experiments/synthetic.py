@@ -6,7 +6,10 @@ Every context has exactly the asked number of tokens, so that one compilation se
   RULER, Hsieh et al., 2024);
 * `needles`: several needles with different keys, one asked for (RULER's multi-key task);
 * `key_value`: lines of `key: value` spread over noise, one asked for (after Liu et al., Lost in the Middle, 2023);
+* `passkey`: a number to remember, hidden in noise (Mohtashami and Jaggi, Landmark Attention, 2023);
 * `text`: held-back essay text, whose continuation is scored but not generated.
+
+A prediction ends with its line or sentence and is right if it contains the number (RULER's string match).
 
 All but `text` are rendered through the model's chat template. The context ends before the question, which ends with
 the first words of the assistant's reply, so that the answer comes next.
@@ -21,6 +24,7 @@ from experiments.suggestions import there_are
 from experiments.tasks import Example, Tokenizer
 
 SYNTHETIC_TASKS = ("needle_noise", "needle_essay", "needles", "key_value", "text")
+EVERY_TASK = (*SYNTHETIC_TASKS, "passkey")
 TEXT_ANSWER_TOKENS = 64
 NEEDLES = 3
 KEY_VALUE_PAIRS = 6
@@ -37,6 +41,8 @@ _KEYS = (
     "river", "saddle", "salmon", "silver", "spruce", "summit", "tiger", "timber", "tulip", "tunnel", "valley",
     "velvet", "violet", "walnut", "willow", "window", "winter", "zephyr",
 )  # fmt: skip
+_STOPS = ("\n", ".")
+_MORE_TOKENS = 4  # than the answer has, of a prediction
 _DOCUMENTS = "[[documents]]"  # marks, in a rendered chat, where the documents go
 
 
@@ -62,7 +68,7 @@ def synthetic_tasks(
       length: tokens of every context.
       count: examples per task.
       seed: of all random choices.
-      tasks: which of `SYNTHETIC_TASKS` to make.
+      tasks: which of `EVERY_TASK` to make.
 
     Returns:
       The examples, task by task.
@@ -74,9 +80,9 @@ def synthetic_tasks(
         raise ValueError(f"count: got {count}, expected at least 1")
     if len(essays) < 2:
         raise ValueError(f"essays: got {len(essays)} texts, expected at least 2, one of them to hold back")
-    unknown = [task for task in tasks if task not in SYNTHETIC_TASKS]
+    unknown = [task for task in tasks if task not in EVERY_TASK]
     if unknown:
-        raise ValueError(f"tasks: unknown task {unknown[0]!r}; {there_are(unknown[0], SYNTHETIC_TASKS)}")
+        raise ValueError(f"tasks: unknown task {unknown[0]!r}; {there_are(unknown[0], EVERY_TASK)}")
     held_back, haystack = split_essays(essays)
     held_back_ids = tuple(tokenizer.encode("\n\n".join(held_back))) if "text" in tasks else ()
     examples = []
@@ -87,6 +93,8 @@ def synthetic_tasks(
             examples.append(_text_example(tokenizer.opening, held_back_ids, length, rng))
         elif task == "key_value":
             examples.append(_key_value_example(tokenizer, length, depth, rng))
+        elif task == "passkey":
+            examples.append(_passkey_example(tokenizer, length, depth, rng))
         else:
             filler = _sentences(haystack, rng) if task == "needle_essay" else itertools.cycle(_NOISE)
             needles = NEEDLES if task == "needles" else 1
@@ -108,8 +116,8 @@ def _depth(index: int) -> float:
     return (2 * (index - 1) - gaps + 1) / gaps
 
 
-def _text_example(opening: tuple[int, ...], ids: tuple[int, ...], length: int, rng: random.Random) -> Example:
-    length -= len(opening)
+def _text_example(opening: tuple[int, ...], ids: tuple[int, ...], asked: int, rng: random.Random) -> Example:
+    length = asked - len(opening)
     size = length + TEXT_ANSWER_TOKENS
     if length < 1 or size > len(ids):
         raise ValueError(
@@ -118,7 +126,7 @@ def _text_example(opening: tuple[int, ...], ids: tuple[int, ...], length: int, r
         )
     start = rng.randrange(len(ids) - size + 1)
     window = ids[start : start + size]
-    return Example("text", (*opening, *window[:length]), (), window[length:], scored=False)
+    return Example("text", (*opening, *window[:length]), (), window[length:], length=asked)
 
 
 def _needle_example(
@@ -156,6 +164,20 @@ def _key_value_example(tokenizer: Tokenizer, length: int, depth: float, rng: ran
     )
 
 
+def _passkey_example(tokenizer: Tokenizer, length: int, depth: float, rng: random.Random) -> Example:
+    key = _digits(rng, 5)
+    fact = f" The pass key is {key}. Remember it. {key} is the pass key."
+    head, tail = _frame(
+        tokenizer,
+        "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz"
+        " you about it.",
+        "What is the pass key?",
+    )
+    tail += "The pass key is"
+    filler = itertools.cycle(_NOISE)
+    return _planted("passkey", tokenizer, head, filler, [(depth, fact)], tail, f" {key}", length, depth)
+
+
 def _planted(
     task: str,
     tokenizer: Tokenizer,
@@ -180,6 +202,7 @@ def _planted(
     at_boundary: list[list[int]] = [[] for _ in range(len(pieces) + 1)]
     for at, ids in sorted(planted, key=lambda fact: fact[0]):
         at_boundary[min(boundaries, key=lambda i: abs(starts[i] - at * room))] += ids
+    answer_ids = tuple(tokenizer.encode(answer))
     documents = [*at_boundary[0]]
     for piece, following in zip(pieces, at_boundary[1:]):
         documents += piece + following
@@ -187,9 +210,13 @@ def _planted(
         task,
         (*head_ids, *documents),
         tuple(tokenizer.encode(tail)),
-        tuple(tokenizer.encode(answer)),
-        scored=True,
+        answer_ids,
+        references=(answer.strip(),),
+        metric="match_all",
+        new_tokens=len(answer_ids) + _MORE_TOKENS,
+        stops=_STOPS,
         depth=depth,
+        length=length,
     )
 
 
@@ -213,13 +240,30 @@ def _sentences(essays: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 
 def _frame(tokenizer: Tokenizer, instruction: str, question: str) -> tuple[str, str]:
-    """The rendered chat before and after the documents: a user turn, then the start of the assistant's.
+    """The rendered chat before and after the documents, which empty lines separate from what is said of them."""
+    head, tail = chat_frame(tokenizer, f"{instruction}\n\n", f"\n\n{question}")
+    return head, tail if tokenizer.chat_template else f"{tail}\n"
+
+
+def chat_frame(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str]:
+    """Renders a user's turn with documents in it, and the opening of the assistant's.
 
     A model without a chat template gets the plain text.
+
+    Args:
+      tokenizer: whose template renders it.
+      before: the user's text before the documents.
+      after: the user's text after them.
+
+    Returns:
+      What comes before the documents, and what after them.
+
+    Raises:
+      ValueError: the template does not keep the user's text.
     """
     if tokenizer.chat_template is None:
-        return f"{instruction}\n\n", f"\n\n{question}\n"
-    content = f"{instruction}\n\n{_DOCUMENTS}\n\n{question}"
+        return before, after
+    content = f"{before}{_DOCUMENTS}{after}"
     rendered = tokenizer.chat([{"role": "user", "content": content}], add_generation_prompt=True)
     head, mark, tail = rendered.partition(_DOCUMENTS)
     if not mark:

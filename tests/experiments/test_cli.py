@@ -29,7 +29,8 @@ def test_a_program_refuses_the_flags_that_its_help_does_not_list_and_no_others(n
     assert "output_dir" in shared and "keep" in shared
     monkeypatch.setattr(program, "run", lambda: print("runs"))
     program.run.__module__ = f"experiments.{name}"
-    values = {"keep": "0.5", "context": "64", "gin_file": f"{ROOT}/configs/runs/quickstart.gin"}
+    values = {"keep": "0.5", "budget": "8", "context": "64", "batch": "2", "dtype": "float32"}
+    values |= { "gin_file": f"{ROOT}/configs/runs/quickstart.gin"}
     accepted = 0
     for flag in shared:
         given = f"--{flag}" if flag in ("json", "overwrite") else f"--{flag}={values.get(flag, 'x')}"
@@ -116,7 +117,7 @@ def test_an_interrupt_during_imports_is_one_line(when):
         (["--gin_bindings=Setings.length = 3"], "No configurable matching 'Setings'. Did you mean 'Settings'?"),
         (["--gin_bindings=Settings.length = %size"], "Settings: %size is used, and nothing binds size."),
         ([f"--gin_bindings=Settings.seed = {10**27}"], "Settings.seed must fit into 64 bits, got 1000000000000"),
-        (["--tasks="], "--tasks must name a file, got an empty name."),
+        (["--tasks="], "--tasks must name tasks or files, got an empty name."),
     ],
 )
 def test_settings_that_are_none_are_one_line(given, wanted):
@@ -129,7 +130,7 @@ def test_settings_of_synthetic_tasks_are_said_to_be_idle_where_others_run(capsys
     program = importlib.import_module("experiments.evaluate")
     given = ["--tasks=nowhere.jsonl", "--model=nowhere", "--gin_bindings=Settings.length = 64"]
     _, _, err = in_process.call(program, *given)
-    assert err.splitlines()[0] == "note: Settings.length: said of synthetic tasks, and those of nowhere.jsonl run."
+    assert err.splitlines()[0] == "note: Settings.length: of generated tasks, and those of nowhere.jsonl run."
     assert "note: " not in in_process.call(program, *given[1:])[2]
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import calibrations
+from experiments import calibrations, evaluator
 from experiments import evaluate as program
 from models import load_model
 from models.decoder import forward, prompt_cache
@@ -82,6 +82,7 @@ def finished(checkpoint, task_file, tmp_path_factory):
         f"--tasks={task_file}",
         f"--methods={','.join(METHODS)}",
         "--keep=0.4",
+        "--cache_dtype=float32",
         f"--output_dir={folder}",
         # 120 tokens must be more than an exact tail or a window.
         "--gin_bindings=kivi.residual = 32",
@@ -98,9 +99,10 @@ def test_every_method_scores_every_example(finished):
     }
     for row in rows:
         if row["task"] == "b":  # no answer in the file
-            assert row["nll"] is None and row["exact_match"] is None
+            assert row["nll"] is row["exact_match"] is row["score"] is row["prediction"] is None
         else:
             assert row["nll"] > 0 and row["exact_match"] in (True, False)
+            assert row["score"] in (0.0, 1.0) and isinstance(row["prediction"], str)
         assert row["prefill_seconds"] > 0
 
 
@@ -124,9 +126,13 @@ def test_bytes_are_smaller_and_budgets_are_kept(finished):
     _, _, rows = finished
     for row in rows:
         if row["method"] == "full":
-            assert row["cache_bytes"] == row["full_bytes"] and row["kept_tokens"] == 120
+            # positions of 4 bytes stand beside 2 x 32 numbers of 4 bytes, or of 2: the ratio is to 16 bits
+            slots = 2 * 2 * 120
+            assert row["cache_bytes"] == slots * (2 * 32 * 4 + 4) + 4 and row["kept_tokens"] == 120
+            assert row["full_bytes"] == slots * (2 * 32 * 2 + 4) + 4
+            assert row["allocated_bytes"] > row["cache_bytes"]  # room for the question and the answer
         else:
-            assert row["cache_bytes"] < row["full_bytes"]
+            assert row["cache_bytes"] < 2 * row["full_bytes"] and row["cache_bytes"] <= row["allocated_bytes"]
         if row["budget_tokens"] is not None:
             assert row["budget_tokens"] == 48  # 0.4 of 120
             rounding = 0.5 if row["method"] == "adakv_snapkv" else 0  # of the heads' shares
@@ -148,6 +154,7 @@ def test_dry_run_says_the_bytes_that_the_run_measures(finished, checkpoint, task
     _, _, rows = finished
     code, out, err = evaluate(
         f"--model={checkpoint}", f"--tasks={task_file}", "--methods=int4,h2o_chunked", "--keep=0.4", "--dry_run",
+        "--cache_dtype=float32",
         "--gin_bindings=kivi.residual = 32",
     )
     assert code == 0, err
@@ -155,6 +162,95 @@ def test_dry_run_says_the_bytes_that_the_run_measures(finished, checkpoint, task
         size = next(r["cache_bytes"] for r in rows if r["method"] == name)
         line = next(x for x in out.splitlines() if x.strip().startswith(name + " "))
         assert f"{size / 1024:.1f} KiB" in line or f"{size / 1024:.0f} KiB" in line
+
+
+def greedy(model, ids, count):
+    """What the plain decoder writes behind some tokens."""
+    new = []
+    for _ in range(count):
+        now = jnp.asarray([ids + new])
+        cache = prompt_cache(model.config, 1)
+        logits, _ = forward(model.params, model.config, now, jnp.arange(now.shape[1])[None], cache)
+        new.append(int(jnp.argmax(logits[0, -1])))
+    return new
+
+
+def test_prediction_is_what_greedy_decoding_writes_up_to_its_end(checkpoint, tmp_path):
+    """The answers: what greedy decoding writes, the same with another last token, and a text cut at a stop."""
+    model = load_model(str(checkpoint))
+    ids = np.random.default_rng(2).integers(3, VOCAB, 40).tolist()
+    written = greedy(model, ids, 8)
+    assert not set(written) & set(model.tokenizer.eos_ids)
+    text, stop = model.tokenizer.decode(written), model.tokenizer.decode(written[4:5])
+    wrong = [*written[:2], (written[2] + 1) % VOCAB]
+    line = {"context_ids": ids, "max_new_tokens": 8, "metric": "exact"}
+    lines = [
+        line | {"task": "right", "answer_ids": written[:3], "answers": [text]},
+        line | {"task": "wrong", "answer_ids": wrong, "answers": [text]},
+        line | {"task": "unanswered", "answers": ["", text]},
+        line | {"task": "cut", "answer_ids": wrong, "answers": ["-"], "stop": [stop]},
+    ]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    code, _, err = evaluate(
+        f"--model={checkpoint}", f"--tasks={path}", "--methods=full", "--cache_dtype=float32",
+        f"--output_dir={tmp_path}",
+    )
+    assert code == 0, err
+    rows = {row["task"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    for task, exact_match in (("right", True), ("wrong", False), ("unanswered", None)):
+        assert (rows[task]["prediction"], rows[task]["score"]) == (text, 1.0)
+        assert rows[task]["exact_match"] is exact_match
+    assert rows["cut"]["prediction"] == text[: text.index(stop)] and rows["cut"]["score"] == 0.0
+
+
+def test_several_budgets_and_more_of_them_later_are_one_table(checkpoint, task_file, tmp_path):
+    given = (f"--model={checkpoint}", f"--tasks={task_file}", "--methods=knorm,int4", "--max_examples=1")
+    given += (f"--output_dir={tmp_path}", "--gin_bindings=kivi.residual = 32")
+    code, out, err = evaluate(*given, "--keep=0.5,0.25")
+    assert code == 0, err
+    before = (tmp_path / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [(row["method"], row["keep"], row["kept_tokens"]) for row in rows if row["task"] == "a"] == [
+        ("full", None, 120),
+        ("knorm", 0.5, 60),
+        ("knorm", 0.25, 30),
+        ("int4", None, 120),
+    ]
+    assert ["method", "keep"] in [line.split()[:2] for line in out.splitlines()]
+    code, out, err = evaluate(*given, "--budget=7,9")
+    assert code == 0, err
+    after = (tmp_path / "results.jsonl").read_text()
+    assert after.startswith(before)
+    added = [json.loads(line) for line in after.removeprefix(before).splitlines()]
+    assert {(row["method"], row["budget"], row["kept_tokens"]) for row in added} == {("knorm", 7, 7), ("knorm", 9, 9)}
+    assert len([line for line in out.splitlines() if "knorm" in line and "KiB" in line]) == 4
+
+
+def test_a_killed_run_of_several_settings_computes_nothing_again(checkpoint, task_file, tmp_path, monkeypatch):
+    """What a kill leaves is a prefix of the lines, the last one perhaps cut."""
+    given = (f"--model={checkpoint}", f"--tasks={task_file}", "--methods=knorm", "--keep=0.5,0.25")
+    assert evaluate(*given, f"--output_dir={tmp_path}")[0] == 0
+    path = tmp_path / "results.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:50])  # the first example, and the full cache on the second
+    scored = []
+    score = evaluator.Evaluator.score
+
+    def counted(self, method, dense, asked, references):
+        scored.append((method.setting, asked.examples[0].task))
+        return score(self, method, dense, asked, references)
+
+    monkeypatch.setattr(evaluator.Evaluator, "score", counted)
+    code, _, err = evaluate(*given, f"--output_dir={tmp_path}")
+    assert code == 0, err
+    # of the second example the full cache runs again, whose predictions the others are compared with
+    settings = ["full", "knorm keep=0.5", "knorm keep=0.25"]
+    assert scored == [(name, task) for task in ("a", "b") for name in settings]
+    timed = ("prefill_seconds", "decode_tokens_per_second")
+    numbers = lambda text: [{k: v for k, v in json.loads(x).items() if k not in timed} for x in text.splitlines()]
+    assert numbers(path.read_text()) == numbers(whole)
 
 
 def test_bindings_reach_hyper_parameters(checkpoint, task_file):
@@ -191,8 +287,8 @@ def test_interrupted_run_keeps_its_lines_and_goes_on(checkpoint, task_file, tmp_
     assert code == 0, err
     assert results.read_text().startswith(before)
     assert results.read_text().count("\n") == 6
-    code, _, err = evaluate(*given, "--keep=0.3")
-    assert code == 2 and "keep was 0.5 and is 0.3" in err and "--overwrite" in err
+    code, _, err = evaluate(*given, "--cache_dtype=float32")
+    assert code == 2 and "cache_dtype was 'bfloat16' and is 'float32'" in err and "--overwrite" in err
 
 
 BAD = {
@@ -208,8 +304,12 @@ BAD = {
     "budget of the whole context": (["--budget=120", "--methods=knorm"], "nothing would be compressed"),
     "budget below the window": (["--budget=20", "--methods=snapkv"], "32 recent tokens"),
     "keep and budget": (["--keep=0.5", "--budget=12"], "--keep and --budget"),
-    "context and tasks": (["--context=64"], "--context is for synthetic tasks"),
+    "context and tasks": (["--context=64"], "--context is for generated tasks and texts"),
+    "context of words": (["--context=long"], "--context=long: expected a number of tokens, or several"),
     "keep above one": (["--keep=1.5"], "--keep must be in (0, 1]"),
+    "one keep above one": (["--keep=0.5,1.5"], "--keep must be in (0, 1], got 1.5"),
+    "keep of words": (["--keep=0.5,half"], "--keep=0.5,half: expected a fraction, or several"),
+    "unknown task": (["--tasks=needels"], "unknown task 'needels'"),
     "even kernel": (["--methods=snapkv", "--gin_bindings=snapkv.kernel = 4"], "kernel must be odd"),
     "three bits": (["--methods=int4", "--gin_bindings=kivi.bits = 3"], "bits must be 2, 4 or 8"),
     "group does not divide": (["--methods=int4", "--gin_bindings=kivi.group = 24"], "key_group must divide residual"),

@@ -24,13 +24,17 @@ def drawn(monkeypatch):
 
 def entry(size, exact, nll):
     return {
-        "mean": {"cache_bytes": size, "full_bytes": FULL_BYTES, "exact_match": exact, "nll": nll},
+        "mean": {"cache_bytes": size, "full_bytes": FULL_BYTES, "score": exact, "nll": nll},
         "tasks": {"needle": {"nll": nll}},
     }
 
 
+def whole(exact, nll):
+    return entry(1000, exact, nll) | {"method": "full"}
+
+
 SUMMARY = {
-    "full": entry(1000, 1.0, 0.5),
+    "full": whole(1.0, 0.5),
     "int8": entry(250, 1.0, 0.5),
     "int2": entry(62.5, 0.25, 2.5),
     **{name: entry(500, 1.0, 0.5) for name in ("snapkv", "h2o", "tova", "knorm", "keydiff", "streamingllm")},
@@ -41,7 +45,7 @@ def labels(axes):
     return {text.get_text(): text for text in axes.texts if isinstance(text, Annotation)}
 
 
-def test_pareto_draws_exact_match_and_likelihood_lost(tmp_path, drawn):
+def test_pareto_draws_score_and_likelihood_lost(tmp_path, drawn):
     plot_pareto(SUMMARY, tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     exact, nll = drawn[0].axes
@@ -62,33 +66,48 @@ def test_labels_cover_no_label_and_no_point(tmp_path, drawn):
         assert all(axes.bbox.containsy(box.y0) and axes.bbox.containsx(box.x1) for box in boxes)
 
 
-def test_without_exact_match_only_likelihood_is_drawn(tmp_path, drawn):
-    plot_pareto({name: entry(size, None, 1.0) for name, size in (("full", 1000), ("int4", 100))}, tmp_path / "p.png")
+def test_without_a_score_only_likelihood_is_drawn(tmp_path, drawn):
+    plot_pareto({"full": whole(None, 1.0), "int4": entry(100, None, 1.0)}, tmp_path / "p.png")
     assert [axes.get_title() for axes in drawn[0].axes] == ["Loss of likelihood: lower is better"]
 
 
-def test_without_full_only_exact_match_is_drawn(tmp_path, drawn):
+def test_without_full_only_the_score_is_drawn(tmp_path, drawn):
     plot_pareto({"int4": entry(100, 0.5, 1.0)}, tmp_path / "p.png")
-    assert [axes.get_title() for axes in drawn[0].axes] == ["Answers exactly right: higher is better"]
+    assert [axes.get_title() for axes in drawn[0].axes] == ["Score of answers: higher is better"]
 
 
 def test_nothing_to_compare_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="summary: got no exact match and no nll beside full's"):
+    with pytest.raises(ValueError, match="summary: got no score and no nll beside full's"):
         plot_pareto({"int4": entry(100, None, 1.0)}, tmp_path / "p.png")
 
 
-def needle_row(method, depth, exact):
-    return {"method": method, "depth": depth, "exact_match": exact}
+def needle_row(method, depth, score, **fields):
+    return {"method": method, "depth": depth, "score": score, "task": "t", "example": 0} | fields
 
 
 def test_needle_prints_the_mean_of_every_cell(tmp_path, drawn):
-    rows = [needle_row("full", 0.0, True), needle_row("full", 0.0, False), needle_row("full", 1.0, True)]
-    rows += [needle_row("int4", 1.0, False), needle_row("int4", None, True), needle_row("int4", 0.0, None)]
+    rows = [needle_row("full", 0.0, 1.0), needle_row("full", 0.0, 0.0), needle_row("full", 1.0, 1.0)]
+    rows += [needle_row("int4", 1.0, 0.0), needle_row("int4", None, 1.0), needle_row("int4", 0.0, None)]
     plot_needle(rows, tmp_path / "needle.png")
     axes = drawn[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["50", "100", "-", "0"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["full", "int4"]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "100"]
+
+
+def test_needle_is_a_grid_of_length_and_depth_where_there_are_several_lengths(tmp_path, drawn):
+    rows = [
+        needle_row(method, depth, float(depth == keep), keep=keep, length=length)
+        for method, keep in (("full", None), ("snapkv", 0.5), ("snapkv", 0.25))
+        for length in (128, 64)
+        for depth in (0.0, 0.5)
+    ]
+    plot_needle(rows, tmp_path / "needle.png")
+    axes = drawn[0].axes[0]
+    names = [f"{name}, {length}" for name in ("full", "snapkv keep=0.5", "snapkv keep=0.25") for length in (64, 128)]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == names
+    assert [text.get_text() for text in axes.texts] == 4 * ["0"] + 2 * ["0", "100"] + 4 * ["0"]
+    assert axes.get_title() == "Facts found, by method, length and depth"
 
 
 def test_needle_without_depths_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from experiments.results import FIELDS, ResultsFile, Sources, summarise, write_summary
+from experiments.results import FIELDS, Line, ResultsFile, Sources
 
 SETTINGS = {"model": "tiny", "seed": 0}
 
@@ -19,13 +19,17 @@ def row(method="full", task="needle", example=0, **fields):
     values = {
         "nll": 0.5,
         "exact_match": True,
+        "score": 1.0,
+        "metric": "match_all",
+        "prediction": " 7",
         "cache_bytes": 100,
         "full_bytes": 400,
         "kept_tokens": 8,
         "prefill_seconds": 1.0,
         "decode_tokens_per_second": 20.0,
     }
-    return {"method": method, "task": task, "example": example} | values | fields
+    line = {"method": method, "task": task, "example": example, "length": None, "keep": None, "budget": None}
+    return line | values | fields
 
 
 def open_and_close(directory, settings=SETTINGS):
@@ -41,7 +45,7 @@ def test_lines_are_on_disk_before_the_file_is_closed(tmp_path):
     with ResultsFile(tmp_path / "new" / "run", SETTINGS) as results:
         results.append(row(kl=0.25, depth=0.5))
         assert lines(tmp_path / "new" / "run") == [row(kl=0.25, depth=0.5)]
-        assert list(lines(tmp_path / "new" / "run")[0])[:10] == list(FIELDS)
+        assert list(lines(tmp_path / "new" / "run")[0])[: len(FIELDS)] == list(FIELDS)
 
 
 def test_second_start_keeps_lines_and_drops_the_cut_one(tmp_path):
@@ -54,7 +58,7 @@ def test_second_start_keeps_lines_and_drops_the_cut_one(tmp_path):
         path.write_bytes(whole[:-cut])
         with ResultsFile(tmp_path, SETTINGS) as results:
             assert results.rows == [row(example=0), row(example=1)]
-            assert ("full", "needle", 1) in results and ("full", "needle", 2) not in results
+            assert Line("full", "needle", 1) in results and Line("full", "needle", 2) not in results
             results.append(row(example=2))
         assert path.read_bytes() == whole
 
@@ -110,7 +114,7 @@ def test_foreign_files_are_left_alone(tmp_path, name, text, message):
 
 
 def sources(config="a = 1\nb = 2", content="x", **more):
-    return Sources(methods={"full": config, **more}, examples={("needle", 0): {"content": content}})
+    return Sources(methods={"full": config, **more}, examples={("needle", None, 0): {"content": content}})
 
 
 def test_lines_of_another_configuration_or_example_are_refused_by_name(tmp_path):
@@ -119,7 +123,7 @@ def test_lines_of_another_configuration_or_example_are_refused_by_name(tmp_path)
     for now, wanted in (
         (sources(config="a = 1\nb = 3"), r"holds results of another full \(-b = 2; \+b = 3\); pass another"),
         (sources(content="y"), r"of another example needle/0 \(content was 'x' and is 'y'\); pass another"),
-        (Sources(complete=True), r"holds results of example needle/0, which the tasks no longer have; pass another"),
+        (Sources(growing=["other"]), r"results of example needle/0, which the tasks no longer have; pass another"),
     ):
         with pytest.raises(ValueError, match=wanted):
             ResultsFile(tmp_path, SETTINGS, now)
@@ -159,13 +163,13 @@ def test_damaged_line_in_the_middle_is_named(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files with setrlimit")
 def test_where_no_more_fits_the_finished_lines_stay(tmp_path):
-    """A process whose files may have 700 bytes writes rows until the system stops it in the middle of one."""
+    """A process whose files may have 900 bytes writes rows until the system stops it in the middle of one."""
     program = f"""
         import resource, sys
         sys.path[:0] = {sys.path!r}
         from experiments.results import ResultsFile
         with ResultsFile({str(tmp_path)!r}, {SETTINGS!r}) as results:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
             try:
                 for example in range(100):
                     results.append({row()!r} | {{"example": example}})
@@ -176,8 +180,8 @@ def test_where_no_more_fits_the_finished_lines_stay(tmp_path):
     code, count, message = ran.stdout.strip().split(" ", 2)
     assert int(code) == errno.EFBIG
     kept = lines(tmp_path)
-    assert int(count) == len(kept) == 700 // (len(json.dumps(row())) + 1)
-    assert (tmp_path / "results.jsonl").stat().st_size < 700
+    assert int(count) == len(kept) == 900 // (len(json.dumps(row())) + 1)
+    assert (tmp_path / "results.jsonl").stat().st_size < 900
     assert f"no space left; {count} finished lines are kept; make room and run the same command again" in message
     with ResultsFile(tmp_path, SETTINGS) as results:
         assert results.rows == kept
@@ -206,64 +210,41 @@ def test_numbers_that_are_not_finite_become_null_and_array_scalars_numbers(tmp_p
     assert (line["nll"], line["kl"], line["exact_match"], line["x"]) == (None, 0.5, False, [None])
 
 
-def test_summary_has_means_per_task_and_over_tasks():
-    summary = summarise(
-        [
-            row(example=0, nll=1.0, exact_match=True, label="text is left out"),
-            row(example=1, nll=2.0, exact_match=False),
-            row(example=2, nll=None, exact_match=False),
-            row(task="text", nll=4.0, exact_match=None),
-            row(method="int4", cache_bytes=50),
-        ]
-    )
-    assert list(summary) == ["full", "int4"]
-    needle, text = summary["full"]["tasks"]["needle"], summary["full"]["tasks"]["text"]
-    assert (needle["examples"], needle["nll"], needle["exact_match"]) == (3, 1.5, pytest.approx(1 / 3))
-    assert (text["examples"], text["nll"], text["exact_match"]) == (1, 4.0, None)
-    assert summary["full"]["examples"] == 4 and "label" not in needle
-    assert summary["full"]["mean"]["nll"] == (1.5 + 4.0) / 2  # tasks weigh alike, with three examples or one
-    assert summary["full"]["mean"]["exact_match"] == pytest.approx(1 / 3)
-    assert summary["int4"]["mean"]["cache_bytes"] == 50
+def test_budgets_and_lengths_are_lines_of_their_own(tmp_path):
+    settings = [dict(keep=0.5), dict(keep=0.25), dict(keep=0.5, length=64), dict(budget=8)]
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        for setting in settings:
+            results.append(row("snapkv", **setting))
+    with ResultsFile(tmp_path, SETTINGS) as results:
+        assert len(results.rows) == 4
+        for setting in settings:
+            assert Line("snapkv", "needle", 0, **setting) in results
+            with pytest.raises(ValueError, match="a second time"):
+                results.append(row("snapkv", **setting))
+        assert Line("snapkv", "needle", 0) not in results
+    titles = [Line.of(row).setting for row in lines(tmp_path)]
+    assert titles == ["snapkv keep=0.5", "snapkv keep=0.25", "snapkv keep=0.5", "snapkv budget=8"]
 
 
-def test_summary_file_says_how_it_was_made(tmp_path):
-    path = tmp_path / "summary.json"
-    written = write_summary(
-        path, [row()], command=["evaluate", "--gin_bindings=a = 'b c'"], gin_config="a = 1\n", device="cpu"
-    )
-    read = json.loads(path.read_text())
-    assert read == written
-    assert read["command"] == """evaluate '--gin_bindings=a = '"'"'b c'"'"''"""
-    assert read["versions"]["python"] == sys.version.split()[0] and read["versions"]["numpy"] == np.__version__
-    assert set(read["versions"]) == {"python", "jax", "jaxlib", "numpy", "kvjax"}
-    assert read["machine"]["cpus"] == os.cpu_count() and read["machine"]["device"] == "cpu"
-    assert read["gin_config"] == "a = 1\n" and read["methods"] == summarise([row()])
-
-
-def test_summary_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    arguments = {"command": ["evaluate"], "gin_config": "", "device": "cpu"}
-    write_summary(path, [row()], **arguments)
-    before = path.read_bytes()
-
-    def fail(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left; the file is as it was before"):
-        write_summary(path, [row(), row(example=1)], **arguments)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["summary.json"]
+def test_a_changed_configuration_is_that_of_its_budget_alone(tmp_path):
+    with ResultsFile(tmp_path, SETTINGS, Sources(methods={"snapkv keep=0.5": "a = 1"})) as results:
+        results.append(row("snapkv", keep=0.5))
+    with ResultsFile(tmp_path, SETTINGS, Sources(methods={"snapkv keep=0.25": "a = 2"})) as results:
+        results.append(row("snapkv", keep=0.25))
+    with pytest.raises(ValueError, match=r"another snapkv keep=0.5 \(-a = 1; \+a = 2\)"):
+        ResultsFile(tmp_path, SETTINGS, Sources(methods={"snapkv keep=0.5": "a = 2"}))
 
 
 @pytest.mark.parametrize(
     ("second", "wanted"),
     [
-        (row(), "line 2: got full, needle, 0 again, as in line 1, expected each once; pass another"),
+        (row(), "line 2: got full, needle/0 again, as in line 1, expected each once; pass another"),
         (row(example=1, nll="abc"), "line 2: nll: got 'abc', expected a number or null"),
         (row(example=1, nll=float("nan")), "line 2: nll: got nan, expected a number or null"),
         (row(example=1, kl=True), "line 2: kl: got True, expected a number or null"),
         (row(example=1, exact_match=3), "line 2: exact_match: got 3, expected true, false or null"),
         (row(example=True), "line 2: example: got True, expected a whole number"),
+        (row(example=1, prediction=7), "line 2: prediction: got 7, expected a text or null"),
         (row(method=["full"]), "line 2: method: got ['full'], expected a name"),
         ({name: x for name, x in row().items() if name != "nll"}, "line 2: got no nll, expected all of method"),
         ([1], "line 2: got b'[1]', expected a line of results"),

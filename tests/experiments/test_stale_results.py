@@ -86,19 +86,21 @@ def test_an_edited_config_is_refused(finished, tmp_path, monkeypatch):
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(methods, "METHODS_DIR", tmp_path)
     (tmp_path / "knorm.gin").write_text((tmp_path / "knorm.gin").read_text() + "method.prefill_chunk = 32\n")
-    refused(finished, "holds results of another knorm (-method.prefill_chunk = None; +method.prefill_chunk = 32)")
+    changed = "-method.prefill_chunk = None; +method.prefill_chunk = 32"
+    refused(finished, f"holds results of another knorm keep=0.5 ({changed})")
     assert evaluate(*flags(finished, "--methods=keydiff"))[0] == 0  # the others are what they were
 
 
-def test_another_budget_is_refused_by_name(finished):
-    refused(finished, "keep was 0.5 and is 0.3", "--keep=0.3")
+def test_another_setting_is_refused_by_name(finished):
+    refused(finished, "call_tokens was 32 and is 16", "--gin_bindings=Settings.call_tokens = 16")
 
 
 def test_started_anew_by_name_the_lines_are_new(finished, tmp_path):
     for name in ("run.json", "results.jsonl"):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / name).write_bytes((finished / "out" / name).read_bytes())
-    code, _, err = evaluate(*flags(finished, f"--output_dir={tmp_path / 'out'}", "--keep=0.25", "--overwrite"))
+    anew = (f"--output_dir={tmp_path / 'out'}", "--keep=0.25", "--overwrite", "--cache_dtype=float32")
+    code, _, err = evaluate(*flags(finished, *anew))
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert {row["budget_tokens"] for row in rows if row["method"] == "knorm"} == {15, 10}

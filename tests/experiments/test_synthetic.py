@@ -76,7 +76,7 @@ def test_key_value_asks_for_the_line_at_its_depth(tokenizer, examples):
 def test_text_continues_and_is_not_scored(tokenizer, examples, essays):
     everything = "\n\n".join(" ".join(essay.split()) for essay in essays[::4])
     for example in of(examples, "text"):
-        assert not example.scored and example.question_ids == ()
+        assert not example.generates and example.question_ids == ()
         assert len(example.answer_ids) == TEXT_ANSWER_TOKENS
         # The first and last token may hold part of a character.
         assert tokenizer.decode((example.context_ids + example.answer_ids)[3:-3]) in everything

@@ -5,11 +5,17 @@ import types
 
 import pytest
 
-from experiments.tasks import Example, read_tasks
+from experiments.benchmarks.task_files import MORE_TOKENS, read_tasks
+from experiments.tasks import Example
 
 VOCAB_SIZE = 128
 # One token a character, so that ids can be written down by hand.
-LETTERS = types.SimpleNamespace(chat_template=None, opening=(), encode=lambda text: [ord(letter) for letter in text])
+LETTERS = types.SimpleNamespace(
+    chat_template=None,
+    opening=(),
+    encode=lambda text: [ord(letter) for letter in text],
+    decode=lambda ids: "".join(map(chr, ids)),
+)
 
 
 def read(tmp_path, *lines, max_examples=None):
@@ -24,7 +30,7 @@ def test_text_and_ids_give_the_same_example(tmp_path):
         {"task": "t", "context": "ab", "question": "c", "answer": "de"},
         {"task": "t", "context_ids": [97, 98], "question_ids": [99], "answer_ids": [100, 101]},
     )
-    assert text == ids == Example("t", (97, 98), (99,), (100, 101), scored=True)
+    assert text == ids == Example("t", (97, 98), (99,), (100, 101), ("de",), "match_part", 2 + MORE_TOKENS)
 
 
 @pytest.mark.parametrize("question", [{}, {"question": ""}, {"question_ids": []}])
@@ -33,7 +39,7 @@ def test_question_may_be_empty_or_absent(tmp_path, question):
 
 
 def test_absent_answer_is_not_scored(tmp_path):
-    assert read(tmp_path, {"task": "t", "context": "a"}) == [Example("t", (97,), (), (), scored=False)]
+    assert read(tmp_path, {"task": "t", "context": "a"}) == [Example("t", (97,), ())]
 
 
 def test_other_fields_and_blank_lines_are_ignored(tmp_path):
@@ -79,6 +85,22 @@ GOOD = {"task": "t", "context": "a", "answer": "b"}
         ({"task": "t", "context_ids": [-1]}, r"context_ids\[0\]: got -1"),
         ({"task": "t", "context_ids": [1.0]}, r"context_ids\[0\]: got 1.0"),
         ({"task": "t", "context_ids": [True]}, r"context_ids\[0\]: got True"),
+        (GOOD | {"answers": []}, "answers: got an empty list, expected at least one text"),
+        (GOOD | {"answers": [3]}, r"answers: got \[3\], expected a list of strings"),
+        (GOOD | {"metric": "F1"}, "metric: unknown metric 'F1'; did you mean 'f1'"),
+        (GOOD | {"metric": ["f1"]}, r"metric: unknown metric \['f1'\]; there are match_all"),
+        (GOOD | {"metric": "classification"}, "classes: got none, expected the names"),
+        (GOOD | {"max_new_tokens": 0}, "max_new_tokens: got 0, expected a number of tokens"),
+        (GOOD | {"max_new_tokens": True}, "max_new_tokens: got True"),
+        (GOOD | {"stop": [""]}, "stop: got an empty text"),
+        (GOOD | {"depth": 2}, "depth: got 2, expected a number from 0 to 1"),
+        (GOOD | {"turns": []}, r"turns: got \[\], expected a list of objects"),
+        (GOOD | {"turns": ["q"]}, r"turns: got \['q'\], expected a list of objects"),
+        (GOOD | {"multi_turn": True}, "multi_turn: got True, expected true or false, beside turns"),
+        ({"task": "t", "context": "a", "turns": [{"answer": ""}]}, r"turns\[0\]: answer: got an empty answer"),
+        ({"dataset": "lambada", "input": "q", "context": "a"}, "dataset: got 'lambada', expected one of narrativeqa"),
+        ({"dataset": "trec", "input": 3, "context": "a"}, "input: got 3, expected a string"),
+        ({"dataset": "trec", "input": "q", "context": "a", "answers": ["b"]}, "classes: got none"),
     ],
 )
 def test_bad_line_is_named_on_one_line(tmp_path, line, message):
@@ -88,12 +110,47 @@ def test_bad_line_is_named_on_one_line(tmp_path, line, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+def test_references_metric_and_stops_are_those_of_the_line(tmp_path):
+    line = {"task": "t", "context": "a", "question": "q", "answers": ["bc", "d"], "metric": "f1", "max_new_tokens": 5}
+    (example,) = read(tmp_path, line | {"stop": "!", "depth": 1})
+    assert example == Example("t", (97,), (113,), (98, 99), ("bc", "d"), "f1", 5, ("!",), depth=1.0)
+    assert example.score("the d") == 1.0
+
+
+def test_turns_are_asked_about_one_context_with_or_without_what_was_said_before(tmp_path):
+    turns = [{"question": "p", "answer": "b"}, {"question": "q", "answer": "c", "metric": "exact"}]
+    line = {"task": "t", "context": "a", "turns": turns, "max_new_tokens": 3}
+    alone = read(tmp_path, line)
+    assert [example.context_ids for example in alone] == 2 * [(97,)]
+    assert [example.question_ids for example in alone] == [(112,), (113,)]
+    assert [(example.metric, example.new_tokens) for example in alone] == [("match_part", 3), ("exact", 3)]
+    said = read(tmp_path, line | {"multi_turn": True})
+    assert [example.question_ids for example in said] == [(112,), (112, 98, 113)]
+    assert [example.answer_ids for example in said] == [(98,), (99,)]
+
+
+def test_lines_of_longbench_are_read_as_they_are_published(tmp_path):
+    line = {"input": "q", "context": "a", "answers": ["b", "c"], "length": 9, "language": "en", "_id": "1"}
+    question, code, classes = read(
+        tmp_path,
+        line | {"dataset": "hotpotqa_e", "all_classes": None},
+        line | {"dataset": "lcc", "all_classes": None},
+        line | {"dataset": "trec", "all_classes": ["b", "d"]},
+    )
+    assert (question.task, question.metric, question.new_tokens) == ("hotpotqa_e", "f1", 32)
+    assert LETTERS.decode(question.question_ids) == "\n\nq\n" and question.references == ("b", "c")
+    assert (code.metric, code.question_ids, code.new_tokens) == ("edit", (113,), 64)
+    assert (classes.metric, classes.classes, classes.stops) == ("classification", ("b", "d"), ("\n",))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ({"task": "t", "context": "a", "anwser": "b"}, "unknown field 'anwser'; did you mean 'answer'?"),
         ({"task": "t", "context": "a", "Answer": "b"}, "unknown field 'Answer'; did you mean 'answer'?"),
-        ({"task": "t", "context": "a", "answers": ["b"]}, "unknown field 'answers'; did you mean 'answer'?"),
+        ({"task": "t", "context": "a", "anwsers": ["b"]}, "unknown field 'anwsers'; did you mean 'answers'?"),
+        (GOOD | {"metrics": "f1"}, "unknown field 'metrics'; did you mean 'metric'?"),
+        ({"task": "t", "context": "a", "turns": [{"qestion": "b"}]}, "turns[0]: unknown field 'qestion'; did you"),
         ({"task": "t", "contxt": "a"}, "unknown field 'contxt'; did you mean 'context'?"),
         ({"task": "t", "context": "a", "answer": None, "anwser_ids": [97]}, "did you mean 'answer_ids'?"),
         ({"task": "t", "context": "a", "question_id": [97]}, "did you mean 'question_ids'?"),
@@ -106,14 +163,15 @@ def test_a_misspelled_field_is_refused(tmp_path, line, message):
 
 
 def test_a_field_that_is_nearly_one_that_is_there_is_ignored_and_so_is_the_id_of_a_question(tmp_path):
-    line = {"task": "t", "context": "a", "answer": "b", "answers": ["b", "c"], "question_id": 7, "context_length": 1}
-    assert read(tmp_path, line) == [Example("t", (97,), (), (98,), scored=True)]
+    line = {"task": "t", "context": "a", "answer": "b", "anwser": "c", "question_id": 7, "context_length": 1}
+    assert read(tmp_path, line) == [Example("t", (97,), (), (98,), ("b",), "match_part", 1 + MORE_TOKENS)]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
-    assert read_tasks(path, LETTERS, vocab_size=VOCAB_SIZE) == [Example("t", (97,), (), (98,), scored=True)]
+    wanted = Example("t", (97,), (), (98,), ("b",), "match_part", 1 + MORE_TOKENS)
+    assert read_tasks(path, LETTERS, vocab_size=VOCAB_SIZE) == [wanted]
 
 
 @pytest.mark.parametrize("field", ["task", "context", "question", "answer"])
