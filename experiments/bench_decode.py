@@ -240,7 +240,7 @@ def run() -> None:
             raise ValueError(f"--{flag.name} must be at least 1, got {flag.value}.")
     names = _COMPRESSED if cli.METHODS.value is None else cli.METHODS.value
     keep = cli.only(cli.KEEP, _COMPRESSED_KEEP)
-    check_method_names(names)
+    check_method_names(names, paths=True)
     if cli.OUTPUT_DIR.value is not None:
         pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
     model = load_model(cli.MODEL.value or "smollm2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
 import sys
@@ -42,7 +43,7 @@ def define_numbers(name: str, kind: type, noun: str, help: str):
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
 GIN_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "Bindings that win over all files.")
 MODEL = flags.DEFINE_string("model", None, "smollm2, gemma3-270m, a path, or a name on the hub.")
-METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods.")
+METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods, or paths of others.")
 KEEP = define_numbers("keep", float, "a fraction", "Fraction of the context that token-budget methods keep.")
 BUDGET = define_numbers("budget", int, "a number of tokens", "The same in tokens per KV head.")
 CONTEXT = define_numbers("context", int, "a number of tokens", "Tokens of the context.")
@@ -97,7 +98,7 @@ def read_gin() -> None:
     bindings.check_values()
 
 
-def check_flags(program: Callable[[], None]) -> None:
+def check_flags(program: Callable[..., None]) -> None:
     """Refuses flags that the program does not declare, rather than ignore them, and values that no program accepts.
 
     Raises:
@@ -111,7 +112,7 @@ def check_flags(program: Callable[[], None]) -> None:
     gin_files()
     for keep in KEEP.value or ():
         if not 0 < keep <= 1:
-            raise ValueError(f"--keep must be in (0, 1], got {keep:g}.")
+            raise ValueError(f"--keep must be in (0, 1], got {keep}.")
 
 
 def only(flag: flags.FlagHolder, default: Any) -> Any:
@@ -143,13 +144,16 @@ def show_progress(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
 
-def call(program: Callable[[], None], argv: Sequence[str]) -> None:
-    """Runs a program; bad input, a full disk or a failed download becomes one line and exit status 2."""
+def call(program: Callable[..., None], argv: Sequence[str]) -> None:
+    """Runs a program; bad input, a full disk or a failed download becomes one line and exit status 2.
+
+    A program with parameters gets the arguments that are no flags.
+    """
     try:
-        if len(argv) > 1:
+        if len(argv) > 1 and not inspect.signature(program).parameters:
             raise ValueError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
         check_flags(program)
-        program()
+        program(*argv[1:])
     except KeyboardInterrupt:
         interrupted()
     except OSError as error:
@@ -164,7 +168,7 @@ def interrupted(what: str = "") -> None:
     sys.exit(130)
 
 
-def start(program: Callable[[], None]) -> None:
+def start(program: Callable[..., None]) -> None:
     """The main of a program."""
     interrupts.raise_again()
     logging.set_verbosity(logging.WARNING)  # checkpoints are saved and read with many lines of INFO

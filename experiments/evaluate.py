@@ -14,6 +14,8 @@ from experiments import interrupts
 if __name__ == "__main__":
     interrupts.quit_in_one_line()  # the imports below take seconds
 
+import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -32,11 +34,12 @@ from experiments.calibrations import Calibrations, fingerprint
 from experiments.evaluation import Padding, Settings
 from experiments.evaluator import Evaluator
 from experiments.methods import Method, load_method
+from kvjax import sharding
 from models import Model, load_model
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "tasks", "output_dir", "overwrite"):
     flags.declare_key_flag(_name)
-for _name in ("budget", "dtype", "batch"):
+for _name in ("budget", "dtype", "batch", "mesh"):
     flags.declare_key_flag(_name)
 _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype", None, ["float32", "bfloat16"], "Of uncompressed keys and values; bfloat16 without it."
@@ -63,6 +66,7 @@ def read_settings() -> Settings:
         dtype=cli.DTYPE,
         cache_dtype=_CACHE_DTYPE,
         batch=cli.BATCH,
+        mesh=cli.MESH,
         max_examples=_MAX_EXAMPLES,
         question_aware=_QUESTION_AWARE,
     )
@@ -110,7 +114,14 @@ def run() -> None:
     """The program."""
     settings = read_settings()
     configured = gin.operative_config_str()
-    model = load_model(settings.model, settings.dtype, int8=settings.int8_weights)
+    mesh = None if settings.mesh is None else sharding.make_mesh(settings.mesh)
+    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
+        _run(settings, configured, mesh)
+
+
+def _run(settings: Settings, configured: str, mesh: jax.sharding.Mesh | None) -> None:
+    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
+    model = load_model(settings.model, settings.dtype, int8=settings.int8_weights, shardings=shardings)
     methods = load_methods(settings, model)
     cli.check_reached([configured, *(method.config for method in methods)])
     every = evaluation.load_examples(settings, model)

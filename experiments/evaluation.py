@@ -44,6 +44,8 @@ class Settings:
       question_aware: compress after the question instead of before.
       call_tokens: the most tokens of a question that one call of the decoder takes.
       batch: examples that are read together.
+      mesh: devices as named axes and sizes such as "data:2,seq:2,model:2", see `kvjax.sharding.make_mesh`: examples are
+        split over "data", slots over "seq", heads and weights over "model". None: one device.
     """
 
     model: str = "smollm2"
@@ -61,6 +63,7 @@ class Settings:
     question_aware: bool = False
     call_tokens: int = 32
     batch: int = 1
+    mesh: str | None = None
 
     def __post_init__(self):
         for name in ("keep", "budget", "length", "tasks"):
@@ -69,7 +72,7 @@ class Settings:
             object.__setattr__(self, name, None if value is None else several)
         for keep in self.keep:
             if not 0 < keep <= 1:
-                raise ValueError(f"--keep must be in (0, 1], got {keep:g}.")
+                raise ValueError(f"--keep must be in (0, 1], got {keep}.")
         for budget in self.budget or ():
             if budget < 1:
                 raise ValueError(f"--budget must be at least 1 token, got {budget}.")
@@ -86,7 +89,7 @@ class Settings:
         if self.cache_dtype not in _DTYPES:
             raise ValueError(f"--cache_dtype must be one of {', '.join(_DTYPES)}, got {self.cache_dtype!r}.")
         task_sources.check(self.tasks)
-        check_method_names(self.methods)
+        check_method_names(self.methods, paths=True)
         if not self.methods:
             raise ValueError(f"--methods must name at least one of {', '.join(method_names())}.")
 
@@ -241,7 +244,8 @@ def evaluate(
       padding: None: what these examples need.
     """
     padding = padding or Padding.of(examples, settings, model)
-    evaluator = Evaluator(model, methods, settings.call_tokens, jnp.dtype(settings.cache_dtype))
+    whole = settings.mesh is not None
+    evaluator = Evaluator(model, methods, settings.call_tokens, jnp.dtype(settings.cache_dtype), whole)
     warm: set[tuple[str, int]] = set()
     dense, prompts = None, None
     for numbers, asked in _together(settings, methods, examples, file, padding):

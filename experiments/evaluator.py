@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,11 @@ class Evaluator:
       methods: the full cache first.
       call_tokens: the most tokens of a question that one call of the decoder takes.
       cache_dtype: of uncompressed keys and values; None: the weights'.
+      whole: compile each call as one program instead of a layer after the other: for a mesh, where devices that wait
+        for each other in several programs at once may do so for ever. Every method then reads prompts by itself.
     """
+
+    jit = staticmethod(jax.jit)  # may be replaced by one that compiles faster
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class Evaluator:
         methods: Sequence[Method],
         call_tokens: int,
         cache_dtype: jnp.dtype | None = None,
+        whole: bool = False,
     ):
         self._model = model
         self._full = methods[0]
@@ -94,17 +100,20 @@ class Evaluator:
         self._needs = reading.shared_needs(methods)
         self._call_tokens = call_tokens
         self._dtype = jnp.dtype(cache_dtype or model.params.embed.dtype)
-        self._alone = {}
+        self._whole = whole
+        self._compiled: dict[tuple[str, int | None], Callable[..., Any]] = {}
         self._at_rest: dict[tuple[str, int, jnp.dtype], int] = {}
 
-    def prefill(self, asked: Asked) -> tuple[kvjax.StepOutput, float]:
-        """Reads prompts with the full cache: what came out, and the seconds it took."""
+    def prefill(self, asked: Asked) -> tuple[kvjax.StepOutput | None, float]:
+        """Reads prompts with the full cache: what came out, and the seconds it took; None where methods read alone."""
+        if self._whole:
+            return None, 0.0
         return reading.read(self._model, asked.prompts, self._needs, asked.slots, self._dtype)
 
-    def compress(self, method: Method, dense: kvjax.StepOutput, asked: Asked) -> tuple[kvjax.Run, float]:
+    def compress(self, method: Method, dense: kvjax.StepOutput | None, asked: Asked) -> tuple[kvjax.Run, float]:
         """Compresses what `prefill` read, or reads the prompts alone: the run, and the seconds it took."""
         start = time.perf_counter()
-        if method.reads_alone:
+        if self._whole or method.reads_alone:
             tokens, lengths = reading.padded(asked.prompts, asked.slots), reading.row_lengths(asked.prompts)
             run = self._prefill_alone(method, asked.room)(self._model.params, tokens, lengths)
         else:
@@ -113,17 +122,17 @@ class Evaluator:
         jax.block_until_ready(run)
         return run, time.perf_counter() - start
 
-    def warm_up(self, method: Method, dense: kvjax.StepOutput, asked: Asked) -> None:
+    def warm_up(self, method: Method, dense: kvjax.StepOutput | None, asked: Asked) -> None:
         """Compiles what `score` runs, so that what it measures is not the compiler."""
         run, _ = self.compress(method, dense, asked)
         for size in (self._call_tokens, 1):
             nothing = jnp.zeros((len(asked.prompts), size), jnp.int32)
-            run, _ = kvjax.bind(self._step_in_place, method.transform).extend(run, nothing, nothing[:, 0])
+            run, _ = self._extend(method, run, nothing, nothing[:, 0])
 
     def score(
         self,
         method: Method,
-        dense: tuple[kvjax.StepOutput, float],
+        dense: tuple[kvjax.StepOutput | None, float],
         asked: Asked,
         references: Sequence[jax.Array | None],
     ) -> list[Score]:
@@ -134,8 +143,8 @@ class Evaluator:
             seconds += dense[1]
         allocated = kvjax.nbytes((run.cache, run.state)) // len(rows)
         at_rest = self.bytes_at_rest(method, asked.slots)
-        kept, budgeted = (np.asarray(kvjax.kept_tokens(cache)) for cache in (run.cache, self._budgeted(run.cache)))
-        self._check_finite(method, examples, run.logits)
+        kept, budgeted = map(np.asarray, self._kept_tokens(run.cache))
+        self._check_finite(method, examples, self._logits(run))
         run, _ = self._feed(method, run, asked.questions)
         clock = _Clock()
         log_probs, matches, predictions = self._answers(method, run, examples, clock)
@@ -204,7 +213,7 @@ class Evaluator:
         behind it.
         """
         answers = [example.answer_ids for example in examples]
-        first = jax.nn.log_softmax(run.logits)
+        first = jax.nn.log_softmax(self._logits(run))
         log_probs = [[first[row : row + 1]] if answers[row] else [] for row in range(len(answers))]
         if not examples[0].generates:
             _, logits = self._feed(method, run, [answer[:-1] for answer in answers])
@@ -212,14 +221,14 @@ class Evaluator:
                 log_probs[row].append(jax.nn.log_softmax(each))
             log_probs = [self._joined(each) for each in log_probs]
             return log_probs, [None] * len(answers), [None] * len(answers)
-        before = jax.tree.map(jnp.copy, run) if any(answers) else run
+        before = self._copy(run) if any(answers) else run
         jax.block_until_ready(before)
         start = time.perf_counter()
         for index in range(max(map(len, answers))):
             tokens = [answer[index : index + 1] for answer in answers]
             run, _ = self._feed(method, run, tokens, 1)
             clock.tokens += sum(map(len, tokens))
-            after = jax.nn.log_softmax(run.logits)
+            after = jax.nn.log_softmax(self._logits(run))
             for row, answer in enumerate(answers):
                 if index + 1 < len(answer):
                     log_probs[row].append(after[row : row + 1])
@@ -248,7 +257,7 @@ class Evaluator:
             going = [not _has_stopped(tokenizer, *row) for row in zip(examples, written)]
             if not any(going):
                 break
-            best = np.asarray(jnp.argmax(run.logits, axis=-1))
+            best = np.asarray(jnp.argmax(self._logits(run), axis=-1))
             tokens = [[int(token)] if alive else [] for token, alive in zip(best, going)]
             for ids, token in zip(written, tokens):
                 ids += token
@@ -257,7 +266,7 @@ class Evaluator:
                 run, _ = self._feed(method, run, [ids if alive else [] for ids, alive in zip(tokens, left)], 1)
                 clock.tokens += sum(left)
         clock.seconds += time.perf_counter() - start
-        self._check_finite(method, examples, run.logits)
+        self._check_finite(method, examples, self._logits(run))
         return [_text(tokenizer, *row) for row in zip(examples, written)]
 
     def _joined(self, log_probs: Sequence[jax.Array]) -> jax.Array:
@@ -283,11 +292,38 @@ class Evaluator:
         lm = kvjax.bind(bind(params, config), method.transform, empty_cache=empty)
         return lm.prefill(tokens, lengths, room=room, call_tokens=self._call_tokens, chunk=method.prefill_chunk)
 
-    def _prefill_alone(self, method: Method, room: int):
-        if (method.setting, room) not in self._alone:
+    def _prefill_alone(self, method: Method, room: int) -> Callable[..., kvjax.Run]:
+        if (method.setting, room) not in self._compiled:
             how = dict(room=room, dtype=self._dtype)
-            self._alone[method.setting, room] = jax.jit(lambda *args: self._prefill(method, *args, **how))
-        return self._alone[method.setting, room]
+            self._compiled[method.setting, room] = self.jit(lambda *args: self._prefill(method, *args, **how))
+        return self._compiled[method.setting, room]
+
+    def _extend(
+        self, method: Method, run: kvjax.Run, tokens: jax.Array, lengths: jax.Array
+    ) -> tuple[kvjax.Run, jax.Array]:
+        """Feeds a call, with the run donated; on a mesh the logits are on the host."""
+        if not self._whole:
+            return kvjax.bind(self._step_in_place, method.transform).extend(run, tokens, lengths)
+        if (method.setting, None) not in self._compiled:
+            config = self._model.config
+            bound = lambda params: kvjax.bind(bind(params, config), method.transform)
+            extend = lambda params, run, *args: bound(params).extend(run, *args)
+            self._compiled[method.setting, None] = self.jit(extend, donate_argnums=1)
+        run, logits = self._compiled[method.setting, None](self._model.params, run, tokens, lengths)
+        return jax.block_until_ready(run), jax.device_get(logits)
+
+    def _logits(self, run: kvjax.Run) -> jax.Array:
+        """f32[B, V] of the next token; on a mesh on the host."""
+        return jax.device_get(run.logits) if self._whole else run.logits
+
+    def _copy(self, run: kvjax.Run) -> kvjax.Run:
+        copy = lambda run: jax.tree.map(jnp.copy, run)
+        return jax.block_until_ready(self.jit(copy)(run) if self._whole else copy(run))
+
+    def _kept_tokens(self, cache: kvjax.Cache) -> tuple[jax.Array, jax.Array]:
+        """f32[B]: of all layers, and of those that a method's budget is for."""
+        kept = lambda cache: (kvjax.kept_tokens(cache), kvjax.kept_tokens(self._budgeted(cache)))
+        return jax.block_until_ready(self.jit(kept)(cache)) if self._whole else kept(cache)
 
     def _feed(
         self, method: Method, run: kvjax.Run, rows: Sequence[Sequence[int]], size: int | None = None
@@ -298,8 +334,7 @@ class Evaluator:
         for start in range(0, max(map(len, rows)), size):
             parts = [list(ids[start : start + size]) for ids in rows]
             tokens = jnp.asarray([part + [0] * (size - len(part)) for part in parts], jnp.int32)
-            lm = kvjax.bind(self._step_in_place, method.transform)
-            run, after = lm.extend(run, tokens, jnp.asarray([len(part) for part in parts]))
+            run, after = self._extend(method, run, tokens, jnp.asarray([len(part) for part in parts]))
             for row, part in enumerate(parts):
                 logits[row].append(after[row, : len(part)])
         return run, [self._joined(each) for each in logits]

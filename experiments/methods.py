@@ -222,11 +222,48 @@ def method_names() -> list[str]:
     return sorted(path.stem for path in METHODS_DIR.glob("*.gin"))
 
 
-def check_method_names(names: Sequence[str], flag: str = "--methods") -> None:
-    """Refuses names without a config file."""
-    for name in names:
-        if name not in method_names():
+def method_path(name: str) -> pathlib.Path | None:
+    """Returns the path of a config file of one's own that a name is, or None where it is a name."""
+    return pathlib.Path(name) if name.endswith(".gin") or "/" in name else None
+
+
+def check_method_names(names: Sequence[str], flag: str = "--methods", *, paths: bool = False) -> None:
+    """Refuses names without a config file.
+
+    Args:
+      names: of files in configs/methods.
+      flag: that names them, for messages.
+      paths: allow paths of other files, called like their stems, which no other method of these may be called.
+
+    Raises:
+      ValueError: a name is unknown, a path is no file or is called like another method.
+    """
+    given: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        path = method_path(name) if paths else None
+        if path is None and name not in method_names():
             raise ValueError(f"{flag}: unknown method {name!r}; {there_are(name, method_names())}")
+        if path is not None and not path.is_file():
+            raise ValueError(f"{flag}: no such file: {name}.")
+        called = name if path is None else path.stem
+        if called in given or path is not None and called == "full":
+            other = given.get(called, "full")
+            raise ValueError(f"{flag}: {other} and {name} are both called {called}: rename the file.")
+        given[called] = name
+
+
+def config_text(name: str) -> str:
+    """Returns what stands in the config file of a method.
+
+    Raises:
+      ValueError: it is not UTF-8.
+      OSError: it cannot be read.
+    """
+    path = method_path(name) or METHODS_DIR / f"{name}.gin"
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"method {name}: {path}: got bytes that are not UTF-8 ({error.reason}).") from None
 
 
 def load_method(
@@ -239,11 +276,11 @@ def load_method(
     tokenizer: Tokenizer | None = None,
     text: str | None = None,
 ) -> Method:
-    """Builds the method that `configs/methods/NAME.gin` describes.
+    """Builds the method that `configs/methods/NAME.gin` describes, or a file of one's own.
 
     Args:
-      name: of the file.
-      budget: what `%budget` means in it: tokens per KV head (int, 1 included) or a fraction of the context (float).
+      name: of the file, or the path of another one.
+      budget: what `%budget` means in it: tokens per KV head (int) or a fraction of the context (float).
       gin_files: read after the method's file, so they win over it.
       bindings: read after all files, so they win.
       calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
@@ -254,12 +291,9 @@ def load_method(
       ValueError: an unknown name, a binding that reaches nothing, or settings that the method refuses.
     """
     if text is None:
-        check_method_names([name])
-        path = METHODS_DIR / f"{name}.gin"
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"method {name}: {path}: got bytes that are not UTF-8 ({error.reason}).") from None
+        check_method_names([name], paths=True)
+        text = config_text(name)
+        name = pathlib.Path(name).stem if method_path(name) else name
     gin.clear_config()
     with gin.unlock_config():
         gin_bindings.parse(text, f"method {name}, its config")

@@ -32,25 +32,33 @@ def plot_pareto(summary: Mapping[str, Any], path: str | os.PathLike[str], *, ful
       ValueError: if no method has a score, nor a likelihood to compare with `full`'s.
     """
     scores = _points(summary, {name: entry["mean"].get("score") for name, entry in summary.items()})
-    bases = {entry.get("length"): entry for entry in summary.values() if entry.get("method") == full}
-    losses = {name: _nll_increase(entry, bases.get(entry.get("length"))) for name, entry in summary.items()}
+    whose = lambda entry: (entry.get("run"), entry.get("length"))
+    bases = {whose(entry): entry for entry in summary.values() if entry.get("method") == full}
+    losses = {name: _nll_increase(entry, bases.get(whose(entry))) for name, entry in summary.items()}
     increase = _points(summary, losses)
-    panels = [panel for panel in (("score", scores), ("nll", increase)) if panel[1]]
-    if not panels:
+    kinds = [panel for panel in (("score", scores), ("nll", increase)) if panel[1]]
+    if not kinds:
         raise ValueError(f"summary: got no score and no nll beside {full}'s, expected one of them to draw")
-    figure = Figure(figsize=(7.2 * len(panels), 5.6), dpi=_DPI, layout="constrained")
+    lengths = sorted({entry.get("length") for entry in summary.values()}, key=lambda length: length or 0)
+    figure = Figure(figsize=(7.2 * len(kinds), 0.4 + 5.2 * len(lengths)), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (kind, points) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number)
+    whole = {name for name, entry in summary.items() if entry.get("method") == full}
+    panels = [(length, *panel) for length in lengths for panel in kinds]
+    for number, (length, kind, points) in enumerate(panels, start=1):
+        points = {name: point for name, point in points.items() if summary[name].get("length") == length}
+        if not points:
+            continue
+        axes = figure.add_subplot(len(lengths), len(kinds), number)
+        tokens = "" if len(lengths) == 1 else f", {f'{length} tokens' if length else 'contexts of their own length'}"
         if kind == "score":
-            axes.set_title("Score of answers: higher is better")
+            axes.set_title(f"Score of answers{tokens}: higher is better")
             axes.set_ylabel("score, mean over tasks (%)")
-            points = {method: (x, 100 * y) for method, (x, y) in points.items()}
+            points = {name: (x, 100 * y) for name, (x, y) in points.items()}
         else:
-            axes.set_title("Loss of likelihood: lower is better")
+            axes.set_title(f"Loss of likelihood{tokens}: lower is better")
             axes.set_ylabel(f"nll increase over {full}, mean over tasks (nats per token)")
-        whole = {name for name, entry in summary.items() if entry.get("method") == full}
-        _scatter(axes, points, whole, sign=1 if kind == "score" else -1)
+        labels = {name: name.removesuffix(f" length={length}").replace("keep=", "") for name in points}
+        _scatter(axes, points, labels, whole, sign=1 if kind == "score" else -1)
     figure.suptitle("Quality against cache size (the line joins the methods that no other beats on both)", fontsize=13)
     _label_points(figure)
     _save(figure, path)
@@ -201,7 +209,14 @@ def _nll_increase(entry: Mapping[str, Any], full: Mapping[str, Any] | None) -> f
     return sum(increases) / len(increases) if increases else None
 
 
-def _scatter(axes: Axes, points: Mapping[str, tuple[float, float]], whole: Collection[str], *, sign: int) -> None:
+def _scatter(
+    axes: Axes,
+    points: Mapping[str, tuple[float, float]],
+    labels: Mapping[str, str],
+    whole: Collection[str],
+    *,
+    sign: int,
+) -> None:
     """Points, the front as a line, and one label each, still to be placed.
 
     `whole` are the names of full caches, and `sign` is -1 where less is better.
@@ -216,7 +231,7 @@ def _scatter(axes: Axes, points: Mapping[str, tuple[float, float]], whole: Colle
         size = 130 if marker == "*" else 45
         axes.scatter(*points[method], s=size, marker=marker, color=color, edgecolor="white", zorder=3)
         axes.annotate(
-            method,
+            labels[method],
             points[method],
             xytext=(0, 0),
             textcoords="offset points",

@@ -35,7 +35,7 @@ def table(summary: Mapping[str, Any], *, full: str = "full", width: int | None =
     means = [entry["mean"] for entry in entries]
     front = _front(entries)
     first = _labels(entries, front)
-    speeds = {entry.get("length"): entry["mean"]["decode_tokens_per_second"] for entry in entries if _is(entry, full)}
+    speeds = {_whose(entry): entry["mean"]["decode_tokens_per_second"] for entry in entries if _is(entry, full)}
 
     columns = [
         _column("", "", "cache", cells=[human_bytes(mean["cache_bytes"]) for mean in means]),
@@ -43,7 +43,7 @@ def table(summary: Mapping[str, Any], *, full: str = "full", width: int | None =
         _column("", "tokens", "kept", cells=[_fixed(mean["kept_tokens"], 0) for mean in means]),
     ]
     if any(speeds.values()):
-        ratios = [_ratio(e["mean"]["decode_tokens_per_second"], speeds.get(e.get("length"))) for e in entries]
+        ratios = [_ratio(e["mean"]["decode_tokens_per_second"], speeds.get(_whose(e))) for e in entries]
         columns.append(_column("", "decode", "speed", cells=[_fixed(ratio, 2, "x") for ratio in ratios]))
     if any(mean.get("kl") is not None for mean in means):
         columns.append(_column("", "KL to", full, cells=[_fixed(mean.get("kl"), 3) for mean in means]))
@@ -93,6 +93,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _is(entry: Mapping[str, Any], method: str) -> bool:
     return entry.get("method") == method
+
+
+def _whose(entry: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """The run, where there are several, and the length of context."""
+    return entry.get("run"), entry.get("length")
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

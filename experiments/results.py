@@ -133,7 +133,7 @@ class ResultsFile:
                     (folder / name).unlink(missing_ok=True)
             if self.path.exists() and not (folder / "run.json").exists():
                 raise ValueError(f"{folder}: got a results.jsonl without its run.json; {_GO_ON}")
-            self.rows, self._end = _complete_lines(self.path)
+            self.rows, self._end = _complete_lines(self.path, _GO_ON)
             _claim(folder, plain(settings), sources, self.rows)
             self._file = open(self.path, "ab", buffering=0)
             self._file.truncate(self._end)
@@ -189,22 +189,7 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, row
     examples = {example_name(*which): plain(example) for which, example in sources.examples.items()}
     earlier_methods, earlier_examples = {}, {}
     if run.exists():
-        try:
-            earlier = json.loads(run.read_text(encoding="utf-8"))
-            earlier_settings = earlier["settings"]
-            known = "methods" in earlier
-            earlier_methods, earlier_examples = earlier.get("methods", {}), earlier.get("examples", {})
-            mappings = (earlier_settings, earlier_methods, earlier_examples, *earlier_examples.values())
-            if not all(isinstance(each, dict) for each in mappings):
-                raise TypeError
-            if not all(isinstance(each, str) for each in earlier_methods.values()):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{run}: got a file that is not the settings of an evaluation; {_GO_ON}") from None
-        if not known:
-            raise ValueError(
-                f"{folder}: holds results of an earlier version, which do not say what they are of; {_GO_ON}"
-            )
+        earlier_settings, earlier_methods, earlier_examples = _about(run, _GO_ON)
         changes = _changes(earlier_settings, settings)
         if changes:
             raise ValueError(f"{folder}: holds results of other settings ({changes}); {_GO_ON}")
@@ -229,6 +214,59 @@ def _claim(folder: pathlib.Path, settings: dict[str, Any], sources: Sources, row
 _GO_ON = "pass another --output_dir, or --overwrite to start afresh"
 
 
+def _about(run: pathlib.Path, advice: str) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
+    """The settings, methods and examples that a run.json holds."""
+    try:
+        earlier = json.loads(run.read_text(encoding="utf-8"))
+        settings, known = earlier["settings"], "methods" in earlier
+        methods, examples = earlier.get("methods", {}), earlier.get("examples", {})
+        if not all(isinstance(each, dict) for each in (settings, methods, examples, *examples.values())):
+            raise TypeError
+        if not all(isinstance(each, str) for each in methods.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{run}: got a file that is not the settings of an evaluation; {advice}") from None
+    if not known:
+        raise ValueError(
+            f"{run.parent}: holds results of an earlier version, which do not say what they are of; {advice}"
+        )
+    return settings, methods, examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What an evaluation left in a folder.
+
+    Attributes:
+      path: of the folder.
+      rows: lines of `results.jsonl`.
+      settings: what decides all results.
+      methods: by name with what it keeps, the resolved configuration.
+      examples: by name (`example_name`), what decides its lines.
+    """
+
+    path: pathlib.Path
+    rows: Sequence[Row]
+    settings: Mapping[str, Any]
+    methods: Mapping[str, str]
+    examples: Mapping[str, Mapping[str, Any]]
+
+
+def read_folder(path: str | os.PathLike[str]) -> Folder:
+    """Reads what an evaluation left in a folder, and changes nothing there.
+
+    Raises:
+      ValueError: there is no evaluation, not a finished line of one, or files that are not one's.
+    """
+    folder, advice = pathlib.Path(path), "run the evaluation again"
+    if not (folder / "run.json").is_file() or not (folder / "results.jsonl").is_file():
+        raise ValueError(f"{folder}: got no run.json and results.jsonl, expected the output_dir of an evaluation")
+    rows, _ = _complete_lines(folder / "results.jsonl", advice)
+    if not rows:
+        raise ValueError(f"{folder}: got no finished line in results.jsonl; {advice}")
+    return Folder(folder, rows, *_about(folder / "run.json", advice))
+
+
 def example_name(task: str, length: int | None, index: int) -> str:
     """Names an example: "needles/1024/0", or "mine/0" where its context has a length of its own."""
     return f"{task}/{index}" if length is None else f"{task}/{length}/{index}"
@@ -248,7 +286,7 @@ def _changed_lines(was: str, now: str) -> str:
     return "; ".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
-def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
+def _complete_lines(path: pathlib.Path, advice: str) -> tuple[list[Row], int]:
     """The lines that end with a line break, and the byte after the last of them."""
     rows, end = [], 0
     first: dict[Line, int] = {}
@@ -258,21 +296,21 @@ def _complete_lines(path: pathlib.Path) -> tuple[list[Row], int]:
         try:
             row = json.loads(raw)
         except (ValueError, RecursionError):
-            raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {_GO_ON}") from None
+            raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {advice}") from None
         if not isinstance(row, dict) or not {"method", "task", "example"} <= set(row):
-            raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {_GO_ON}")
+            raise ValueError(f"{where}: got {raw[:40]!r}, expected a line of results; {advice}")
         for field in FIELDS:
             if field not in row:
-                raise ValueError(f"{where}: got no {field}, expected all of {', '.join(FIELDS)}; {_GO_ON}")
+                raise ValueError(f"{where}: got no {field}, expected all of {', '.join(FIELDS)}; {advice}")
         for field, value in row.items():
             wanted = _expected(field, value)
             if wanted is not None:
-                raise ValueError(f"{where}: {field}: got {reprlib.repr(value)}, expected {wanted}; {_GO_ON}")
+                raise ValueError(f"{where}: {field}: got {reprlib.repr(value)}, expected {wanted}; {advice}")
         line = Line.of(row)
         if line in first:
             name = example_name(line.task, line.length, line.example)
             raise ValueError(
-                f"{where}: got {line.setting}, {name} again, as in line {first[line]}, expected each once; {_GO_ON}"
+                f"{where}: got {line.setting}, {name} again, as in line {first[line]}, expected each once; {advice}"
             )
         first[line] = number
         rows.append(row)

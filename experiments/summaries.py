@@ -57,14 +57,10 @@ def summarise(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     grouped: dict[Group, dict[str, list[Row]]] = {}
     for row in rows:
         grouped.setdefault(Group.of(row), {}).setdefault(row["task"], []).append(row)
-    lengths = {group.length for group in grouped}
-    budgets = {(group.keep, group.budget) for group in grouped if group.keep is not None or group.budget is not None}
     summary = {}
-    for group in sorted(grouped, key=lambda group: group.length or 0):
+    ordered = sorted(grouped, key=lambda group: group.length or 0)
+    for group, name in zip(ordered, group_names(ordered)):
         by_task = grouped[group]
-        name = group.setting if len(budgets) > 1 else group.method
-        if len(lengths) > 1 and group.length is not None:
-            name += f" length={group.length}"
         tasks = {task: _means(task_rows) for task, task_rows in by_task.items()}
         counts = {
             task: {
@@ -80,6 +76,17 @@ def summarise(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
             "tasks": {task: counts[task] | means for task, means in tasks.items()},
         }
     return summary
+
+
+def group_names(groups: Iterable[Group]) -> list[str]:
+    """Names groups by their methods, with budget or length where there are several among these."""
+    groups = list(groups)
+    lengths = {group.length for group in groups}
+    budgets = {(group.keep, group.budget) for group in groups} - {(None, None)}
+    names = [group.setting if len(budgets) > 1 else group.method for group in groups]
+    if len(lengths) > 1:
+        names = [f"{name} length={of.length}" if of.length is not None else name for name, of in zip(names, groups)]
+    return names
 
 
 def write_summary(

@@ -18,6 +18,7 @@ from experiments import evaluate as program
 from models import load_model
 from models.decoder import forward, prompt_cache
 from tests.experiments import in_process, tiny_checkpoint
+from tests.quick_jit import quick_jit
 
 ROOT = pathlib.Path(__file__).parents[2]
 VOCAB = 263
@@ -251,6 +252,81 @@ def test_a_killed_run_of_several_settings_computes_nothing_again(checkpoint, tas
     timed = ("prefill_seconds", "decode_tokens_per_second")
     numbers = lambda text: [{k: v for k, v in json.loads(x).items() if k not in timed} for x in text.splitlines()]
     assert numbers(path.read_text()) == numbers(whole)
+
+
+@pytest.fixture(scope="module")
+def mixed_file(tmp_path_factory):
+    """Questions of several lengths about contexts of several lengths, and a text that is only predicted."""
+    rng = np.random.default_rng(3)
+    ids = lambda n: rng.integers(3, VOCAB, n).tolist()
+    lines = [
+        {"task": task, "context_ids": ids(context), "question_ids": ids(question), "answer_ids": ids(answer)}
+        for task, context, question, answer in (
+            *(("a", 96, 9, 4), ("a", 90, 40, 3), ("b", 96, 0, 2), ("a", 70, 3, 5), ("b", 96, 1, 2)),
+        )
+    ]
+    path = tmp_path_factory.mktemp("mixed") / "tasks.jsonl"
+    path.write_text("".join(json.dumps(line | {"max_new_tokens": 6}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_by_one(checkpoint, mixed_file, tmp_path_factory):
+    return numbers_of(checkpoint, mixed_file, tmp_path_factory.mktemp("one"))
+
+
+def numbers_of(checkpoint, path, folder, *flags, methods="int4,adakv_snapkv"):
+    """The lines of a run, by method, task and example."""
+    given = (f"--model={checkpoint}", f"--tasks={path}", f"--methods={methods}", "--keep=0.6")
+    given += ("--gin_bindings=kivi.residual = 32", "--cache_dtype=float32", f"--output_dir={folder}")
+    code, _, err = evaluate(*given, *flags)
+    assert code == 0, err
+    rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    return {(row["method"], row["task"], row["example"]): row for row in rows}
+
+
+def assert_same_numbers(rows, expected):
+    assert rows.keys() <= expected.keys()
+    for key, row in rows.items():
+        for field in ("prediction", "score", "exact_match", "budget_tokens"):
+            assert row[field] == expected[key][field], (key, field)
+        for field in ("nll", "kl", "kept_tokens"):
+            # float32 in another order, over a log-softmax of some hundred logits
+            wanted = expected[key][field]
+            assert row[field] == (wanted and pytest.approx(wanted, rel=1e-4, abs=1e-4)), (key, field)
+
+
+def test_examples_read_together_get_the_numbers_that_they_get_alone(one_by_one, checkpoint, mixed_file, tmp_path):
+    rows = numbers_of(checkpoint, mixed_file, tmp_path, "--batch=3")  # the last group of a kind is not full
+    assert len(rows) == 15
+    assert_same_numbers(rows, one_by_one)
+    assert all(row["cache_bytes"] == one_by_one[key]["cache_bytes"] for key, row in rows.items())
+
+
+def test_a_mesh_of_devices_gives_the_same_numbers(one_by_one, checkpoint, mixed_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator.Evaluator, "jit", staticmethod(quick_jit))
+    mesh = "--mesh=data:2,seq:2,model:2"
+    rows = numbers_of(checkpoint, mixed_file, tmp_path, "--batch=2", mesh, methods="int4")
+    assert len(rows) == 10
+    assert_same_numbers(rows, one_by_one)
+    for key, row in rows.items():  # a mesh may round slots up, so that every device has as many
+        assert one_by_one[key]["cache_bytes"] <= row["cache_bytes"] < 1.5 * one_by_one[key]["cache_bytes"]
+
+
+def test_a_method_file_of_ones_own_runs_under_its_name(checkpoint, task_file, tmp_path):
+    (tmp_path / "mine.gin").write_text("method.transform = @knorm()\nknorm.budget = %budget\n")
+    given = (f"--model={checkpoint}", f"--tasks={task_file}", f"--output_dir={tmp_path}", "--max_examples=1")
+    code, out, err = evaluate(*given, f"--methods={tmp_path}/mine.gin")
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["kept_tokens"]) for row in rows if row["task"] == "a"] == [("full", 120), ("mine", 60)]
+    (tmp_path / "knorm.gin").write_text("method.transform = @knorm()\nknorm.budget = %budget\n")
+    for names, wanted in (
+        (f"{tmp_path}/none.gin", "--methods: no such file:"),
+        (f"knorm,{tmp_path}/knorm.gin", "are both called knorm: rename the file."),
+    ):
+        code, _, err = evaluate(*given, f"--methods={names}")
+        assert code == 2 and wanted in err and len(err.splitlines()) == 1
 
 
 def test_bindings_reach_hyper_parameters(checkpoint, task_file):
