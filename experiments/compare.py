@@ -82,7 +82,7 @@ def differences(
 
 
 def difference_table(changes: Mapping[summaries.Group, Mapping[str, tuple[float, float | None, int]]]) -> str:
-    """Tabulates differences; behind each its standard error in parentheses, and a `!` where it is more than two of them."""
+    """Tabulates differences, each with its standard error in parentheses and a `!` where it is more than twice that."""
     names = list(summaries.group_names(changes))
     width = max(len("method"), *map(len, names))
     fields = [field for field in _FIELDS if any(field in of for of in changes.values())]

@@ -93,7 +93,7 @@ def lines(described: Mapping[str, Mapping[str, Any]], bound: Mapping[str, Mappin
         for parameter, of in entry["parameters"].items():
             kind = f": {of['type']}" if of["type"] else ""
             value = bound.get(name, {}).get(parameter, of["default"])
-            text.append(f"  {name}.{parameter}{kind} = {value}" if value != _REQUIRED else f"  {name}.{parameter}{kind}")
+            text.append(f"  {name}.{parameter}{kind}" + ("" if value == _REQUIRED else f" = {value}"))
     return text
 
 

@@ -12,6 +12,7 @@ import gin
 import numpy as np
 
 from experiments import synthetic, tasks
+from experiments.benchmarks import task_files
 from models import Model
 from models.assets import ESSAYS, fetch
 
@@ -38,7 +39,7 @@ class TrainingText:
     answer counts.
 
     Attributes:
-      file: a text file, or tasks as `experiments.tasks.read_tasks` reads them (.jsonl); None: the essays that the
+      file: a text file, or tasks as `benchmarks.task_files` reads them (.jsonl); None: the essays that the
         evaluation does not hold back.
       context: tokens of a context at most.
       follow: tokens that follow it.
@@ -94,7 +95,7 @@ class Batches:
         questions = []
         if text.file is not None and text.file.endswith(".jsonl"):
             ids, share = [], 1.0
-            questions = tasks.read_tasks(text.file, model.tokenizer, vocab_size=model.config.vocab_size)
+            questions = task_files.read_tasks(text.file, model.tokenizer, vocab_size=model.config.vocab_size)
         else:
             documents, share = _documents(text), text.questions
             ids = model.tokenizer.encode("\n\n".join(documents)) if share < 1 else []
@@ -153,7 +154,9 @@ class Batches:
 def _fingerprint(ids: Sequence[int], questions: Sequence[tasks.Example]) -> str:
     digest = hashlib.sha256(np.asarray(ids, np.int64).tobytes())
     for example in questions:
-        digest.update(repr(dataclasses.astuple(example)).encode())
+        answer = example.answer_ids
+        seen = example.task, example.context_ids, example.question_ids, answer, bool(answer), example.depth
+        digest.update(repr(seen).encode())
     return digest.hexdigest()[:16]
 
 

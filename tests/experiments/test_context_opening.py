@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from experiments.tasks import read_tasks
+from experiments.benchmarks.task_files import read_tasks
 
 BOS = ord("^")
 LETTERS = types.SimpleNamespace(chat_template=None, opening=(BOS,), encode=lambda text: [ord(x) for x in text])
