@@ -147,13 +147,17 @@ def _packed(first: Sequence[list[str]], columns: Sequence[list[str]], width: int
 
 
 def _quality(task: str, cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The column of a task: score and nll with their errors, or the nll alone where nothing has a score."""
+    """The column of a task: score and nll with their errors; nll and perplexity where nothing has a score."""
     cuts = [i for i, character in enumerate(task) if character == "_" and 0 < i < len(task) - 1]
     cut = min(cuts, key=lambda i: max(i, len(task) - 1 - i), default=None)
     above, below = ("", task) if cut is None else (task[:cut], task[cut + 1 :])
     nlls = _with_errors(cells, "nll", lambda value: f"{value:.2f}")
     if all(cell.get("score") is None for cell in cells):
-        return _column(above, below, "nll", cells=nlls)
+        known = [cell.get("nll") for cell in cells]
+        shown = ["-" if nll is None else f"{math.exp(nll):.1f}" if nll < 100 else "inf" for nll in known]
+        wide, width = max(map(len, nlls)), max(3, *map(len, shown))
+        cells = [f"{a:>{wide}} {b:>{width}}" for a, b in zip(nlls, shown)]
+        return _column(above, below, f"nll {'ppl':>{width}}", cells=cells)
     scores = _with_errors(cells, "score", lambda value: f"{100 * value:.0f}", "%")
     if all(cell.get("nll") is None for cell in cells):
         return _column(above, below, "score", cells=scores)
@@ -194,7 +198,8 @@ def _notes(summary: Mapping[str, Any], full: str, front: bool, width: int) -> li
         "cache: bytes of all its arrays after the context, scales and indices included, without room for tokens to"
         f" come. times smaller: than a full cache in 16 bits. decode speed: tokens per second relative to {full}, in"
         " this run. score: of generated texts, by each task's own metric. nll: negative log-likelihood of the right"
-        f" answer, nats per token. Means over {examples} examples a row{', standard errors in parentheses' * errors}."
+        f" answer, nats per token; ppl: its exponential. Means over {examples} examples a row"
+        f"{', standard errors in parentheses' * errors}."
     ]
     if front:
         notes.append("* no other row of that length beats it on both bytes and score (without scores: nll).")

@@ -15,6 +15,7 @@ import pytest
 
 from experiments import calibrations, evaluator
 from experiments import evaluate as program
+from experiments.benchmarks import text_windows
 from models import load_model
 from models.decoder import forward, prompt_cache
 from tests.experiments import in_process, tiny_checkpoint
@@ -327,6 +328,22 @@ def test_a_method_file_of_ones_own_runs_under_its_name(checkpoint, task_file, tm
     ):
         code, _, err = evaluate(*given, f"--methods={names}")
         assert code == 2 and wanted in err and len(err.splitlines()) == 1
+
+
+def test_texts_are_read_in_windows_of_every_length(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_windows, "PREDICTED", 20)
+    (tmp_path / "book.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
+    given = (f"--model={checkpoint}", f"--tasks={tmp_path}/book.txt", "--methods=knorm", "--keep=0.5", "--batch=2")
+    given += ("--context=32,64", "--dtype=bfloat16", f"--output_dir={tmp_path}")
+    code, out, err = evaluate(*given)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and {row["task"] for row in rows} == {"book"}  # two methods, two lengths, three windows
+    for row in rows:
+        assert row["context_tokens"] == row["length"] and row["score"] is row["prediction"] is None
+        assert row["nll"] > 0 and row["kept_tokens"] == row["length"] / (1 + (row["method"] == "knorm"))
+    assert "ppl" in out and ["method", "context"] in [line.split()[:2] for line in out.splitlines()]
+    assert pathlib.Path(tmp_path / "results.csv").read_text().count("\n") == 13
 
 
 def test_bindings_reach_hyper_parameters(checkpoint, task_file):

@@ -50,7 +50,7 @@ def test_row_has_size_ratio_tokens_speed_and_quality():
     assert cells(text, "snapkv") == "snapkv 48.0 MiB 2.0x 1024 1.25x 0.125 75% (25) 0.38 (.11)".split()
     assert cells(text, "full") == "full 96.0 MiB 1.0x 2048 1.00x 0.125 100% (0) 0.38 (.11)".split()
     by_task = text.split("\n\n")[1]
-    assert cells(by_task, "int4") == "int4 75% (25) 0.38 (.16) 0.38 (.16)".split()
+    assert cells(by_task, "int4") == "int4 75% (25) 0.38 (.16) 0.38 (.16) 1.5".split()  # exp(0.375)
 
 
 def test_front_and_methods_without_a_budget_are_marked():
@@ -77,7 +77,7 @@ def test_missing_values_are_dashes():
     empty["int4"]["tasks"] = {}
     text = table(empty, width=120)
     assert cells(text, "int4") == "int4 - - - - 0.125 - 0.38 (.11)".split()
-    assert cells(text.split("\n\n")[1], "int4") == "int4 - - -".split()
+    assert cells(text.split("\n\n")[1], "int4") == "int4 - - - -".split()
 
 
 def test_one_task_needs_no_table_of_its_own():
