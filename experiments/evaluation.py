@@ -78,7 +78,8 @@ class Settings:
                 raise ValueError(f"--budget must be at least 1 token, got {budget}.")
         for name in ("examples", "call_tokens", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Settings.{name} must be at least 1, got {getattr(self, name)}.")
+                flag = "--batch" if name == "batch" else f"Settings.{name}"
+                raise ValueError(f"{flag} must be at least 1, got {getattr(self, name)}.")
         for length in self.length:
             if length < 1:
                 raise ValueError(f"Settings.length must be at least 1, got {length}.")

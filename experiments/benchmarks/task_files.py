@@ -75,7 +75,7 @@ def read_tasks(
 
 def _load(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: got bytes that are not UTF-8 ({error.reason}), expected JSON text") from None
     except json.JSONDecodeError as error:

@@ -37,10 +37,11 @@ def read_windows(path: str | os.PathLike[str], tokenizer: Tokenizer, *, length: 
     size = body + PREDICTED
     fit = len(ids) // size
     if body < 1 or not fit:
-        most = max(len(ids) + len(opening) - PREDICTED, 0)
+        least, most = len(opening) + 1, len(ids) + len(opening) - PREDICTED
+        expected = f"a context of {least} to {most}" if most >= least else f"a text of more than {PREDICTED} tokens"
         raise ValueError(
             f"--context: {name} has {len(ids)} tokens, so a window of {length} and {PREDICTED} predicted ones does not"
-            f" fit, expected a context of {len(opening) + 1} to {most}"
+            f" fit, expected {expected}"
         )
     used = min(count, fit)
     starts = [size * (window * fit // used) for window in range(used)]

@@ -142,3 +142,9 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_flag_before_anything_is_
         folder = tmp_path / "file" / "x"
         code, _, err = in_process.call(program, "--model=nowhere", f"--output_dir={folder}", *more)
         assert (code, err) == (2, f"error: --output_dir: {folder}: Not a directory.\n")
+
+
+def test_a_program_that_takes_one_number_refuses_several():
+    program = importlib.import_module("experiments.plan")
+    code, _, err = in_process.call(program, "--context=64,128")
+    assert (code, err) == (2, "error: --context takes one number here, got 64,128.\n")

@@ -45,3 +45,6 @@ def test_a_text_that_is_too_short_says_what_fits(tmp_path):
     (tmp_path / "book.txt").write_text("a" * 300)
     with pytest.raises(ValueError, match="book.txt has 300 tokens, so a window of 45 .* a context of 1 to 44"):
         text_windows.read_windows(tmp_path / "book.txt", LETTERS, length=45, count=1)
+    (tmp_path / "book.txt").write_text("a" * 256)
+    with pytest.raises(ValueError, match="has 256 tokens, .* expected a text of more than 256 tokens"):
+        text_windows.read_windows(tmp_path / "book.txt", LETTERS, length=1, count=1)

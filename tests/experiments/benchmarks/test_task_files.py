@@ -66,6 +66,7 @@ GOOD = {"task": "t", "context": "a", "answer": "b"}
     ("line", "message"),
     [
         ('{"task": "t", ', "not JSON"),
+        ('{"task": "t", "context": "a"', r"not JSON \(Expecting ',' delimiter at column 29\)"),
         ("[" * 100_000, "got brackets nested too deeply, expected one JSON object"),
         ('{"task": "t", "context_ids": [%s]}' % ("9" * 5000), "got a number of thousands of digits"),
         ("[1, 2]", r"got \[1, 2\], expected a JSON object"),
