@@ -16,7 +16,6 @@ from experiments import bindings, interrupts
 from models import FetchError
 
 
-
 class _Numbers(flags.ArgumentParser):
     """Reads numbers with commas between them."""
 

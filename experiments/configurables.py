@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gin

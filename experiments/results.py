@@ -20,6 +20,7 @@ from experiments.folder_lock import FolderLock
 
 Row = dict[str, Any]
 
+
 class Line(NamedTuple):
     """Which line of the results: the fields that no two lines share.
 

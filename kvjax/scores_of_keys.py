@@ -34,7 +34,7 @@ def lag_relative(lag: int = 128, sinks: int = 4) -> Scorer:
 
     def score(segment: Segment, seen: LayerObservation) -> jax.Array:
         pos, order = segment.pos, token_order(segment.pos)
-        S, parts = pos.shape[2], max(pos.shape[2] - sinks, 0) // lag
+        parts = max(pos.shape[2] - sinks, 0) // lag
         newer_first = 1.0 + pos
         if parts < 2:
             return newer_first

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import reprlib
-from collections.abc import Sequence
+
 from typing import Any
 
 from experiments import tasks

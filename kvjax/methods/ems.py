@@ -19,9 +19,9 @@ def ems(
     `window`, each over its mean. A dropped token goes to the kept one whose key and value are most similar, by the
     product of their cosines, and counts there by its score over that one's; below `least` it is forgotten.
 
-    Deviations: there is no official code, and the paper's formulas are unverified; `least` is ours. Keys are averaged as
-    they are stored, rotated and with their norms, which the paper keeps apart. Heads share no entries. It acts when the
-    prompt is in.
+    Deviations: there is no official code, and the paper's formulas are unverified; `least` is ours. Keys are averaged
+    as they are stored, rotated and with their norms, which the paper keeps apart. Heads share no entries. It acts when
+    the prompt is in.
 
     Bytes: 12 a slot beside those of the kept tokens, for the attention that is added up while the prompt arrives.
 

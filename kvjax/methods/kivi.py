@@ -32,4 +32,5 @@ def kivi(
       value_bits: of the values; None: `bits`.
     """
     key_bits, value_bits = (bits if b is None else b for b in (key_bits, value_bits))
-    return at_prefill_end(quantize(key_bits, value_bits=value_bits, key_group=group, value_group=group, residual=residual))
+    how = dict(key_group=group, value_group=group, residual=residual)
+    return at_prefill_end(quantize(key_bits, value_bits=value_bits, **how))

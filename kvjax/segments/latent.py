@@ -25,7 +25,7 @@ from pallas_kernels.partial import Partial
 
 @struct.dataclass
 class Expanded:
-    """Keys `basis.expand(inner) + mean`, of which a tile at a time exists: what attention reads, never what is stored."""
+    """Keys `basis.expand(inner) + mean`, of which a tile at a time exists: read by attention, never stored."""
 
     inner: Stored  # coordinates
     basis: Basis

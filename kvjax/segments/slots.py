@@ -17,7 +17,6 @@ _EMPTY = jnp.iinfo(jnp.int32).min  # below -inf
 _ABOVE_INFINITY = LAST - 0x7F800001  # integers between the bits of infinity and the highest; each is an age
 
 
-
 def without_rounding(scores: jax.Array) -> jax.Array:
     """Drops the digits of scores that float32 arithmetic does not know: what it keeps is good to 3e-5.
 

@@ -14,7 +14,15 @@ from kvjax.transforms.merge_layers import merge_layers
 from kvjax.transforms.merge_rules import into_nearest, into_neighbour, into_next, into_runs, into_similar
 from kvjax.transforms.prefix import prefix
 from kvjax.transforms.product_quantize import product_quantize
-from kvjax.transforms.project import HeadBases, by_rank, project, project_by_head, project_jointly, prune_channels, rotate_channels
+from kvjax.transforms.project import (
+    HeadBases,
+    by_rank,
+    project,
+    project_by_head,
+    project_jointly,
+    prune_channels,
+    rotate_channels,
+)
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize
 from kvjax.transforms.quantize_corrected import quantize_corrected

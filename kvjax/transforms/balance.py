@@ -47,15 +47,9 @@ def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransfo
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    return CacheTransform(
-        init=init,
-        schedule=Schedule(
-            acts_in=(),
-            needs=Needs(moments_from=(0,)),
-            name="balance_channels",
-            order=Order.of("vectors slots room" if where == "tail" else "tiers numbers", "vectors slots whole channels"),
-        ),
-    )
+    order = Order.of("vectors slots room" if where == "tail" else "tiers numbers", "vectors slots whole channels")
+    schedule = Schedule(acts_in=(), needs=Needs(moments_from=(0,)), name="balance_channels", order=order)
+    return CacheTransform(init=init, schedule=schedule)
 
 
 def _balance(layer: LayerCache, seen: LayerObservation) -> Scales:

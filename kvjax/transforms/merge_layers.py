@@ -79,7 +79,8 @@ def merge_layers(start: int | float, retain: Budget, *, interpolation: float = 0
                 layers[i + j] = layers[i + j].replace(segments=(*layers[i + j].segments[:-1], view, tail))
         return cache.replace(layers=tuple(layers), shared=shared), ()
 
-    schedule = Schedule(acts_in=(), name="merge_layers", order=Order.of(needs="whole vectors", loses="whole vectors slots channels own"))
+    order = Order.of(needs="whole vectors", loses="whole vectors slots channels own")
+    schedule = Schedule(acts_in=(), name="merge_layers", order=order)
     return CacheTransform(init=init, schedule=schedule)
 
 

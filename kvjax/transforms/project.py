@@ -97,7 +97,8 @@ def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> Cac
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    order = Order.of("vectors slots room" + " aligned" * bool(mixed), "vectors slots whole channels" + " rotated" * (key_rope != "stored"))
+    loses = "vectors slots whole channels" + " rotated" * (key_rope != "stored")
+    order = Order.of("vectors slots room" + " aligned" * bool(mixed), loses)
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 

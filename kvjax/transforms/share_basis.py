@@ -74,7 +74,8 @@ def share_basis(layers: int, key_rank: int | float, value_rank: int | float) -> 
                 new.append(layer.replace(segments=(*before, view, tail.no_slots())))
         return cache.replace(layers=tuple(new), shared=shared), ()
 
-    schedule = Schedule(acts_in=(), name="share_basis", order=Order.of(needs="whole vectors", loses="whole vectors slots channels own"))
+    order = Order.of(needs="whole vectors", loses="whole vectors slots channels own")
+    schedule = Schedule(acts_in=(), name="share_basis", order=order)
     return CacheTransform(init=init, schedule=schedule)
 
 

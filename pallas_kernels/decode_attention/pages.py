@@ -69,4 +69,3 @@ def over_pages(
         return combine_by_owner(attend(part, cut), part, kv_heads, only=mine)
 
     return fold(read, -(-jnp.max(run.count) // size))
-

@@ -30,7 +30,7 @@ def test_a_program_refuses_the_flags_that_its_help_does_not_list_and_no_others(n
     monkeypatch.setattr(program, "run", lambda: print("runs"))
     program.run.__module__ = f"experiments.{name}"
     values = {"keep": "0.5", "budget": "8", "context": "64", "batch": "2", "dtype": "float32"}
-    values |= { "gin_file": f"{ROOT}/configs/runs/quickstart.gin"}
+    values |= {"gin_file": f"{ROOT}/configs/runs/quickstart.gin"}
     accepted = 0
     for flag in shared:
         given = f"--{flag}" if flag in ("json", "overwrite") else f"--{flag}={values.get(flag, 'x')}"

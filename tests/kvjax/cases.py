@@ -537,7 +537,11 @@ CASES = [
     _config("turboquant", turboquant(4)),
     _config("kivi_k4v2", kivi_mixed(4, 2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config(
-        "streamingllm_int4", codes(4, 16), "streamingllm.sinks = 2", "quantize.key_group = 16", "quantize.value_group = 16"
+        "streamingllm_int4",
+        codes(4, 16),
+        "streamingllm.sinks = 2",
+        "quantize.key_group = 16",
+        "quantize.value_group = 16",
     ),
     _config("h2o_int8", codes(8, 16, stats=1), "quantize.key_group = 16", "quantize.value_group = 16"),
     _config("h2o_int4", codes(4, 24, stats=1), "quantize.key_group = 16", "quantize.value_group = 16"),

@@ -10,7 +10,7 @@ import pytest
 
 import kvjax
 from kvjax import Queries, Ring, Rope, Rows, Segment, rotate
-from kvjax.codecs import Affine, Corrected, Levels, Product, Scaled, UnitNorm
+from kvjax.codecs import Affine, Corrected, Levels, Product, UnitNorm
 from kvjax.segments import BlockedSegment, CompensatedSegment, HeadsSegment, LatentSegment, RaggedSegment
 from kvjax.segments.bases import Matrix
 from kvjax.segments.hadamard import Hadamard
@@ -290,7 +290,8 @@ def test_the_slot_of_an_evicted_token_is_used_again_in_packed_words(bits):
     @quick_jit
     def run(part):
         def step(part, t):
-            part = part.append(*(jax.lax.dynamic_slice_in_dim(jnp.asarray(x), t, 1, axis=2) for x in (k, v)), t[None, None], None)
+            new = (jax.lax.dynamic_slice_in_dim(jnp.asarray(x), t, 1, axis=2) for x in (k, v))
+            part = part.append(*new, t[None, None], None)
             size = jnp.where(part.pos >= 0, jnp.sum(part.dense().k ** 2, axis=-1), LAST)
             full = jnp.all(part.pos >= 0, axis=-1, keepdims=True)
             return part.drop(full & (jnp.arange(slots) == jnp.argmin(size, axis=-1)[..., None])), None
@@ -305,7 +306,8 @@ def test_the_slot_of_an_evicted_token_is_used_again_in_packed_words(bits):
             held.remove(min(held, key=lambda i: np.sum(np.square(stored[i]))))
     pos = np.asarray(part.pos)[0, 0]
     assert sorted(pos[pos >= 0].tolist()) == held
-    np.testing.assert_allclose(np.asarray(_dense(part).v)[0, 0][pos >= 0], _rounded(v[0, 0], bits)[pos[pos >= 0]], atol=1e-6)
+    values = np.asarray(_dense(part).v)[0, 0]
+    np.testing.assert_allclose(values[pos >= 0], _rounded(v[0, 0], bits)[pos[pos >= 0]], atol=1e-6)
 
 
 # --- what the codes lose -------------------------------------------------------------------------------------------

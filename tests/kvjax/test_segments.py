@@ -149,7 +149,8 @@ def test_a_ring_holds_the_same_however_tokens_arrive(size, sinks):
 
 def test_new_tokens_start_without_statistics_and_bias():
     segment = _filled(2, 4)
-    segment = segment.with_slots(stats={"mass": jnp.full(segment.pos.shape, 7.0)}, bias=jnp.full(segment.pos.shape, 3.0))
+    full = lambda x: jnp.full(segment.pos.shape, x)
+    segment = segment.with_slots(stats={"mass": full(7.0)}, bias=full(3.0))
     after = segment.append(*_kv(1), _pos([2], [2]), ROPE)
     assert after.stats["mass"][0, 0].tolist() == [7.0, 7.0, 0.0, 7.0]
     assert after.bias[0, 0].tolist() == [3.0, 3.0, 0.0, 3.0]
@@ -328,8 +329,9 @@ def test_room_in_a_large_cache_ends_with_whole_tiles_of_scales(block, channels):
     empty = lambda size: Segment.empty(B, K, size, channels, jnp.float32)
     grown = lambda size: jax.eval_shape(lambda: reserved(empty(size)))
     body = grown(32768).body
-    assert body.pos.shape[2] == slots and body.k.packed.affine.shape[2] == rows and body.v.packed.affine.shape[3] == slots
-    assert body.k.packed.words.shape == body.v.packed.words.shape == (B, K, slots * channels // 16 // 128, 128)
+    k, v = body.k.packed, body.v.packed
+    assert body.pos.shape[2] == slots and k.affine.shape[2] == rows and v.affine.shape[3] == slots
+    assert k.words.shape == v.words.shape == (B, K, slots * channels // 16 // 128, 128)
     assert grown(2048).body.pos.shape[2] == 2048 + max(block, 64)
     dense = lambda size: jax.eval_shape(lambda x: x.reserve(1), _dense(size))
     assert dense(16384).k.shape[2] == 16392 and dense(4096).k.shape[2] == 4097

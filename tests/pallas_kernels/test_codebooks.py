@@ -1,6 +1,5 @@
 """`decode_attention` of codes equals that of their centroids, and the lookup tables of MILLION."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

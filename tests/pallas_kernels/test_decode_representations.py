@@ -99,7 +99,18 @@ class Case:
     """Drawn inputs, and what NumPy makes of them."""
 
     def __init__(
-        self, key, value, seed, *, gains=False, rotation=None, heads=(K, K), pages=False, S=SLOTS, bias=False, dtype=None
+        self,
+        key,
+        value,
+        seed,
+        *,
+        gains=False,
+        rotation=None,
+        heads=(K, K),
+        pages=False,
+        S=SLOTS,
+        bias=False,
+        dtype=None,
     ):
         rng = np.random.default_rng(seed)
         self.heads = (1, 1) if pages else heads

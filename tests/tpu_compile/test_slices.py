@@ -1,11 +1,10 @@
 """Decoding of very long contexts on whole slices: compiled by the planner, with nothing of the cache gathered."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,9 @@ from experiments import plan, planner
 from experiments.methods import load_method
 from experiments.tpu_compiler import compile_only_devices
 from kvjax import sharding
+from tests.kvjax.encoders import affine
 
 pytestmark = pytest.mark.tpu_compile
-from tests.kvjax.encoders import affine
 
 
 @pytest.mark.parametrize(
