@@ -87,7 +87,6 @@ def attend(
     q_pos: jax.Array,
     k_pos: jax.Array,
     bias: jax.Array | None = None,
-    k_gain: jax.Array | None = None,
     v_gain: jax.Array | None = None,
     within: tuple[jax.Array, jax.Array] | None = None,
     *,
@@ -108,7 +107,6 @@ def attend(
       q_pos: i32[B, T].
       k_pos: i32[B, K or 1, S].
       bias: f32[B, K or 1, S] or None, added to the logits.
-      k_gain: f32[B, K or 1, S] or None, what products of queries and keys are multiplied by.
       v_gain: f32[B, K or 1, S] or None, what weights of values are multiplied by.
       within: (i32[B], i32[B]), the first slot of every row and the one behind its last; what lies beyond S does not
         count. The grid then has as many tiles as the longest run touches, and nothing is read beyond a row's own. None:
@@ -119,7 +117,7 @@ def attend(
     """
     B, T, N, H = q.shape
     S = k_pos.shape[2]
-    numbers = {"pos": k_pos, "bias": bias, "k_gain": k_gain, "v_gain": v_gain}
+    numbers = {"pos": k_pos, "bias": bias, "v_gain": v_gain}
     numbers = {name: x for name, x in numbers.items() if x is not None}
     per_slot = [number_per_slot(x if name == "pos" else x.astype(jnp.float32)) for name, x in numbers.items()]
     stored = [*per_slot, *keys.stored, *values.stored]
@@ -184,6 +182,17 @@ def attend(
 
     out, lse = by_token(out), by_token(lse)[..., 0]
     return combine([Partial(out[i], lse[i]) for i in range(splits)])
+
+
+def with_gain(keys: Keys, gain: jax.Array | None) -> Keys:
+    """Keys that are multiplied by f32[B, K or 1, S], if it is given."""
+    if gain is None:
+        return keys
+    return Keys(
+        (*keys.stored, number_per_slot(gain.astype(jnp.float32))),
+        lambda q, pos, *tiles: keys.logits(q, pos, *tiles[:-1]) * tiles[-1],
+        lambda q, pos, *tiles: keys.queries(q, pos, *tiles[:-1]),
+    )
 
 
 def number_per_slot(x: jax.Array) -> Stored:
@@ -281,7 +290,6 @@ def _kernel(*refs, keys, values, slots, window, numbers, bounded):
         queries = [of_head(q_ref, head) for head in heads]
         queries = [keys.queries(*x) for x in _listed(queries, positions, key_tiles)]
         logits = [keys.logits(*x) for x in _listed(queries, positions, key_tiles)]
-        logits = with_numbers("k_gain", operator.mul, logits)
         logits = with_numbers("bias", operator.add, logits)
         logits = [jnp.where(_visible(row_pos_ref[0], pos, window), x, -jnp.inf) for x, pos in zip(logits, positions)]
         before = [m_ref[head] for head in heads]

@@ -82,19 +82,20 @@ def decode_attention(
         if len(x.shape) != 3 + (name in stored) or x.shape[2] != S:
             raise ValueError(f"{name} must have slots of [B, K, S] = {list(k_pos.shape)}, got shape {list(x.shape)}.")
     heads = {name: x.shape[1] for name, x in of_slots.items()}
-    if rotation is not None:
-        heads |= {} if rotation.basis is None else {"rotation.basis": rotation.basis.shape[1]}
     if pages is not None:
         P, block = pages.owner.shape[1], block_of(*stored.values())
-        heads.pop("rotation.basis", None)
         if set(heads.values()) != {1} or S % P or S // P % block:
             raise ValueError(
                 f"pages must be lists of one head, {P} pages of a multiple of {block} slots; got {S} slots and heads "
                 f"{heads}."
             )
         heads = {"pages": pages.kv_heads}
+    for name in ("basis", "mean"):
+        x = None if rotation is None else getattr(rotation, name)
+        heads |= {} if x is None else {f"rotation.{name}": x.shape[1 if name == "basis" else -2]}
     K = max(heads.values())
-    if set(heads.values()) - {1, K} or q.shape[2] % K:
+    of_heads = {heads[name] for name in ("pages", "rotation.basis", "rotation.mean") if name in heads}
+    if set(heads.values()) - {1, K} or of_heads - {K} or q.shape[2] % K:
         raise ValueError(f"all must have the same KV heads, or one, that divide N = {q.shape[2]}; got {heads}.")
     width = k.shape[3] if rotation is None or rotation.basis is None else rotation.basis.shape[2]
     if S and width != q.shape[3]:

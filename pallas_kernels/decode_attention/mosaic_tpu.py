@@ -14,7 +14,7 @@ from pallas_kernels.encoded import Encoded, is_encoded
 from pallas_kernels.levels import Levels
 from pallas_kernels.partial import Partial
 from pallas_kernels.quantize_pack import Packed
-from pallas_kernels.tpu_decode import Loader, attend, logits_bytes, padded_rows, row_limit
+from pallas_kernels.tpu_decode import Loader, attend, logits_bytes, padded_rows, row_limit, with_gain
 from pallas_kernels.tpu_decode_blocks import Blocks, blocks
 
 _LOADERS = {Packed: packed.loader, Levels: levels.loader}
@@ -26,8 +26,9 @@ def _loader(x: jax.Array | Encoded) -> Loader | None:
 
 def _kv_heads(k, v, k_pos, numbers, rotation) -> int:
     """Heads of the grid; the pages of all KV heads are one."""
-    at, basis = (None, None) if rotation is None else (rotation.at, rotation.basis)
-    return max(x.shape[1] for x in (k, v, k_pos, *numbers, at, basis) if x is not None)
+    of_slots = [k, v, k_pos, *numbers] + ([] if rotation is None else [rotation.at, rotation.basis])
+    of_mean = 1 if rotation is None or rotation.mean is None else rotation.mean.shape[-2]
+    return max(of_mean, *(x.shape[1] for x in of_slots if x is not None))
 
 
 def _owned(k, v, k_pos, pages) -> OwnedSlots | None:
@@ -84,11 +85,11 @@ def _decode_attention(
     K = 1 if pages is not None else _kv_heads(k, v, k_pos, per_slot, rotation)
     owned = _owned(k, v, k_pos, pages)
     if rotation is None:
-        keys = _loader(k).keys(k, q, K)
+        keys = with_gain(_loader(k).keys(k, q, K), k_gain)
+    elif rotation.mean is None:
+        keys = with_gain(rotated.rotated_keys(_loader(k).numbers(k, q), q, rotation), k_gain)
     else:
-        numbers = _loader(k).numbers(k, q)
-        inside, k_gain = (None, k_gain) if rotation.mean is None else (k_gain, None)
-        keys = rotated.rotated_keys(numbers, q, rotation, inside)
+        keys = rotated.rotated_keys(_loader(k).numbers(k, q), q, rotation, k_gain)
     return attend(
         q,
         owned.owned(keys, q) if owned else keys,
@@ -96,7 +97,6 @@ def _decode_attention(
         q_pos,
         k_pos,
         bias,
-        k_gain,
         v_gain,
         owned.within if owned else None,
         sizes=_sizes(q, k, v, k_pos, per_slot, rotation, pages),

@@ -146,6 +146,7 @@ def test_codes_are_rotated_when_they_are_read(key, mean):
 def test_pages(pair):
     args, more = draw(*pair, 6, S=2048, heads=(1, 1), gains=True)
     owner = jnp.int32(np.random.default_rng(7).integers(0, K, size=(1, 16)))
+    more["k_gain"] = jnp.where(jnp.arange(2048) % 5 == 0, 0.0, more["k_gain"] - 1)  # a slot of no norm, and signs
     check(args, dict(pages=Pages(owner, K, PageRun(jnp.array([3]), jnp.array([11]))), **more))
 
 

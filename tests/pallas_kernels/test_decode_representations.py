@@ -309,6 +309,7 @@ def test_a_cut_is_decoded_as_it_was_in_the_whole(name):
     [
         (dict(k_gain=jnp.zeros((B, K, 32))), r"k_gain must have slots of \[B, K, S\] = \[2, 2, 64\]"),
         (dict(bias=jnp.zeros((B, 3, 64))), "the same KV heads, or one"),
+        (dict(rotation=Rotation(jnp.zeros(8), mean=jnp.zeros((3, H)))), "the same KV heads, or one, .* 'rotation.mean': 3"),
         (dict(pages=Pages(jnp.zeros((B, 2), jnp.int32), K)), "pages must be lists of one head"),
         (dict(rotation=Rotation(jnp.zeros(8), basis=jnp.zeros((1, K, 8, H)))), "the 16 channels of the queries, got 8"),
     ],
