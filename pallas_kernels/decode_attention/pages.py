@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.encoded import cut_slots, is_encoded
+from pallas_kernels.encoded import cut, cut_slots
 from pallas_kernels.partial import Partial, combine_by_owner, fold
 
 _TILE = 32  # pages that are read at a time where a run of them is attended to
@@ -44,14 +44,14 @@ def over_pages(
     A run is read tile by tile, as many tiles as the longest needs: the work is that of its pages.
 
     Args:
-      attend: `(owner i32[B, n], cut) -> Partial` of the queries of n pages; `cut(x, axis=1)` is what these pages have
-        of an array in which those of all P lie one after the other along an axis, or of an encoded array.
+      attend: `(owner i32[B, n], cut) -> Partial` of the queries of n pages; `cut(x)` is what these pages have of an
+        array, encoded or not, of the slots of all P.
       owner: i32[B, P], the KV head of every page.
       kv_heads: [K].
       run: None: all pages.
     """
     if run is None:
-        return combine_by_owner(attend(owner, lambda x, axis=1: x), owner, kv_heads)
+        return combine_by_owner(attend(owner, lambda x: x), owner, kv_heads)
     pages = owner.shape[1]
     size = min(_TILE, pages)
 
@@ -61,11 +61,11 @@ def over_pages(
         index = at[:, None] + jnp.arange(size)
         mine = run.has(index) & (index >= start[:, None])
 
-        def cut(x, axis=1):
-            unit = x.shape[2 if is_encoded(x) else axis] // pages  # entries of a page
-            return x.cut(at * unit, size * unit) if is_encoded(x) else cut_slots(x, at * unit, size * unit, axis=axis)
+        def of_pages(x):
+            page = x.shape[2] // pages
+            return cut(x, at * page, size * page)
 
-        part = cut(owner)
-        return combine_by_owner(attend(part, cut), part, kv_heads, only=mine)
+        part = cut_slots(owner, at, size, axis=1)
+        return combine_by_owner(attend(part, of_pages), part, kv_heads, only=mine)
 
     return fold(read, -(-jnp.max(run.count) // size))

@@ -65,7 +65,7 @@ def decode_attention(
 
     def of_pages(owner, cut):
         def paged(x):
-            x = cut(x) if is_encoded(x) else cut(x, 2)
+            x = cut(x)
             x = x.decode(q.dtype) if is_encoded(x) else x
             return x.reshape(*owner.shape, page, *x.shape[3:])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.quantize_pack import mosaic_tpu, reference
@@ -68,20 +67,3 @@ def quantize_pack(
     in_row = in_row if S else 1
     how = dict(bits=bits, group=group, axis=axis, scale_dtype=scale_dtype, clip=clip, in_row=in_row)
     return _OP(implementation, x, valid, **how)
-
-
-def dequantize(packed: Packed, *, bits: int | None = None, axis: Axis | None = None, dtype=jnp.float32) -> jax.Array:
-    """Returns `packed.decode(dtype)`; `bits` and `axis`, where given, must be its own."""
-    told(packed, bits=bits, axis=axis)
-    return packed.decode(dtype)
-
-
-def told(packed: Packed, **fields) -> None:
-    """Checks what a caller says of an array that describes itself.
-
-    Raises:
-      ValueError: it says otherwise.
-    """
-    for name, value in fields.items():
-        if value not in (None, getattr(packed, name)):
-            raise ValueError(f"{name} must be that of the packed array, {getattr(packed, name)!r}, got {value!r}.")
