@@ -79,7 +79,7 @@ def run() -> None:
     check_method_names(names)
     if len(names) > 1:
         raise ValueError(f"--methods must be one here, got {', '.join(names)}.")
-    tokens = _TOKENS if cli.CONTEXT.value is None else cli.CONTEXT.value
+    tokens = cli.only(cli.CONTEXT, _TOKENS)
     if tokens < 1:
         raise ValueError(f"--context must be at least 1 token, got {tokens}.")
     with _compiled_programs():
@@ -94,7 +94,7 @@ def _answer(stages: Stages, name: str, tokens: int) -> None:
     stages.done("import")
     model = load_model(cli.MODEL.value or "smollm2")
     stages.done("load")
-    method = load_method(name, budget=cli.KEEP.value or _KEEP, tokenizer=model.tokenizer, **cli.configs())
+    method = load_method(name, budget=cli.only(cli.KEEP, _KEEP), tokenizer=model.tokenizer, **cli.configs())
     cli.check_reached([method.config])
     essay = (assets.fetch(assets.ESSAYS) / _ESSAY).read_text(encoding="utf-8")
     text = model.tokenizer.decode(model.tokenizer.encode(essay)[:tokens])
