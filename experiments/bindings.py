@@ -147,6 +147,7 @@ def _expected(value: Any, annotation: str) -> str | None:
     fits = {
         "int": whole(value),
         "float": number(value),
+        "Budget": number(value),
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
         "None": value is None,
