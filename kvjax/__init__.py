@@ -40,6 +40,7 @@ from kvjax.transforms import (
     by_coverage,
     by_variance,
     cast,
+    center_keys,
     chain,
     check_step,
     convolve,
@@ -149,6 +150,7 @@ __all__ = [
     # Transforms that store slots in another form.
     "balance_channels",
     "cast",
+    "center_keys",
     "product_quantize",
     "project",
     "project_by_head",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.segments import Segment, PooledSegment, RaggedSegment
+from kvjax.segments import Segment
 
 
 def held_positions(cache: Cache, row: int = 0) -> list[list[np.ndarray]]:
@@ -25,8 +25,8 @@ def held_positions(cache: Cache, row: int = 0) -> list[list[np.ndarray]]:
         heads: list[list[np.ndarray]] = [[] for _ in range(K)]
         for segment in layer.segments:
             pos, owners = np.asarray(segment.pos), range(K)
-            if isinstance(segment, RaggedSegment | PooledSegment):
-                owners = np.asarray(segment.owner[row])  # KV head of every page
+            if hasattr(segment, "owner"):  # pages, with the KV head of each
+                owners = np.asarray(segment.owner[row])
                 pos = pos.reshape(len(pos), len(owners), -1)
             for head, part in zip(owners, pos[row if len(pos) > 1 else 0], strict=True):  # a prefix may be of all rows
                 heads[head].append(part[part >= 0])
@@ -58,7 +58,7 @@ def padded(full: Cache, held: Sequence[Sequence[np.ndarray]]) -> Cache:
 def _rewrite(full: Cache, held, rewrite) -> Cache:
     def one(layer: LayerCache, heads) -> LayerCache:
         segments = layer.segments
-        if len(segments) != 1 or not isinstance(segments[0], Segment) or segments[0].pos.shape[0] != 1:
+        if len(segments) != 1 or not getattr(segments[0], "is_plain", False) or segments[0].pos.shape[0] != 1:
             raise ValueError("full must be an uncompressed cache of one row.")
         segment = segments[0]
         pos = np.asarray(segment.pos[0])

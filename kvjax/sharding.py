@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kvjax.slots import Slots
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.partial import Partial, combine, combine_shards
 from pallas_kernels.prefill_attention import prefill_attention
@@ -305,10 +306,13 @@ def _slot_axes(split: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in used)
 
 
+def _is_slots(x: Any) -> bool:
+    return isinstance(x, Slots)
+
+
 def _positions(named: Any) -> list[P]:
-    """The names of the axes of every leaf that says which tokens slots hold."""
-    leaves = jax.tree_util.tree_leaves_with_path(named)
-    return [spec for path, spec in leaves if getattr(path[-1], "name", None) == "pos"]
+    """The names of the axes of every array that says which tokens slots hold."""
+    return [x.pos for x in jax.tree.leaves(named, is_leaf=_is_slots) if _is_slots(x)]
 
 
 def _local(segment: Any, named: Any, split: dict[str, tuple[str, ...]], over: tuple[str, ...]) -> Any:
@@ -316,14 +320,14 @@ def _local(segment: Any, named: Any, split: dict[str, tuple[str, ...]], over: tu
     if "pages" in split and hasattr(segment, "on_shard"):
         segment = segment.on_shard(first_on_shard(split["pages"], segment.owner.shape[1]))
 
-    def once(path, x, spec):
-        if getattr(path[-1], "name", None) != "pos":
+    def once(x, of):
+        if not _is_slots(x):
             return x
-        mine = {axis for name in spec if name is not None for axis in split.get(name, ())}
+        mine = {axis for name in of.pos if name is not None for axis in split.get(name, ())}
         same = tuple(axis for axis in over if axis not in mine)
-        return jnp.where(jax.lax.axis_index(same) == 0, x, -1) if same else x
+        return x.replace(pos=jnp.where(jax.lax.axis_index(same) == 0, x.pos, -1)) if same else x
 
-    return jax.tree_util.tree_map_with_path(once, segment, named)
+    return jax.tree.map(once, segment, named, is_leaf=_is_slots)
 
 
 def _query_specs(queries: Any, batch, heads) -> Any:

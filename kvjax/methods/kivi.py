@@ -6,7 +6,7 @@ Cache". ICML 2024. arXiv:2402.02750.
 
 from __future__ import annotations
 
-from kvjax.transforms import CacheTransform, at_prefill_end, quantize
+from kvjax.transforms import CacheTransform, at_prefill_end, center_keys, chain, quantize
 
 
 def kivi(
@@ -16,6 +16,7 @@ def kivi(
     *,
     key_bits: int | None = None,
     value_bits: int | None = None,
+    center: bool = False,
 ) -> CacheTransform:
     """Quantizes the cache to `bits` per number, `group` numbers to a scale.
 
@@ -30,7 +31,9 @@ def kivi(
       residual: tokens of a block; the newest `length mod residual` stay exact.
       key_bits: of the keys; None: `bits`.
       value_bits: of the values; None: `bits`.
+      center: keys are stored less their mean (`center_keys`): for models whose keys have large offsets.
     """
     key_bits, value_bits = (bits if b is None else b for b in (key_bits, value_bits))
     how = dict(key_group=group, value_group=group, residual=residual)
-    return at_prefill_end(quantize(key_bits, value_bits=value_bits, **how))
+    packed = quantize(key_bits, value_bits=value_bits, **how)
+    return at_prefill_end(chain(center_keys(), packed) if center else packed)

@@ -108,6 +108,25 @@ class Channels:
 
 
 @struct.dataclass
+class Offset:
+    """Coordinates are the channels less their mean: an offset that all slots share is stored once, in float32."""
+
+    mean: jax.Array  # f32[B, K, H]
+    mixes_heads = selects = False
+    columns = None
+
+    def coordinates(self, x: jax.Array) -> jax.Array:
+        """See `Basis.coordinates`; the mean is subtracted already."""
+        return x
+
+    expand = coordinates_of_queries = coordinates
+
+    def axes(self) -> Offset:
+        """See `Segment.axes`."""
+        return Offset(P("batch", "kv_heads"))
+
+
+@struct.dataclass
 class Scales:
     """Coordinates are the channels, each multiplied by a positive number: queries are divided by it."""
 

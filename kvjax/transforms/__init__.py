@@ -3,6 +3,7 @@
 from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.cast import cast
+from kvjax.transforms.center import center_keys
 from kvjax.transforms.convolve import convolve
 from kvjax.transforms.evict import Scorer, evict
 from kvjax.transforms.evict_across_layers import evict_across_layers
@@ -24,7 +25,7 @@ from kvjax.transforms.project import (
     rotate_channels,
 )
 from kvjax.transforms.protect import protect
-from kvjax.transforms.quantize import quantize
+from kvjax.transforms.quantize import quantize, store
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.quantize_levels import quantize_levels
 from kvjax.transforms.reindex import reindex
@@ -51,6 +52,7 @@ __all__ = [
     "by_rank",
     "by_variance",
     "cast",
+    "center_keys",
     "chain",
     "check_step",
     "convolve",
@@ -87,6 +89,7 @@ __all__ = [
     "share_basis",
     "split_heads",
     "split_slots",
+    "store",
     "when_full",
     "whole_layers",
 ]

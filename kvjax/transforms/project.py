@@ -16,6 +16,7 @@ from kvjax.segments.bases import Basis, Channels, Matrix
 from kvjax.segments.hadamard import Hadamard
 from kvjax.segments.protocol import KeyRope
 from kvjax.transforms.base import CacheTransform
+from kvjax.transforms.center import mean_key
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 from pallas_kernels.logits import SoftCap
@@ -47,7 +48,7 @@ def rotate_channels(seed: int, *, center: bool = True) -> CacheTransform:
 
     @jax.jit
     def rotate(layer: LayerCache, seen: LayerObservation) -> LayerCache:
-        keys = basis if not center or isinstance(seen.scale, SoftCap) else basis.replace(mean=_mean_key(layer))
+        keys = basis if not center or isinstance(seen.scale, SoftCap) else basis.replace(mean=mean_key(layer))
         return layer.map_dense(*2 * (lambda slots: of(slots, keys),))
 
     def init(cache: Cache, observation: Observation):
@@ -55,16 +56,6 @@ def rotate_channels(seed: int, *, center: bool = True) -> CacheTransform:
 
     order = Order.of(needs="numbers channels rotated own", loses="vectors slots whole channels")
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=rotate))
-
-
-def _mean_key(layer: LayerCache) -> jax.Array:
-    """f32[B, K, H]: of the occupied slots of each row and head."""
-    total, count = 0.0, 0
-    for slots in (segment.dense() for segment in layer.segments):
-        there = (slots.pos >= 0)[..., None]
-        total += jnp.sum(jnp.where(there, slots.k.astype(jnp.float32), 0.0), axis=2)
-        count += jnp.sum(there, axis=2)
-    return total / jnp.maximum(count, 1)
 
 
 def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> CacheTransform:

@@ -127,7 +127,7 @@ FAST = {(c, "rows") for c in CODECS} | {("int4 slots", layout) for layout in LAY
 _pair = lambda pair: pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("codec, layout", map(_pair, PAIRS))
+@pytest.mark.parametrize("codec, layout", list(map(_pair, PAIRS)))
 def test_codes_read_as_what_they_decode_to(codec, layout):
     part = quick_jit(functools.partial(LAYOUTS[layout], codec=codec))(_slots())
     queries, window = _queries(), 30 if layout == "rows" else None
@@ -324,6 +324,26 @@ def test_levels_lose_what_the_best_quantizer_of_normal_numbers_does(bits, expect
     error = np.asarray(_dense(part).k) - x
     relative = np.mean(np.sum(np.square(error), axis=-1) / np.sum(np.square(x), axis=-1))
     assert math.isclose(relative, expected, rel_tol=0.05)
+
+
+def test_an_offset_of_a_channel_costs_no_precision_where_keys_are_centred():
+    """A bfloat16 zero of 300 is good to one part in 256, which is several steps of what keys differ in."""
+    slots, channels = 256, 64
+    own = np.random.default_rng(3).normal(size=(1, 1, slots, channels))
+    own[..., 7] *= 0.1
+
+    def steps(offset, center):
+        k = own + offset * np.eye(channels)[7]
+        transform = kvjax.methods.kivi(8, residual=32, center=center)
+        init = quick_jit(lambda cache, seen: transform.init(cache, seen)[0])
+        cache = init(slots_cache(k, [slots]), seen_of([slots], prompt_slots=slots))
+        dense = _dense(cache.layers[0].segments[-1])
+        pos = np.asarray(dense.pos)[0, 0]
+        error = np.asarray(dense.k)[0, 0][pos >= 0] - k[0, 0][pos[pos >= 0]]
+        return np.sqrt(np.mean(np.square(error[:, 7])))
+
+    assert steps(300.0, False) > 3 * steps(0.0, False)
+    assert steps(300.0, True) < 1.1 * steps(0.0, False)
 
 
 @pytest.mark.parametrize(
