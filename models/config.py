@@ -16,7 +16,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class DecoderConfig:
     """Sizes and constants of a decoder. The defaults are those of Llama; families differ in these fields only.
 
-    Letters in brackets are the axes of the legend (README, "Axes"). A layer is local, with a sliding window and
+    Letters in brackets are the axes of the legend (docs/composing.md, "Axes"). A layer is local, with a sliding window and
     perhaps a rotary base of its own, or global.
 
     Attributes:
