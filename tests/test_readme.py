@@ -76,8 +76,3 @@ def test_mesh_example_runs_and_leaves_a_run(tmp_path, monkeypatch):
     exec(compile(MANY_CHIPS, "README.md", "exec"), names)
     assert len(names["run"].cache.layers[0].segments[-1].k.devices()) == 8
     assert (tmp_path / "out" / "run" / "kvjax_run.json").is_file()
-
-
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
