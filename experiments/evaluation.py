@@ -36,7 +36,8 @@ class Settings:
         compared with it.
       keep: fraction of the context that token-budget methods keep; several: each method runs once with each.
       budget: the same in tokens per KV head; None: use `keep`.
-      tasks: names of generated tasks, and paths of task files and texts; see docs/evaluating.md.
+      tasks: names of generated tasks, and paths of task files and texts, as a list or with commas between; see
+        docs/evaluating.md.
       length: tokens of a generated context, or of a text's; several: every task once with each.
       examples: generated examples of each task and length.
       seed: of the generated tasks.
@@ -55,7 +56,7 @@ class Settings:
     methods: Sequence[str] = ("full", "int4", "snapkv", "streamingllm")
     keep: float | Sequence[float] = 0.5
     budget: int | Sequence[int] | None = None
-    tasks: Sequence[str] = ("synthetic",)
+    tasks: str | Sequence[str] = ("synthetic",)
     length: int | Sequence[int] = 1024
     examples: int = 3
     seed: int = 0
@@ -68,6 +69,7 @@ class Settings:
     def __post_init__(self):
         for name in ("keep", "budget", "length", "tasks"):
             value = getattr(self, name)
+            value = task_sources.split(value) if isinstance(value, str) else value
             several = tuple(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else (value,)
             object.__setattr__(self, name, None if value is None else several)
         for keep in self.keep:

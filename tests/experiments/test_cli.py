@@ -117,6 +117,7 @@ def test_an_interrupt_during_imports_is_one_line(when):
         (["--gin_bindings=Setings.length = 3"], "No configurable matching 'Setings'. Did you mean 'Settings'?"),
         (["--gin_bindings=Settings.length = %size"], "Settings: %size is used, and nothing binds size."),
         ([f"--gin_bindings=Settings.seed = {10**27}"], "Settings.seed must fit into 64 bits, got 1000000000000"),
+        (["--gin_bindings=Settings.tasks = 'vt,needels'"], "--tasks: unknown task 'needels'"),
         (["--tasks="], "--tasks must name tasks or files, got an empty name."),
     ],
 )
