@@ -48,7 +48,12 @@ class Levels:
 
     def decode(self, dtype=jnp.float32) -> jax.Array:
         """The levels."""
-        return jnp.take(self.table.astype(dtype), unpack_planes(self.planes, self.bits, self.shape[3]), mode="clip")
+        code = unpack_planes(self.planes, self.bits, self.shape[3])
+        found = list(self.table.astype(dtype))
+        for bit in range(self.bits):  # twice as fast on CPU as a gather
+            odd = (code >> bit) & 1 == 1
+            found = [jnp.where(odd, found[i + 1], found[i]) for i in range(0, len(found), 2)]
+        return found[0]
 
 
 def nearest_levels(x: jax.Array, table: jax.Array, *, in_row: int = 1) -> Levels:

@@ -402,7 +402,7 @@ def sum_of_copies(x: jax.Array, period: int) -> jax.Array:
 
 
 def row_limit(q: jax.Array, heads: int, slots: int) -> str | None:
-    """What is wrong with a number of queries or slots, for every decode kernel."""
+    """Returns why so many queries or slots are unsupported by every decode kernel, or None."""
     rows = q.shape[1] * q.shape[2] // heads
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} queries a KV head, got T * G = {rows} of q {list(q.shape)}"

@@ -45,13 +45,13 @@ def _unsupported(q, k, v, q_pos, k_pos, bias=None, *, window=None, scale=None) -
 
 
 def row_limit(q: jax.Array, heads: int) -> str | None:
-    """What is wrong with a number of queries, for every decode kernel."""
+    """Returns why so many queries are unsupported by every decode kernel, or None."""
     rows = q.shape[1] * q.shape[2] // heads
     return None if 0 < rows <= ROWS else f"takes 1 to {ROWS} queries a KV head, got T * G = {rows} of q {list(q.shape)}"
 
 
 def shortage(k_pos: jax.Array) -> str | None:
-    """What is wrong with a number of slots: TMA counts them in eights."""
+    """Returns why so many slots are unsupported, or None: TMA counts them in eights."""
     S = k_pos.shape[-1]
     return f"takes a multiple of 8 slots from {SLOTS} on, got S = {S}" if S < SLOTS or S % 8 else None
 

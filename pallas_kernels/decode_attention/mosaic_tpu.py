@@ -25,7 +25,7 @@ def _loader(x: jax.Array | Encoded) -> Loader | None:
 
 
 def _kv_heads(k, v, k_pos, numbers, rotation) -> int:
-    """Heads of the grid; the pages of all KV heads are one."""
+    """Returns the heads of the grid, where there are no pages."""
     of_slots = [k, v, k_pos, *numbers] + ([] if rotation is None else [rotation.at, rotation.basis])
     of_mean = 1 if rotation is None or rotation.mean is None else rotation.mean.shape[-2]
     return max(of_mean, *(x.shape[1] for x in of_slots if x is not None))

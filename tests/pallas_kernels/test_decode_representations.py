@@ -110,13 +110,13 @@ class Case:
         pages=False,
         S=SLOTS,
         bias=False,
-        dtype=None,
+        dtype=jnp.float32,
     ):
         rng = np.random.default_rng(seed)
         self.heads = (1, 1) if pages else heads
         R = 8 if rotation == "basis" else H
         draw = lambda *shape: jnp.float32(rng.normal(size=shape))
-        self.q = draw(B, T, K * G, H).astype(dtype or jnp.float32)
+        self.q = draw(B, T, K * G, H).astype(dtype)
         self.k, self.v = (encoded(*x, S, R) for x in zip((key, value), (seed, seed + 1), self.heads))
         width = max(self.heads)
         k_pos = np.tile(np.arange(S), (B, width, 1))
@@ -309,7 +309,7 @@ def test_a_cut_is_decoded_as_it_was_in_the_whole(name):
     [
         (dict(k_gain=jnp.zeros((B, K, 32))), r"k_gain must have slots of \[B, K, S\] = \[2, 2, 64\]"),
         (dict(bias=jnp.zeros((B, 3, 64))), "the same KV heads, or one"),
-        (dict(rotation=Rotation(jnp.zeros(8), mean=jnp.zeros((3, H)))), "the same KV heads, or one, .* 'rotation.mean': 3"),
+        (dict(rotation=Rotation(jnp.zeros(8), mean=jnp.zeros((3, H)))), "the same KV heads, .* 'rotation.mean': 3"),
         (dict(pages=Pages(jnp.zeros((B, 2), jnp.int32), K)), "pages must be lists of one head"),
         (dict(rotation=Rotation(jnp.zeros(8), basis=jnp.zeros((1, K, 8, H)))), "the 16 channels of the queries, got 8"),
     ],

@@ -98,7 +98,7 @@ def _repeated(x: jax.Array, times: int) -> jax.Array:
 
 
 def head_limit(q: jax.Array, kv_heads: int, slots: int) -> str | None:
-    """What is wrong with a number of queries, heads or slots."""
+    """Returns why pages of these heads and slots are unsupported, or None."""
     rows = q.shape[1] * q.shape[2]
     if rows > MOST_ROWS:
         return f"takes up to {MOST_ROWS} queries of all heads, got T * N = {rows} of q {list(q.shape)}"
