@@ -6,11 +6,12 @@ arXiv:2403.17312.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import window_attention
 from kvjax.transforms import CacheTransform, every_step, evict
 
 
-def alisa(budget: int | float = 0.2, recent: int | float = 0.5, window: int = 8) -> CacheTransform:
+def alisa(budget: Budget = 0.2, recent: Budget = 0.5, window: int = 8) -> CacheTransform:
     """Keeps, at every step, the newest tokens and those with most attention from the last `window` queries.
 
     This is the paper's sparse window attention: H2O whose sums forget.

@@ -5,12 +5,13 @@ Zhang, Du, Luo, Zhong, Zhang, Liu, Ji. "CaM: Cache Merging for Memory-efficient 
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention
 from kvjax.transforms import CacheTransform, every_step, into_next, merge
 
 
 def cam(
-    budget: int | float = 0.2, sinks: int = 4, recent: int | float = 1.0, following: int = 16
+    budget: Budget = 0.2, sinks: int = 4, recent: Budget = 1.0, following: int = 16
 ) -> CacheTransform:
     """Keeps the first tokens and a window, and merges the value of each token that leaves it into the next ones.
 

@@ -6,12 +6,13 @@ LLM Inference". NeurIPS 2025. arXiv:2502.00299.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import in_blocks, over_heads, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
 def chunkkv(
-    budget: int | float = 0.5, chunk: int = 10, window: int = 32, kernel: int = 1, reuse: int = 1
+    budget: Budget = 0.5, chunk: int = 10, window: int = 32, kernel: int = 1, reuse: int = 1
 ) -> CacheTransform:
     """Keeps the last `window` tokens and the chunks of `chunk` tokens that they attend to most.
 

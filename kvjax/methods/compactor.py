@@ -6,12 +6,13 @@ arXiv:2507.08143.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import blend, leverage, noncausal_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
 def compactor(
-    budget: int | float = 0.5,
+    budget: Budget = 0.5,
     blending: float | None = None,
     sketch: int = 48,
     chunk: int = 256,

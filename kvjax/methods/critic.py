@@ -6,12 +6,13 @@ Generation via KV Caching and Decoding", appendix A. 2025. arXiv:2504.01281.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention, accumulated_entropy, blend, over_heads
 from kvjax.transforms import CacheTransform, every_step, evict
 
 
 def critic(
-    budget: int | float = 0.5, attention: float = 0.5, entropy: float = 0.5, recent: int | float = 0.25
+    budget: Budget = 0.5, attention: float = 0.5, entropy: float = 0.5, recent: Budget = 0.25
 ) -> CacheTransform:
     """Keeps, at every step, the tokens of highest `attention * A + entropy * E`, the same ones in every head.
 

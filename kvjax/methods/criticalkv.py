@@ -10,13 +10,14 @@ from collections.abc import Mapping
 
 import jax
 
+from kvjax.budget import Budget
 from kvjax.scores import Pooling, output_perturbation, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict, learned
 
 
 def criticalkv(
     calibration: Mapping[str, jax.Array],
-    budget: int | float = 1024,
+    budget: Budget = 1024,
     window: int = 32,
     kernel: int = 5,
     pooling: Pooling = "avg",

@@ -6,12 +6,13 @@ Cache". ECCV 2024. arXiv:2407.18121.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention, over_heads
 from kvjax.transforms import CacheTransform, at_prefill_end, into_neighbour, merge
 
 
 def elasticcache(
-    budget: int | float = 0.8, sinks: int = 1, recent: int = 1, log_count: bool = False
+    budget: Budget = 0.8, sinks: int = 1, recent: int = 1, log_count: bool = False
 ) -> CacheTransform:
     """Keeps the tokens with most attention over the prompt; each of the others goes to the nearest that is kept.
 

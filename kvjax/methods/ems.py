@@ -6,12 +6,13 @@ Global-Local Importance". 2024. arXiv:2412.08521.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention, end_attention, strongest
 from kvjax.transforms import CacheTransform, at_prefill_end, into_similar, merge
 
 
 def ems(
-    budget: int | float = 256, window: int = 32, least: float = 0.6, sinks: int = 0, log_count: bool = False
+    budget: Budget = 256, window: int = 32, least: float = 0.6, sinks: int = 0, log_count: bool = False
 ) -> CacheTransform:
     """Keeps, per KV head, the last `window` tokens and those that matter to all queries of the prompt or to its end.
 

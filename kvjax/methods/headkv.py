@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.budget import Budget
 from kvjax.scores import Pooling, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict_across_layers
 from kvjax.transforms.evict_across_layers import proportional
@@ -19,7 +20,7 @@ from kvjax.transforms.evict_across_layers import proportional
 
 def headkv(
     calibration: Mapping[str, jax.Array],
-    budget: int | float = 1024,
+    budget: Budget = 1024,
     beta: float = 1.2,
     window: int = 32,
     kernel: int = 7,

@@ -6,13 +6,14 @@ Efficient Generative Inference". MLSys 2024. arXiv:2403.09054.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import gumbel_attention
 from kvjax.transforms import CacheTransform, every_step, evict
 
 
 def keyformer(
-    budget: int | float = 0.6,
-    recent: int | float = 0.3,
+    budget: Budget = 0.6,
+    recent: Budget = 0.3,
     temperature: float = 1.0,
     growth: float = 0.01,
     noise: float = 1.0,

@@ -6,13 +6,14 @@ arXiv:2503.00022.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.score_wrappers import Anchor
 from kvjax.scores import crushed, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
 def kvcrush(
-    budget: int | float = 0.25,
+    budget: Budget = 0.25,
     share: float = 0.25,
     anchor: Anchor = "alternate",
     window: int = 32,

@@ -6,11 +6,12 @@ arXiv:2504.04704.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import lag_relative
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
-def lagkv(budget: int | float = 0.5, lag: int = 128, sinks: int = 4) -> CacheTransform:
+def lagkv(budget: Budget = 0.5, lag: int = 128, sinks: int = 4) -> CacheTransform:
     """Keeps, per KV head and partition, the tokens whose keys and values spread most in the next partition's range.
 
     See `kvjax.scores.lag_relative`. It looks at no query, and so at no question.

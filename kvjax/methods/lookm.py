@@ -6,14 +6,15 @@ Long-Context Inference". EMNLP 2024 (Findings). arXiv:2406.18139.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, into_similar, merge
 from kvjax.transforms.merge_rules import Weigh
 
 
 def lookm(
-    budget: int | float = 0.2,
-    recent: int | float = 0.5,
+    budget: Budget = 0.2,
+    recent: Budget = 0.5,
     weigh: Weigh = "pivot",
     sinks: int = 4,
     log_count: bool = False,

@@ -6,11 +6,12 @@ Zeng, Dong, Zhou, Ma, Tan, Wang, Li. "MPCache: MPC-Friendly KV Cache Eviction fo
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import end_attention, over_heads
 from kvjax.transforms import CacheTransform, at_prefill_end, evict
 
 
-def mpcache_static(budget: int | float = 0.3, last: int | float = 0.2) -> CacheTransform:
+def mpcache_static(budget: Budget = 0.3, last: Budget = 0.2) -> CacheTransform:
     """Keeps the tokens to which any of the prompt's last queries gives most; what is generated is always kept.
 
     Deviations: a budget takes the place of the threshold, which the official code applies to a softmax without scale

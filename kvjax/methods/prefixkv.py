@@ -11,12 +11,13 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from kvjax.budget import Budget
 from kvjax.scores import accumulated_attention, over_heads
 from kvjax.transforms import CacheTransform, at_prefill_end, by_coverage, evict
 
 
 def prefixkv(
-    calibration: Mapping[str, jax.Array], budget: int | float = 0.5, sinks: int = 1, recent: int = 1
+    calibration: Mapping[str, jax.Array], budget: Budget = 0.5, sinks: int = 1, recent: int = 1
 ) -> CacheTransform:
     """Keeps, per layer, the tokens with most attention over the prompt, the same ones in every head.
 

@@ -6,12 +6,13 @@ Compression for Reasoning Models". 2025. arXiv:2505.24133.
 
 from __future__ import annotations
 
+from kvjax.budget import Budget
 from kvjax.scores import blend, redundancy, window_attention
 from kvjax.transforms import CacheTransform, every, evict
 
 
 def rkv(
-    budget: int | float = 1024,
+    budget: Budget = 1024,
     window: int = 8,
     kernel: int = 7,
     mix: float = 0.1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from kvjax.budget import Budget
 from kvjax.scores import in_blocks, over_heads, window_attention
 from kvjax.transforms import CacheTransform, at_prefill_end, evict, pyramid
 
@@ -16,7 +17,7 @@ Strategy = Literal["max", "average"]
 
 
 def windowkv(
-    budget: int | float = 1024,
+    budget: Budget = 1024,
     strategy: Strategy = "max",
     suffix: int | None = None,
     window: int = 8,

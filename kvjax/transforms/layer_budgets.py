@@ -173,7 +173,7 @@ def split_budget(
     return [(observation.slots_of(n), jnp.minimum(rows, n)) for n, rows in zip(slots, of(observation.prompt))]
 
 
-def excess_over(budget: int | float, layers: LayerBudgets | None, always: int):
+def excess_over(budget: Budget, layers: LayerBudgets | None, always: int):
     """Returns `Schedule.excess` of a transform whose dense tails hold what `split_budget` gives each layer."""
 
     def excess(cache: Cache, observation: Observation) -> jax.Array:

@@ -37,7 +37,7 @@ def test_it_does_what_the_free_functions_do_and_respects_windows():
     params = tiny_model.params(WINDOWED)
     lm = kvjax.bind(tiny_model.bind(params, WINDOWED), METHOD, stop_tokens=[STOP])
     bound, by_hand = quick_jit(_through_the_door)(lm), quick_jit(_by_hand)(params)
-    assert bound.run.cache.layers[0].segments[-1].ring_sinks == 0  # a ring of the window
+    assert bound.run.cache.layers[0].segments[-1].layout == kvjax.Ring()  # of the window
     assert jax.tree.structure(bound) == jax.tree.structure(by_hand)
     for a, b in zip(jax.tree.leaves(bound), jax.tree.leaves(by_hand)):
         np.testing.assert_array_equal(a, b)
