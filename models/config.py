@@ -16,8 +16,8 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class DecoderConfig:
     """Sizes and constants of a decoder. The defaults are those of Llama; families differ in these fields only.
 
-    Letters in brackets are the axes of the legend (docs/composing.md, "Axes"). A layer is local, with a sliding window and
-    perhaps a rotary base of its own, or global.
+    Letters in brackets are the axes of the legend (docs/composing.md, "Axes"). A layer is local, with a sliding window
+    and perhaps a rotary base of its own, or global.
 
     Attributes:
       name: what to call the model in tables.
