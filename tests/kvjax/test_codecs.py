@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Queries, Ring, Rope, Rows, Segment, rotate
+from kvjax import Queries, Ring, Rope, Rows, Segment, rotate, sharding
 from kvjax.codecs import Affine, Corrected, Levels, Product, UnitNorm
 from kvjax.segments import BlockedSegment, CompensatedSegment, HeadsSegment, LatentSegment, RaggedSegment
 from kvjax.segments.bases import Matrix
@@ -25,6 +25,7 @@ ROPE = Rope.from_base(100.0, H)
 CLOSE = dict(rtol=3e-5, atol=3e-5)  # float32 against float64, a few dozen slots
 LENGTHS = (S, S - 11)
 
+mesh_of = lambda text: sharding.make_mesh(text, jax.devices()[:8])
 _attend = quick_jit(lambda part, queries, **how: part.attend(queries, **how), static_argnames=("window",))
 _mass = quick_jit(lambda part, queries, lse, **how: part.mass(queries, lse, **how), static_argnames=("window",))
 _dense = quick_jit(lambda part: part.dense())
@@ -205,6 +206,32 @@ def test_codes_are_moved_without_being_decoded(codec):
     shuffled = part.take(order, jnp.take_along_axis(part.pos, order, axis=-1) >= 0)
     for a, b in zip(_attend(shuffled, _queries()), _attend(part, _queries())):
         np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("axes", ["seq:4,model:2", pytest.param("data:2,seq:2,model:2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "codec",
+    ["int8 keys, int4 values", *(pytest.param(c, marks=pytest.mark.slow) for c in ("3 bits of levels", "centroids"))],
+)
+def test_shards_hold_what_one_device_does(codec, axes):
+    k, v = jnp.float32(np.random.default_rng(7).normal(size=(2, B, K, 5, H)))
+    pos = jnp.where(jnp.arange(5) < jnp.array([[5], [3]]), jnp.array([[S], [S - 11]]) + jnp.arange(5), -1)
+    index = jnp.int32(np.argsort(np.random.default_rng(5).random((B, K, 2 * S)), axis=-1))[..., :64]
+
+    def run(slots, queries, k, v, pos, index):
+        part = _stored(slots.resize(2 * S), codec)
+        at_once = part.append(k[:, :, :4], v[:, :, :4], pos[:, :4], ROPE)
+        after = at_once.append(k[:, :, 4:], v[:, :, 4:], pos[:, 4:], ROPE)
+        taken = after.take(index, jnp.take_along_axis(after.pos, index, axis=-1) >= 0)
+        read = sharding.attend(after, queries, window=None, scale=None)
+        received = sharding.mass(after, queries, read.lse, window=None, scale=None)
+        return _zero_where_empty(after.dense()), _zero_where_empty(taken.dense()), read, received
+
+    args = _slots(), _queries(), k, v, pos, index
+    want = quick_jit(run)(*args)
+    with sharding.use_mesh(mesh_of(axes)):
+        got = quick_jit(run)(*args)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), got, want)
 
 
 def test_bytes_are_those_of_the_formulas():
