@@ -1,8 +1,8 @@
 """A summary as pictures: quality against bytes, and where in the context facts are found."""
 
-from collections.abc import Collection, Mapping, Sequence
 import math
 import os
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes

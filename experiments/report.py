@@ -1,9 +1,9 @@
 """A summary as a table that a person reads at a glance."""
 
-from collections.abc import Mapping, Sequence
 import math
 import shutil
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.results import Row

@@ -5,7 +5,6 @@ each example are of) and `results.jsonl` (one line per method, budget and exampl
 One process at a time writes there.
 """
 
-from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import difflib
 import errno
@@ -14,6 +13,7 @@ import math
 import os
 import pathlib
 import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.folder_lock import FolderLock

@@ -15,10 +15,10 @@ All but `text` are rendered through the model's chat template. The context ends 
 the first words of the assistant's reply, so that the answer comes next.
 """
 
-from collections.abc import Iterator, Sequence
 import itertools
 import random
 import re
+from collections.abc import Iterator, Sequence
 
 from experiments.suggestions import there_are
 from experiments.tasks import Example, Tokenizer

@@ -18,7 +18,6 @@ from kvjax.segments.slots import token_order
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine
 
-
 Shared = dict[str, AnySegment]
 """Segments that several layers read, by name."""
 

@@ -15,8 +15,8 @@ from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
 from kvjax.rope import re_rotate
 from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads, strongest
-from kvjax.scores_of_keys import lag_relative, leverage, redundancy
 from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, recurrence, slots_of_call
+from kvjax.scores_of_keys import lag_relative, leverage, redundancy
 from kvjax.segments.segment import Segment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer

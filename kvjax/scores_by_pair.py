@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.observation import ALL, LayerObservation, Needs
-from kvjax.segments.segment import Segment
 from kvjax.segments.protocol import Queries
+from kvjax.segments.segment import Segment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
 from pallas_kernels.logits import capped, factor

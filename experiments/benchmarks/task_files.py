@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import reprlib
-
 from typing import Any
 
 from experiments import tasks

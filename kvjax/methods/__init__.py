@@ -24,13 +24,13 @@ from kvjax.methods.keydiff import keydiff
 from kvjax.methods.keyformer import keyformer
 from kvjax.methods.kivi import kivi
 from kvjax.methods.knorm import knorm
+from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.kvcrush import kvcrush
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lagkv import lagkv
 from kvjax.methods.lazyeviction import lazyeviction
 from kvjax.methods.lococo import lococo
-from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.locret import locret
 from kvjax.methods.lookm import lookm
 from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
@@ -41,16 +41,16 @@ from kvjax.methods.mpcache_static import mpcache_static
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.random_eviction import random_eviction
+from kvjax.methods.razorattention import razorattention
 from kvjax.methods.reasoncache import reasoncache
 from kvjax.methods.rkv import rkv
 from kvjax.methods.rotatekv import rotatekv
-from kvjax.methods.razorattention import razorattention
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
 from kvjax.methods.tova import tova
-from kvjax.methods.windowkv import windowkv
 from kvjax.methods.turboquant import turboquant
+from kvjax.methods.windowkv import windowkv
 from kvjax.methods.xkv import xkv
 
 __all__ = [

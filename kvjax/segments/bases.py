@@ -31,7 +31,7 @@ class Basis(Protocol):
         """[B, K, n, H] -> [B, K, n, R], the transpose of `expand`: `<q, expand(c)> = <result, c>`."""
 
     def axes(self) -> Basis:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
 
 
 @struct.dataclass
@@ -59,7 +59,7 @@ class Matrix:
         return jnp.matmul(q, self.columns.astype(q.dtype))
 
     def axes(self) -> Matrix:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         of_heads = lambda x, names: None if x is None else names
         inverse = of_heads(self.inverse, P("batch", "kv_heads"))
         return Matrix(P("batch", "kv_heads"), of_heads(self.mean, P("kv_heads")), inverse)
@@ -95,7 +95,7 @@ class Channels:
         return jnp.take_along_axis(x, self.index[:, :, None], axis=-1)
 
     def axes(self) -> Channels:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return self.replace(index=P("batch", "kv_heads"), mean=None if self.mean is None else P("kv_heads"))
 
     def expand(self, c: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ class Offset:
     expand = coordinates_of_queries = coordinates
 
     def axes(self) -> Offset:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return Offset(P("batch", "kv_heads"))
 
 
@@ -140,7 +140,7 @@ class Scales:
         return (x * self.factor[:, :, None]).astype(x.dtype)
 
     def axes(self) -> Scales:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return Scales(P("batch", "kv_heads"), None if self.mean is None else P("kv_heads"))
 
     def expand(self, c: jax.Array) -> jax.Array:

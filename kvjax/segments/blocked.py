@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax import sharding
-from kvjax.rope import Rope
 from kvjax.axes import cut_slots, heads_alike, slot_axis
+from kvjax.rope import Rope
 from kvjax.segments.moves import write_slots
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment
@@ -50,7 +50,7 @@ class BlockedSegment:
         return cls(body=encode(slots.drop(~in_body)), tail=tail.replace(replicated=True))
 
     def axes(self) -> BlockedSegment:
-        """See `Segment.axes`; all shards have the tail."""
+        """See `AnySegment.axes`; all shards have the tail."""
         body, tail = self.body.axes(), self.tail.axes()
         return heads_alike(self.replace(body=body, tail=tail), body, tail)
 
@@ -65,13 +65,13 @@ class BlockedSegment:
         return jnp.concatenate([self.body.pos, self.tail.pos], axis=-1)
 
     def attend(self, queries: Queries, **how) -> Partial:
-        """See `Segment.attend`."""
+        """See `AnySegment.attend`."""
         if how.pop("ranks", None) is not None:
             raise TypeError("BlockedSegment does not re-index positions.")
         return combine([part.attend(queries, **how) for part in self._parts()])
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
-        """See `Segment.mass`."""
+        """See `AnySegment.mass`."""
         return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in self._parts()], axis=-1)
 
     def dense(self) -> Segment:
@@ -80,11 +80,11 @@ class BlockedSegment:
         return jax.tree.map(join, *(part.dense() for part in self._parts()))
 
     def map_dense(self, body, tail) -> BlockedSegment:
-        """See `Segment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
+        """See `AnySegment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
         return self.replace(body=self.body.map_dense(body, body))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BlockedSegment:
-        """See `Segment.append`."""
+        """See `AnySegment.append`."""
         if pos.shape[1] == 1:
             return self._append_one(k, v, pos, rope)
         block, T = self.tail.pos.shape[2], pos.shape[1]

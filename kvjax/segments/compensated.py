@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax import sharding
-from kvjax.rope import Rope
 from kvjax.axes import rename
+from kvjax.rope import Rope
 from kvjax.segments.layouts import Rows
 from kvjax.segments.moves import written_after
 from kvjax.segments.protocol import KeyRope, Queries
@@ -51,7 +51,7 @@ class CompensatedSegment:
         return empty.replace(mean=empty._mean_with(slots, _lost(slots, ring)))
 
     def axes(self) -> CompensatedSegment:
-        """See `Segment.axes`; all shards have the mean."""
+        """See `AnySegment.axes`; all shards have the mean."""
         return self.replace(ring=self.ring.axes(), mean=rename(self.mean.axes(), {"slots": None}))
 
     @property
@@ -65,11 +65,11 @@ class CompensatedSegment:
         return jnp.concatenate([self.ring.pos, self.mean.pos], axis=-1)
 
     def attend(self, queries: Queries, **how: Any) -> Partial:
-        """See `Segment.attend`."""
+        """See `AnySegment.attend`."""
         return combine([self.ring.attend(queries, **how), self.mean.attend(queries, **how)])
 
     def mass(self, queries: Queries, lse: jax.Array, **how: Any) -> jax.Array:
-        """See `Segment.mass`."""
+        """See `AnySegment.mass`."""
         return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in (self.ring, self.mean)], axis=-1)
 
     def dense(self) -> Segment:
@@ -80,11 +80,11 @@ class CompensatedSegment:
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), ring, self.mean)
 
     def map_dense(self, body, tail) -> Segment:
-        """See `Segment.map_dense`: the ring; the mean stays exact."""
+        """See `AnySegment.map_dense`: the ring; the mean stays exact."""
         return self.replace(ring=self.ring.map_dense(body, tail))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CompensatedSegment:
-        """See `Segment.append`."""
+        """See `AnySegment.append`."""
         if pos.shape[1] > 1:
             ring = self.ring.append(k, v, pos, rope)
             new = self.ring.slots_of(k, v, pos, rope)

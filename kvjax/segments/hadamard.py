@@ -70,7 +70,7 @@ class Hadamard:
         return cls(jnp.int32(order), jnp.int32(np.argsort(order)), heads)
 
     def axes(self) -> Hadamard:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         named = jax.tree.map(lambda _: P(), self)
         of_rows = P("batch", "kv_heads")
         return named if self.mean is None else named.replace(mean=of_rows if self.mean.ndim == 3 else P("kv_heads"))

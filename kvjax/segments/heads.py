@@ -8,8 +8,8 @@ import numpy as np
 from flax import struct
 
 from kvjax import sharding
-from kvjax.rope import Rope
 from kvjax.axes import rename
+from kvjax.rope import Rope
 from kvjax.segments.layouts import Rows
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment
@@ -34,7 +34,7 @@ class HeadsSegment:
         return cls(tuple(encode(part(of), index) for index, of in used), tuple(tuple(of) for _, of in used))
 
     def axes(self) -> HeadsSegment:
-        """See `Segment.axes`. Which head is in which part is fixed, so all are on every shard."""
+        """See `AnySegment.axes`. Which head is in which part is fixed, so all are on every shard."""
         named = lambda i, part: rename(part.axes(), {"kv_heads": None, "slots": f"slots:{i}"})
         return self.replace(parts=tuple(named(i, part) for i, part in enumerate(self.parts)))
 
@@ -49,13 +49,13 @@ class HeadsSegment:
         return self._join([part.pos for part in self.parts], axis=1, fill=-1)
 
     def attend(self, queries: Queries, **how) -> Partial:
-        """See `Segment.attend`."""
+        """See `AnySegment.attend`."""
         _refuse_ranks(how)
         each = [part.attend(q, **how) for part, q in zip(self.parts, self._queries(queries))]
         return Partial(self._join_queries([p.out for p in each]), self._join_queries([p.lse for p in each]))
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
-        """See `Segment.mass`."""
+        """See `AnySegment.mass`."""
         _refuse_ranks(how)
         each = [
             sharding.mass(part, q, part_lse, **how)
@@ -76,17 +76,17 @@ class HeadsSegment:
         return jax.tree.map(lambda *x: self._join(x, axis=1), *parts)
 
     def map_dense(self, body, tail) -> HeadsSegment:
-        """See `Segment.map_dense`."""
+        """See `AnySegment.map_dense`."""
         return self.replace(parts=tuple(part.map_dense(body, tail) for part in self.parts))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> HeadsSegment:
-        """See `Segment.append`."""
+        """See `AnySegment.append`."""
         of = lambda x, heads: x[:, np.array(heads)]
         parts = (part.append(of(k, h), of(v, h), pos, rope) for part, h in zip(self.parts, self.heads))
         return self.replace(parts=tuple(parts))
 
     def reserve(self, tokens: int) -> HeadsSegment:
-        """See `Segment.reserve`."""
+        """See `AnySegment.reserve`."""
         return self.replace(parts=tuple(part.reserve(tokens) for part in self.parts))
 
     def _split(self, x: jax.Array) -> list[jax.Array]:

@@ -122,7 +122,7 @@ class LatentSegment:
         return self.replace(latent=self.latent.encode_like(dense))
 
     def axes(self) -> LatentSegment:
-        """See `Segment.axes`. Where coordinates depend on several heads, no head is alone on a shard."""
+        """See `AnySegment.axes`. Where coordinates depend on several heads, no head is alone on a shard."""
         bases = (self.key_basis, self.value_basis)
         named = self.replace(latent=self.latent and self.latent.axes())
         named = named.replace(**dict(zip(("key_basis", "value_basis"), (basis and basis.axes() for basis in bases))))
@@ -150,7 +150,7 @@ class LatentSegment:
         ranks: Ranks | None = None,
         key_basis: None = None,
     ) -> Partial:
-        """See `Segment.attend`."""
+        """See `AnySegment.attend`."""
         scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
         if self.key_rope == "stored":
             partial = self.latent.attend(self._projected(queries), window=window, scale=scale)
@@ -170,7 +170,7 @@ class LatentSegment:
         ranks: Ranks | None = None,
         reduce: Reduce = "sum",
     ) -> jax.Array:
-        """See `Segment.mass`."""
+        """See `AnySegment.mass`."""
         scale = queries.raw.shape[-1] ** -0.5 if scale is None else scale
         if self.key_rope == "stored":
             lse = lse - self._mean_logit(queries, scale)
@@ -188,18 +188,18 @@ class LatentSegment:
         )
 
     def map_dense(self, body, tail) -> LatentSegment:
-        """See `Segment.map_dense`: what holds the coordinates."""
+        """See `AnySegment.map_dense`: what holds the coordinates."""
         return self.replace(latent=self.latent.map_dense(body, tail))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> LatentSegment:
-        """See `Segment.append`. New tokens are projected at once."""
+        """See `AnySegment.append`. New tokens are projected at once."""
         if self.key_rope == "stored":
             k = rotate(k, pos[:, None], rope)
         k, v = self._coordinates(k, self.key_basis), self._coordinates(v, self.value_basis)
         return self.replace(latent=self.latent.append(k, v, pos, None))
 
     def reserve(self, tokens: int) -> LatentSegment:
-        """See `Segment.reserve`."""
+        """See `AnySegment.reserve`."""
         return self.replace(latent=self.latent.reserve(tokens))
 
     def resize(self, slots: int) -> LatentSegment:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.rope import Rope
 from kvjax.axes import P
+from kvjax.rope import Rope
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.ragged import RaggedSegment
 from pallas_kernels.decode_attention import PageRun
@@ -26,7 +26,7 @@ class PooledSegment:
     count: jax.Array  # i32[B], how many it has
 
     def axes(self) -> PooledSegment:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return self.replace(pool=self.pool.axes(), first=P("batch"), count=P("batch"))
 
     def on_shard(self, first: jax.Array) -> PooledSegment:
@@ -57,7 +57,7 @@ class PooledSegment:
         return PageRun(self.first, self.count)
 
     def attend(self, queries: Queries, **how) -> Partial:
-        """See `Segment.attend`."""
+        """See `AnySegment.attend`."""
         return self.pool.attend(queries, run=self.run, **how)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
@@ -99,7 +99,7 @@ class PoolView:
         return PooledSegment(shared[self.name], self.first, self.count)
 
     def axes(self) -> PoolView:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return self.replace(first=P("batch"), count=P("batch"))
 
     def map_dense(self, body, tail) -> PoolView:

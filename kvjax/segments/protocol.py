@@ -141,7 +141,7 @@ class LayerView(Protocol):
         """The segment that this layer sees."""
 
     def axes(self) -> LayerView:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
 
     def map_dense(self, body: Rewrite, tail: Rewrite) -> LayerView:
         """Itself: what is shared is rewritten where it lies, once."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax import sharding
-from kvjax.rope import Rope
 from kvjax.axes import P, rename
+from kvjax.rope import Rope
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment, dense_tail
 from kvjax.segments.slots import counts_by_owner
@@ -107,7 +107,7 @@ class RaggedSegment:
         return jnp.repeat(of_pages, page, axis=1).reshape(self.pos.shape)
 
     def axes(self) -> RaggedSegment:
-        """See `Segment.axes`: a page is whole, and pages lie anywhere."""
+        """See `AnySegment.axes`: a page is whole, and pages lie anywhere."""
         named = rename(self.stored.axes(), {"kv_heads": None, "slots": "pages"})
         return self.replace(stored=named, owner=P("batch", "pages"))
 
@@ -122,11 +122,11 @@ class RaggedSegment:
         return self.stored.pos
 
     def attend(self, queries: Queries, *, run: PageRun | None = None, **how) -> Partial:
-        """See `Segment.attend`; of a run of pages, or of all."""
+        """See `AnySegment.attend`; of a run of pages, or of all."""
         return self.stored.attend(queries, pages=Pages(self.owner, self.kv_heads, run), **how)
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
-        """See `Segment.mass`; by the G query heads of a page's owner: f32[B, G, P * page]."""
+        """See `AnySegment.mass`; by the G query heads of a page's owner: f32[B, G, P * page]."""
         spread = lambda x: spread_to_owned(x, self.owner, self.kv_heads)
         mass = self.pages.mass(queries._replace(raw=spread(queries.raw)), spread(lse), **how)
         (B, P), page = self.owner.shape, mass.shape[-1]
@@ -141,7 +141,7 @@ class RaggedSegment:
         return self.with_pages(self.pages.dense())
 
     def map_dense(self, body, tail) -> RaggedSegment:
-        """See `Segment.map_dense`."""
+        """See `AnySegment.map_dense`."""
         return self.with_pages(self.pages.map_dense(body, body))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> RaggedSegment:

@@ -28,7 +28,7 @@ class SharedView:
         return self.segment.replace(**{self.field: shared[self.name]})
 
     def axes(self) -> SharedView:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return self.replace(segment=self.segment.axes())
 
     def map_dense(self, body, tail) -> SharedView:
@@ -58,7 +58,7 @@ class ScaledView:
         return directions.replace(k=k, v=Scaled(directions.v, of_slots(self.value_length)))
 
     def axes(self) -> ScaledView:
-        """See `Segment.axes`."""
+        """See `AnySegment.axes`."""
         return self.replace(key_length=OF_SLOTS, value_length=OF_SLOTS)
 
     def map_dense(self, body, tail) -> ScaledView:

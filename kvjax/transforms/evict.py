@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from kvjax.budget import Budget, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import ALL, LayerObservation, Needs, Observation, Quota
-from kvjax.segments.segment import Segment, slot_tail
 from kvjax.segments.moves import keep_best
+from kvjax.segments.segment import Segment, slot_tail
 from kvjax.segments.slots import LAST, lowest, priority, token_order
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.layer_budgets import LayerBudgets, excess_over, split_budget

@@ -12,10 +12,10 @@ from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments import Segment
-from kvjax.segments.segment import dense_tail
+from kvjax.segments.moves import written_after
 from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
-from kvjax.segments.moves import written_after
+from kvjax.segments.segment import dense_tail
 from kvjax.segments.slots import counts_by_owner
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import Scorer, check_protected, check_scorer

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import Observation
 from kvjax.codecs import Product
+from kvjax.observation import Observation
 from kvjax.segments import BlockedSegment
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Needs, Observation, newest
-from kvjax.segments import BlockedSegment, Segment, HeadsSegment, LatentSegment
-from kvjax.segments.segment import dense_tail, unrotated
+from kvjax.segments import BlockedSegment, HeadsSegment, LatentSegment, Segment
 from kvjax.segments.bases import Basis, Channels, Matrix
 from kvjax.segments.hadamard import Hadamard
 from kvjax.segments.protocol import KeyRope
+from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.center import mean_key
 from kvjax.transforms.order import Order

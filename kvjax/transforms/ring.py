@@ -11,8 +11,8 @@ from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.layouts import Ring
-from kvjax.segments.segment import Segment, slot_tail, unrotated
 from kvjax.segments.protocol import KeyRope
+from kvjax.segments.segment import Segment, slot_tail, unrotated
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule

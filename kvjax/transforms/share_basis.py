@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments import Segment, LatentSegment, SharedView
-from kvjax.segments.segment import dense_tail, unrotated
+from kvjax.segments import LatentSegment, Segment, SharedView
 from kvjax.segments.bases import Matrix
+from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule

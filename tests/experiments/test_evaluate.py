@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import calibrations, evaluator
+from experiments import calibrations
 from experiments import evaluate as program
+from experiments import evaluator
 from experiments.benchmarks import text_windows
 from models import load_model
 from models.decoder import forward, prompt_cache

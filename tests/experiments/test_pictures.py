@@ -4,9 +4,9 @@ import itertools
 import subprocess
 import sys
 
+import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
-import pytest
 
 from experiments.pictures import plot_needle, plot_pareto, plot_training
 

@@ -10,8 +10,8 @@ from experiments import measurements
 from experiments.recipes.attention_gate import open_gates, train_attention_gate
 from experiments.recipes.cskv import rounded, train_cskv
 from experiments.recipes.duoattention import MixedLayer, train_duoattention
-from experiments.recipes.locret import answer_logits
 from experiments.recipes.lococo import train_lococo
+from experiments.recipes.locret import answer_logits
 from experiments.recipes.matryoshka import train_matryoshka, turned
 from experiments.recipes.prefix import train_prefix
 from experiments.recipes.recipe import Frozen, cross_entropy, read_context, read_follow

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import Cache, Segment, LayerCache, Queries, Rope
+from kvjax import Cache, LayerCache, Queries, Rope, Segment
 from kvjax.observation import LayerObservation, Observation
 
 K, H, T = 2, 4, 20

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import BlockedSegment, Segment, HeadsSegment, LatentSegment, Queries, RaggedSegment
-from kvjax import Rope
+from kvjax import BlockedSegment, HeadsSegment, LatentSegment, Queries, RaggedSegment, Rope, Segment
 from kvjax.segments.bases import Channels, Matrix
 from kvjax.segments.ragged import SlotList
 from kvjax.transforms.ring import as_ring

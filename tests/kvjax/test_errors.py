@@ -8,8 +8,8 @@ import kvjax
 from kvjax import chain, every, every_chunk, every_step, evict, methods, quantize, ring, scores, when_full
 from kvjax.segments.blocked import BlockedSegment
 from kvjax.segments.hadamard import Hadamard
-from tests.kvjax.encoders import affine
 from tests.kvjax import table_decoder
+from tests.kvjax.encoders import affine
 
 STEP = table_decoder.decoder(table_decoder.tables())
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Cache, Segment, LayerCache, Queries, Rope, adaptive, every, evict_by_head, scores
+from kvjax import Cache, LayerCache, Queries, Rope, Segment, adaptive, every, evict_by_head, scores
 from kvjax.observation import LayerObservation, Observation
 from tests.kvjax import conformance
 from tests.quick_jit import quick_jit

@@ -10,8 +10,8 @@ from kvjax import Queries, Rope, Segment, quantize_corrected
 from kvjax.codecs import Affine
 from kvjax.codecs.low_rank import factorize, start
 from kvjax.codecs.outliers import count_outliers
-from tests.kvjax.encoders import corrected
 from tests.kvjax import table_decoder
+from tests.kvjax.encoders import corrected
 from tests.pallas_kernels.attention_numpy import attention
 from tests.pallas_kernels.kivi_numpy import kivi_quantizer
 from tests.quick_jit import quick_jit

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import BlockedSegment, Segment, LatentSegment, Queries, methods
+from kvjax import BlockedSegment, LatentSegment, Queries, Segment, methods
 from kvjax.calibration import attention_variance
 from kvjax.segments.bases import Matrix
 from kvjax.transforms.merge import Moves, move
-from tests.kvjax.encoders import affine
 from tests.kvjax import papers, table_decoder
+from tests.kvjax.encoders import affine
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
 

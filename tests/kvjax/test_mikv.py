@@ -9,8 +9,8 @@ import pytest
 
 import kvjax
 from kvjax import methods
-from tests.kvjax.encoders import affine
 from tests.kvjax import table_decoder
+from tests.kvjax.encoders import affine
 from tests.pallas_kernels.kivi_numpy import kivi_quantizer
 from tests.quick_jit import quick_jit
 

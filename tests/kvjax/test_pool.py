@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Segment, Queries, Rope
+from kvjax import Queries, Rope, Segment
 from kvjax.segments.pooled import pool_layers
 from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.transforms.evict_across_layers import proportional
 from kvjax.transforms.evict_by_head import choose, pages_for
 from pallas_kernels.decode_attention import pages
-from tests.kvjax.encoders import affine
 from tests.kvjax import papers
+from tests.kvjax.encoders import affine
 from tests.quick_jit import quick_jit
 
 L, K, G, H, S, T = 4, 2, 2, 8, 20, 3

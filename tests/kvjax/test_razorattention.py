@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import CompensatedSegment, Segment, HeadsSegment, methods
+from kvjax import CompensatedSegment, HeadsSegment, Segment, methods
 from kvjax.transforms.ring import as_ring
 from tests.kvjax import table_decoder
 from tests.quick_jit import quick_jit

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvjax
-from kvjax import BlockedSegment, Queries, Ring, Segment, Rope, rotate
+from kvjax import BlockedSegment, Queries, Ring, Rope, Segment, rotate
 from kvjax.cache import LayerCache
 from tests.kvjax.encoders import affine
 from tests.pallas_kernels.attention_numpy import attention

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import Cache, Segment, Rope, Scorer, methods, scores
+from kvjax import Cache, Rope, Scorer, Segment, methods, scores
 from kvjax.segments.slots import highest_slot, keep_highest, lowest, priority
 from kvjax.transforms.merge_layers import merge_layers
 from tests.kvjax import tiny_model

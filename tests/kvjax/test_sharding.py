@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import kvjax
 from kvjax import sharding
-from kvjax.segments import Segment
-from kvjax.segments import moves
+from kvjax.segments import Segment, moves
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.moves import keep_best
 from kvjax.segments.slots import keep_highest, priority

@@ -11,8 +11,9 @@ import pytest
 
 from pallas_kernels.decode_attention import PageRun, Rotation
 from pallas_kernels.levels import nearest_levels
-from pallas_kernels.shapes import LLAMA_8B, LowrankShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
+from pallas_kernels.shapes import LLAMA_8B
 from pallas_kernels.shapes import SMOLLM2 as SHORT
+from pallas_kernels.shapes import LowrankShape, QuantizedShape, RaggedQuantizedShape, RaggedShape
 from pallas_kernels.words import words_in_row
 from tests.pallas_kernels.attend import attend
 
