@@ -4,7 +4,8 @@
     python -m experiments.configurables snapkv Settings        # these
     python -m experiments.configurables --methods=snapkv_int4  # what that method's file binds, with its values
 
-A line such as `snapkv.window: int = 32` is bound by `--gin_bindings='snapkv.window = 16'`.
+A line such as `snapkv.window: int = 32` is bound by `--gin_bindings='snapkv.window = 16'`. A `Budget` is a whole number
+of tokens per KV head, or a fraction of the prompt with a point in it.
 """
 
 from __future__ import annotations

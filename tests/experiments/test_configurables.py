@@ -30,7 +30,7 @@ def test_types_defaults_and_what_is_required_are_those_of_the_signature():
 def test_a_method_lists_what_its_file_binds_with_its_values():
     code, out, err = in_process.call(configurables, "--methods=snapkv_int4")
     assert code == 0, err
-    assert "  snapkv.budget: int | float = %budget\n" in out and "  kivi.bits: int = 4\n" in out
+    assert "  snapkv.budget: Budget = %budget\n" in out and "  kivi.bits: int = 4\n" in out
     assert "knorm" not in out and "  method.transform: kvjax.CacheTransform = @compose()\n" in out
     code, out, _ = in_process.call(configurables, "--methods=snapkv_int4", "--json")
     assert json.loads(out)["bound"]["kivi"]["bits"] == "4" and "snapkv" in json.loads(out)["configurables"]
