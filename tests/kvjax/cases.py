@@ -519,7 +519,7 @@ CASES = [
     _config("windowkv", grows(12), "windowkv.suffix = 4", "windowkv.window = 3", exact=True),
     _config("kvcrush", grows(12), "kvcrush.window = 4", "kvcrush.sinks = 2", exact=True),
     _config("critic", bounded(12, 1, stats=2), exact=True, aligned=True),
-    _config("alisa", bounded(12, 1), "alisa.window = 3", exact=True),
+    _config("alisa", codes(8, 16), "alisa.window = 3", "alisa.group = 16", exact=("alisa.bits = None",)),
     _config(
         "headkv",
         pool(12, 4),

@@ -17,8 +17,8 @@ AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
 _NAMED = (
-    *("adakv", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka", "mikv"),
-    *("million", "razor", "xkv"),
+    *("adakv", "alisa", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka"),
+    *("mikv", "million", "razor", "xkv"),
 )
 STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in name]
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]

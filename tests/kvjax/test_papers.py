@@ -505,7 +505,7 @@ def test_alisa(chunk):
         rotated = table_decoder.turn(q, np.arange(len(q))[:, None])
         return papers.ALISA(BUDGET, BUDGET // 2, 5, rotated)
 
-    _follow(methods.alisa(BUDGET, window=5), policy, chunk=chunk)
+    _follow(methods.alisa(BUDGET, window=5, bits=None), policy, chunk=chunk)
 
 
 @pytest.mark.parametrize("chunk", [None, 9])
