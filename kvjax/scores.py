@@ -193,7 +193,7 @@ def end_attention(last: int | float, reduce: Literal["sum", "max"] = "sum") -> S
 
     def observe(segment: Segment, seen: LayerObservation) -> Segment:
         if seen.prompt is None:
-            raise TypeError("end_attention looks at the end of the prompt: use it in evict or merge.")
+            raise TypeError("end_attention looks at a prompt's end, and this transform does not say where it is.")
         count = jnp.ceil(last * seen.prompt - 1e-3).astype(jnp.int32) if isinstance(last, float) else last
         pos = seen.queries.pos
         if not pos.shape[1]:

@@ -40,7 +40,7 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
         if segment.key_rope != "stored":
             raise TypeError("gumbel_attention scores rotated keys; put it before what re-indexes them.")
         if seen.prompt is None:
-            raise TypeError("gumbel_attention counts tokens from the end of the prompt: use it in evict or merge.")
+            raise TypeError("gumbel_attention counts from a prompt's end, and this transform does not say where it is.")
         queries = seen.queries
         B, T, N, H = queries.raw.shape
         K, S = segment.pos.shape[1:]

@@ -97,7 +97,7 @@ def evict_across_layers(
         slots = observation.slots_of(slots)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
         pool, weights = None, jnp.zeros((rows.shape[0], L))
-        for index, (layer, seen) in enumerate(zip(cache.layers, observation.layers, strict=True)):
+        for index, (layer, seen) in enumerate(zip(cache.layers, observation.each_layer(), strict=True)):
             tail = dense_tail(layer, "evict_across_layers")
             pool, weights = take_up(pool, weights, tail, seen, jnp.int32(index), rows, slots=slots, count=L)
         pool, views = pool_layers(pool.replace(stored=pool.stored.with_slots(stats={})), L)

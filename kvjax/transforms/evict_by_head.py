@@ -117,7 +117,7 @@ def evict_by_head(
             pages = share_out(pages, tail, seen, rows, count=count)
             return layer.replace(segments=(*before, pages, emptied(tail)))
 
-        return cache.map_layers(each, observation.layers)
+        return cache.map_layers(each, observation.each_layer())
 
     def init(cache: Cache, observation: Observation):
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)

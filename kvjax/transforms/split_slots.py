@@ -76,10 +76,10 @@ def split_slots(
         slots = budget_slots(budget, observation.prompt_slots, always)
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots, always)
         split = lambda layer, seen: compress(layer, seen, rows, slots=slots)
-        return cache.map_layers(split, observation.layers), ()
+        return cache.map_layers(split, observation.each_layer()), ()
 
     def observe(cache: Cache, observation: Observation):
-        return cache.map_layers(see, observation.layers)
+        return cache.map_layers(see, observation.each_layer())
 
     return CacheTransform(
         init=init,

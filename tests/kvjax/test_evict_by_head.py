@@ -8,7 +8,8 @@ import pytest
 import kvjax
 from kvjax import Cache, LayerCache, Queries, Rope, Segment, adaptive, every, evict_by_head, scores
 from kvjax.observation import LayerObservation, Observation
-from tests.kvjax import conformance
+from tests.kvjax import conformance, table_decoder
+from tests.kvjax.conformance import positions
 from tests.quick_jit import quick_jit
 
 B, K, H, PROMPT, NEW, ACTIONS = 2, 3, 4, 20, 4, 3
@@ -85,3 +86,21 @@ def test_statistics_of_the_past_are_refused_after_the_prompt():
     transform = evict_by_head(scores.accumulated_attention(), BUDGET, heads=adaptive())
     with pytest.raises(ValueError, match="its scorer wants attention: wrap it in at_prefill_end"):
         transform.update(None, None, None)
+
+
+def test_equal_shares_keep_what_evict_keeps_also_by_the_end_of_the_prompt():
+    """A scorer that must know how long the prompt is is told so, whatever selects."""
+    step, lengths = table_decoder.decoder(table_decoder.tables()), jnp.array([24, 13])
+    tokens, scorer = jnp.int32(table_decoder.distinct_tokens(2, 24)), kvjax.scores.end_attention(0.3)
+    heads = kvjax.adaptive(floor=1.0)
+    kept = []
+    for transform in (
+        kvjax.evict(scorer, 8),
+        kvjax.evict_by_head(scorer, 8, heads=heads, page=4),
+        kvjax.evict_across_layers(scorer, 8, heads=heads, page=4),
+    ):
+        run = kvjax.prefill(
+            step, kvjax.at_prefill_end(transform), tokens, lengths, table_decoder.empty(2), room=1
+        )
+        kept.append([positions(run.cache, row) for row in range(2)])
+    assert kept[0] == kept[1] == kept[2]
