@@ -87,8 +87,8 @@ class CompensatedSegment:
         """See `AnySegment.append`."""
         if pos.shape[1] > 1:
             ring = self.ring.append(k, v, pos, rope)
-            new = self.ring.slots_of(k, v, pos, rope)
-            held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), self.ring.dense(), new.dense())
+            dense = self.ring.dense()
+            held = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), dense, dense.slots_of(k, v, pos, rope))
             return self.replace(ring=ring, mean=self._mean_with(held, _lost(held, ring)))
         oldest = self.ring.oldest().dense()
         lost = (oldest.pos >= 0) & (pos >= 0)[:, None]

@@ -120,7 +120,7 @@ def codes(bits: int, slots: int, group: int = 16, stats: int = 0):
 
 
 def turboquant(bits: int):
-    """Codes and two norms of every slot, in whole words."""
+    """Codes and two norms of every slot, in whole words, and the mean key."""
 
     def nbytes(sizes):
         word = 32 // (1 if bits == 3 else bits)
@@ -128,7 +128,8 @@ def turboquant(bits: int):
         token = 2 * sizes.head_dim * bits / 8 + 2 * FLOAT + INDEX
         levels = sizes.layers * 2 * FLOAT * 2**bits
         heads = sizes.layers * sizes.batch * sizes.kv_heads
-        return int(heads * slots * token) + levels + INDEX * sizes.batch
+        mean = heads * sizes.head_dim * FLOAT
+        return int(heads * slots * token) + mean + levels + INDEX * sizes.batch
 
     return nbytes
 

@@ -123,7 +123,7 @@ def test_dense_and_mass_agree_with_attention():
 
 
 @pytest.mark.float8
-def test_full_heads_may_be_quantized_beside_compensated_rings():
+def test_heads_may_be_quantized_in_blocks_and_compensated_rings_slot_by_slot():
     method = kvjax.chain(
         methods.fp8(),
         methods.razorattention(SCORES, 0.25, 0.25, sinks=SINKS, recent=RECENT),
@@ -140,7 +140,7 @@ def test_full_heads_may_be_quantized_beside_compensated_rings():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((run.logits, run.cache)))
     full, others = run.cache.layers[0].segments[0].parts
     assert isinstance(full, kvjax.BlockedSegment) and isinstance(others, CompensatedSegment)
-    assert others.ring.k.dtype.itemsize == 1 and others.mean.k.dtype == jnp.float32
+    assert others.ring.k.bits == 8 and others.ring.by_slot and others.mean.k.dtype == jnp.float32
 
 
 def test_a_mean_of_unrotated_keys_is_refused():

@@ -58,10 +58,19 @@ def test_rings_of_the_window_give_the_logits_of_the_full_cache(chunk):
     assert kvjax.nbytes(cache) < kvjax.nbytes(whole)
 
 
-def test_other_layers_are_transformed_and_local_ones_are_not():
+def test_local_layers_are_quantized_slot_by_slot_and_others_in_blocks_behind_an_exact_tail():
     cache = jax.eval_shape(lambda: run(kvjax.respect_windows(kvjax.methods.kivi(2, 8, 16)), compiled=jax.jit)[1])
     dtypes = [{x.dtype.name for x in jax.tree.leaves(layer)} for layer in cache.layers]
-    assert dtypes == [{"float32", "int32"}, {"float32", "int32", "uint32", "bfloat16"}]
+    assert dtypes == [{"int32", "uint32", "bfloat16"}, {"float32", "int32", "uint32", "bfloat16"}]
+    ring = cache.layers[0].segments[-1]
+    assert not ring.layout.grows and ring.by_slot and WINDOW <= ring.pos.shape[-1] < WINDOW + 16
+
+
+def test_local_layers_are_left_alone_by_what_stores_nothing_anew():
+    evict = kvjax.at_prefill_end(kvjax.evict(kvjax.scores.negative_key_norm(), 16))
+    cache = jax.eval_shape(lambda: run(kvjax.respect_windows(evict), compiled=jax.jit)[1])
+    assert [layer.segments[-1].pos.shape[-1] for layer in cache.layers] == [WINDOW, 16 + AFTER]
+    assert cache.layers[0].segments[-1].is_plain
 
 
 def test_an_eviction_that_acts_in_decoding_and_in_chunks_goes_on_beside_the_rings():

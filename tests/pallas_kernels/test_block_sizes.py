@@ -108,5 +108,5 @@ def test_wheels_carry_the_files(tmp_path, request):
     (tmp_path / block_sizes.FOLDER.name).mkdir()
     (tmp_path / block_sizes.FOLDER.name / "tpu_v5_lite.json").touch()
     patterns = config["options.package_data"]["pallas_kernels"].split()
-    found = [glob.glob(pattern, root_dir=tmp_path, recursive=True) for pattern in patterns]
-    assert found == [["tuned/tpu_v5_lite.json"]]
+    found = [path for pattern in patterns for path in glob.glob(pattern, root_dir=tmp_path, recursive=True)]
+    assert found == ["tuned/tpu_v5_lite.json"]
