@@ -28,7 +28,7 @@ class Slots:
         zero = lambda x: jnp.zeros(pos.shape, x.dtype)
         return Slots(pos, *jax.tree.map(zero, (self.bias, self.stats)))
 
-    def resized(self, slots: int) -> Slots:
-        """Adds empty slots at the end up to `slots`."""
+    def resized(self, slots: int, empty: int = -1) -> Slots:
+        """Adds empty slots at the end up to `slots`, at position `empty`."""
         pad = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2])), constant_values=fill)
-        return Slots(pad(self.pos, -1), *jax.tree.map(lambda x: pad(x, 0), (self.bias, self.stats)))
+        return Slots(pad(self.pos, empty), *jax.tree.map(lambda x: pad(x, 0), (self.bias, self.stats)))

@@ -43,11 +43,13 @@ class Affine:
         """Makes the codec of single slots, each with scales over `group` of its channels (None: over all)."""
         return cls(None, bits, group, "token", 1, **how)
 
-    def for_slots(self, slots: int) -> Affine:
-        """Returns the codec for slots that are written once: padded to as few as can be, in blocks that fill rows."""
+    def for_slots(self, slots: int, block: int | None = None) -> Affine:
+        """Returns the codec for slots that are written in blocks, or once: few, in blocks that fill rows of words."""
         if self.tokens:
             return self
         fewest = math.lcm(self.group if self.axis == "channel" else 1, WORD_BITS // self.bits)
+        if block is not None:
+            return self.replace(tokens=fewest if block % fewest else block)
         return self.replace(tokens=fewest * math.gcd(-(-slots // fewest), _IN_ROW))
 
     @property

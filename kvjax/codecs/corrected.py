@@ -50,9 +50,9 @@ class Corrected:
         """See `Encoded.shape`."""
         return self.inner.shape
 
-    def for_slots(self, slots: int) -> Corrected:
+    def for_slots(self, slots: int, block: int | None = None) -> Corrected:
         """See `Encoded.for_slots`."""
-        return self.replace(inner=self.inner.for_slots(slots))
+        return self.replace(inner=self.inner.for_slots(slots, block))
 
     def like(self, x: jax.Array, occupied: jax.Array) -> Corrected:
         """See `Encoded.like`."""

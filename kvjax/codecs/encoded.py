@@ -20,8 +20,8 @@ class Encoded(encoded.Encoded, Protocol):
     by_slot: bool
     """Whether slots are written, gathered and emptied one by one; if not, in blocks that share numbers."""
 
-    def for_slots(self, slots: int) -> Encoded:
-        """Returns the codec that suits a number of slots that are written once; mostly itself."""
+    def for_slots(self, slots: int, block: int | None = None) -> Encoded:
+        """Returns the codec that suits a number of slots that are written once, or in blocks; mostly itself."""
 
     def like(self, x: jax.Array, occupied: jax.Array) -> Encoded:
         """Encodes other slots with the same codec.

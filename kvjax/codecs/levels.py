@@ -51,7 +51,7 @@ class Levels:
         """See `Encoded.shape`."""
         return self.codes.shape
 
-    def for_slots(self, slots: int) -> Levels:
+    def for_slots(self, slots: int, block: int | None = None) -> Levels:
         """See `Encoded.for_slots`."""
         return self
 

@@ -46,9 +46,9 @@ class Scaled:
         """See `Encoded.shape`."""
         return self.inner.shape
 
-    def for_slots(self, slots: int) -> Scaled:
+    def for_slots(self, slots: int, block: int | None = None) -> Scaled:
         """See `Encoded.for_slots`."""
-        return self if is_array(self.inner) else self.replace(inner=self.inner.for_slots(slots))
+        return self if is_array(self.inner) else self.replace(inner=self.inner.for_slots(slots, block))
 
     def like(self, x: jax.Array, occupied: jax.Array) -> Scaled:
         """Refused: which lengths other slots have cannot be told."""

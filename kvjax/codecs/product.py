@@ -40,7 +40,7 @@ class Product:
         """See `Encoded.shape`."""
         return self.codes.shape
 
-    def for_slots(self, slots: int) -> Product:
+    def for_slots(self, slots: int, block: int | None = None) -> Product:
         """See `Encoded.for_slots`."""
         return self
 

@@ -66,13 +66,21 @@ class BlockedSegment:
 
     def attend(self, queries: Queries, **how) -> Partial:
         """See `AnySegment.attend`."""
-        if how.pop("ranks", None) is not None:
-            raise TypeError("BlockedSegment does not re-index positions.")
-        return combine([part.attend(queries, **how) for part in self._parts()])
+        return combine([part.attend(queries, **ranked, **how) for part, ranked in self._ranked(how)])
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `AnySegment.mass`."""
-        return jnp.concatenate([sharding.mass(part, queries, lse, **how) for part in self._parts()], axis=-1)
+        each = [sharding.mass(part, queries, lse, **ranked, **how) for part, ranked in self._ranked(how)]
+        return jnp.concatenate(each, axis=-1)
+
+    def _ranked(self, how: dict) -> list[tuple[AnySegment, dict]]:
+        """The parts, each with its part of the ranks in `how`, which are removed there."""
+        ranks = how.pop("ranks", None)
+        if ranks is None:
+            return [(part, {}) for part in self._parts()]
+        S = self.body.pos.shape[2]
+        of = [ranks._replace(slots=x) for x in (ranks.slots[..., :S], ranks.slots[..., S:])]
+        return [(p, {"ranks": r}) for p, r in zip((self.body, self.tail), of) if p.pos.shape[2]]
 
     def dense(self) -> Segment:
         """Body and tail as one dense segment, float32."""
@@ -81,6 +89,8 @@ class BlockedSegment:
 
     def map_dense(self, body, tail) -> BlockedSegment:
         """See `AnySegment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
+        # What is written in blocks of the tail is encoded in such blocks.
+        body = getattr(body, "in_blocks", lambda tokens: body)(self.tail.pos.shape[2])
         return self.replace(body=self.body.map_dense(body, body))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BlockedSegment:

@@ -41,15 +41,16 @@ def resized(segment: Any, slots: int) -> Any:
     """Pads every array of a segment with empty slots, up to `slots`; positions are the caller's."""
     S = segment.pos.shape[2]
 
-    def pad(x, spec):
+    def pad(x, spec, bits):
         axis = slot_axis(spec)
         if axis < 0:
             return x
+        entries = x.shape[axis] * slots // S if S else slots * bits // WORD_BITS if bits else slots
         extra = [(0, 0)] * x.ndim
-        extra[axis] = (0, x.shape[axis] * slots // S - x.shape[axis] if S else slots)
+        extra[axis] = (0, entries - x.shape[axis])
         return jnp.pad(x, extra)
 
-    return jax.tree.map(pad, segment, segment.axes())
+    return jax.tree.map(pad, segment, segment.axes(), segment.fields())
 
 
 def joined(first: Any, second: Any) -> Any:
@@ -164,7 +165,7 @@ def gather_slots(segment: Any, index: jax.Array, valid: jax.Array) -> Any:
     split, axes = _split(named, segment)
     parts, count = sharding.shards(axes), index.shape[2]
     packed = any(jax.tree.leaves(fields))
-    spread = parts > 1 and count % parts == 0 and not packed  # or every shard gets all of it
+    spread = parts > 1 and count > 0 and count % parts == 0 and not packed  # or every shard gets all of it
 
     def pick(segment, index, valid):
         S = segment.pos.shape[2]

@@ -137,7 +137,8 @@ class Segment:
         folded = self.pos.shape[0] == 1 and batch > 1
         if folded:
             q, q_pos = (x.reshape(1, -1, *x.shape[2:]) for x in (q, q_pos))
-        (k, k_gain), (v, v_gain) = (codecs.leaf_and_gain(x) for x in (self.k, self.v))
+        k, k_gain = codecs.leaf_and_gain(self.k)
+        v, v_gain = (None, k_gain) if self.v is None else codecs.leaf_and_gain(self.v)
         rotation = None
         if key_basis is not None:
             k, rotation = key_basis.of(k, queries.rope)
@@ -266,7 +267,7 @@ class Segment:
         return self.resize(sharding.whole(S + tokens, self.block, batch=B, kv_heads=K, tile=8))
 
     def resize(self, slots: int) -> Segment:
-        """Pads with empty slots up to `slots`, rounded up to whole blocks.
+        """Pads with empty slots up to `slots`, rounded up to whole blocks; those of a ring stay empty.
 
         Raises:
           ValueError: there are more slots already.
@@ -277,9 +278,7 @@ class Segment:
         slots = -(-slots // block) * block
         if slots == S:
             return self
-        if S == 0 and not self.is_plain:
-            raise ValueError("slots of codes are made of tokens: a segment of codes cannot begin without any.")
-        return resized(self, slots).replace(slots=self.slots.resized(slots))
+        return resized(self, slots).replace(slots=self.slots.resized(slots, -1 if self.layout.grows else CLOSED))
 
     def write(self, new: Segment) -> Segment:
         """Writes the occupied slots of `new` into the first empty ones; a single one where the layout says."""

@@ -115,7 +115,7 @@ def evict_across_layers(
             budget=budget,
             at_least=always,
             name="evict_across_layers",
-            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots own"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots own heads"),
         ),
     )
 

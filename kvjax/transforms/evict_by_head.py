@@ -153,7 +153,7 @@ def evict_by_head(
             excess=excess,
             at_least=always,
             name="evict_by_head",
-            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots"),
+            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots heads"),
         ),
     )
 

@@ -14,6 +14,7 @@ PROPERTIES = {
     "channels": "all channels of keys and values",
     "numbers": "stored numbers that are no codes yet",
     "rotated": "keys that are rotated where they are stored",
+    "heads": "slots that lie head by head, not in pages",
     "own": "slots that no other layer shares",
     "tiers": "slots in two segments, by their worth",
 }
@@ -66,7 +67,7 @@ def in_sequence(parts: Iterable[Part]) -> Order:
         for earlier in later:
             for name in sorted(part.order.loses & earlier.order.needs):
                 raise ValueError(
-                    f"{part.name} cannot follow {earlier.name}, which still acts after the prompt: it needs "
+                    f"{part.name} cannot follow {earlier.name}, which still acts while tokens come: it needs "
                     f"{PROPERTIES[name]}. Wrap it in at_prefill_end."
                 )
         needs |= part.order.needs - gives

@@ -45,7 +45,10 @@ def product_quantize(codebooks: Sequence[LayerCodebooks], *, residual: int = 128
             slots.values_apart("A codebook of the values")
             return slots.with_slots(stats={}).encoded(*(Product.of(codebook) for codebook in codebooks))
 
-        return layer.map_dense(encode, lambda dense: BlockedSegment.from_dense(dense, encode, residual))
+        def appended(slots):
+            return BlockedSegment.from_dense(slots, encode, residual) if slots.layout.grows else encode(slots)
+
+        return layer.map_dense(encode, appended)
 
     def init(cache: Cache, observation: Observation):
         if len(codebooks) != len(cache.layers):

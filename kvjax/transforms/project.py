@@ -54,7 +54,7 @@ def rotate_channels(seed: int, *, center: bool = True) -> CacheTransform:
     def init(cache: Cache, observation: Observation):
         return (cache, ()) if observation.phase == "begin" else (cache.map_layers(rotate, observation.layers), ())
 
-    order = Order.of(needs="numbers channels rotated own", loses="vectors slots whole channels")
+    order = Order.of(needs="numbers channels rotated own heads", loses="vectors slots whole channels")
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=rotate))
 
 

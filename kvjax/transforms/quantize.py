@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -39,7 +41,9 @@ def quantize(
     itself whenever it fills up. Segments before it, which nothing is written to any more, are quantized as a whole.
 
     With `residual=0`, and in rings with any, every slot is quantized by itself when it is written, keys too with scales
-    over channels: so slots may be overwritten, and evicted at every step.
+    over channels: so slots may be overwritten, and evicted at every step. Where a few channels of all keys are large,
+    such groups lose the others: with two of 64 channels at 300, 8 bits still tell which key a query is aligned with, 4
+    bits do not (`quantize_levels` after `rotate_channels`, or blocks, do).
 
     Args:
       bits: 2, 4 or 8 per stored number of a key.
@@ -65,9 +69,16 @@ def quantize(
     for name, value in (("bits", bits), ("value_bits", value_bits), ("written_bits", written_bits)):
         if value not in (2, 4, 8) and (name, value) != ("written_bits", None):
             raise ValueError(f"{name} must be 2, 4 or 8, got {value}.")
-    for name, value in (("key_group", key_group), ("value_group", value_group)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    groups = (("key_group", key_group, key_axis), ("value_group", value_group, value_axis))
+    for name, value, axis in groups:
+        if value is None and axis == "channel":
+            raise ValueError(f"{name} must say how many tokens share a scale, got None.")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if not isinstance(residual, int) or residual < 0:
+        raise ValueError(f"residual must be a whole number of tokens of at least 0, got {residual!r}.")
+    if scale_dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"scale_dtype must be 'bfloat16', 'float16' or 'float32', got {scale_dtype!r}.")
     axes = (("key_axis", key_axis), ("value_axis", value_axis))
     for name, axis in axes:
         if axis not in ("channel", "token"):
@@ -99,13 +110,31 @@ Codecs = tuple[Stored, Stored]
 """Of the keys, and of the values."""
 
 
-def encoder(codecs: Codecs) -> Encode:
-    """Returns what encodes dense slots, padded to whole blocks, which are such that fill rows of words."""
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Encodes dense slots, padded to whole blocks; without `block` of as many as fill rows of words."""
 
-    def encode(slots: Segment) -> Segment:
-        return slots.with_slots(stats={}).encoded(*(codec.for_slots(slots.pos.shape[2]) for codec in codecs))
+    codecs: Codecs
+    block: int | None = None  # tokens that are written together
 
-    return encode
+    def in_blocks(self, tokens: int) -> Encoder:
+        """Returns the encoder of slots that are written in blocks of so many tokens."""
+        return Encoder(self.codecs, tokens)
+
+    def __call__(self, slots: Segment) -> Segment:
+        """Returns the slots encoded, without their statistics.
+
+        Raises:
+          ValueError: a block holds no whole number of groups and words.
+        """
+        of = [codec.for_slots(slots.pos.shape[2], self.block) for codec in self.codecs]
+        least = math.lcm(*(codec.block for codec in of))
+        if self.block is not None and self.block % least:
+            raise ValueError(
+                f"blocks of {self.block} tokens, which are written together, must hold whole groups and words: "
+                f"multiples of {least}."
+            )
+        return slots.with_slots(stats={}).encoded(*of)
 
 
 def check_block(
@@ -141,17 +170,15 @@ def store(
       body: of whole blocks of slots that tokens are appended to; None: these are encoded one by one.
       residual: tokens of a block, and the most that are kept exact.
       written: of segments that nothing is written to any more; None: `body`.
-      one_by_one: of slots that are overwritten or dropped by themselves; None: there is no such code, rings are
-        refused.
+      one_by_one: of slots that are overwritten or dropped by themselves; None: there is no such code, and rings stay as
+        they are.
     """
-    whole = encoder(written or body)
+    whole = Encoder(written or body)
 
     def appended(slots: Segment) -> AnySegment:
         if body is not None and slots.layout.grows:
-            return BlockedSegment.from_dense(slots, encoder(body), residual)
-        if one_by_one is None:
-            raise ValueError(f"{name} encodes whole blocks of tokens, and a ring overwrites them one by one.")
-        return slots.encoded(*one_by_one)
+            return BlockedSegment.from_dense(slots, Encoder(body), residual)
+        return slots if one_by_one is None else slots.encoded(*one_by_one)
 
     of_layer = jax.jit(lambda layer: layer.map_dense(whole, appended))
     of_shared = jax.jit(lambda segment: segment.map_dense(whole, whole))

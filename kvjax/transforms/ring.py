@@ -58,6 +58,7 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
         shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
         return cache.map_layers(shrink, observation.layers), ()
 
+    turned = key_rope != "stored"
     return CacheTransform(
         init=init,
         schedule=Schedule(
@@ -67,6 +68,6 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
             budget=budget,
             at_least=sinks + 1,
             name="ring",
-            order=Order.of(needs="slots room", loses="whole room" + " rotated" * (key_rope != "stored")),
+            order=Order.of("slots room" + turned * " vectors", "whole room" + turned * " rotated"),
         ),
     )

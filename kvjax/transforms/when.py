@@ -25,7 +25,16 @@ def at_prefill_end(transform: CacheTransform) -> CacheTransform:
 
 
 def every_chunk(transform: CacheTransform) -> CacheTransform:
-    """Acts after every chunk of the prompt and not while decoding: constant memory for any prompt length."""
+    """Acts after every chunk of the prompt and not while decoding: constant memory for any prompt length.
+
+    Raises:
+      ValueError: it frees no slots while the prompt arrives, and the next chunk would find no room.
+    """
+    if transform.schedule.frees_in_prefill is None:
+        raise ValueError(
+            f"{transform.schedule.name} frees no slots while the prompt arrives; it acts at the prompt's end "
+            "(at_prefill_end)."
+        )
     acts_in = tuple(phase for phase in transform.schedule.acts_in if phase == "prefill")
     schedule = transform.schedule._replace(acts_in=acts_in, frees_in_prefill=1, frees_in_decode=None, excess=None)
     growing = lambda run: lambda *of: run(*of[:-1], of[-1].replace(grows=True))

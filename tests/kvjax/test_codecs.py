@@ -158,6 +158,43 @@ def _by_head(ragged: RaggedSegment) -> Segment:
     return Segment.of(spread(pages.k), spread(pages.v), pos, key_rope=pages.key_rope)
 
 
+@pytest.mark.parametrize("codec", ["int8 slots", "4 bits of levels", "kivi 4"])
+def test_keys_that_are_the_values_are_read_as_both(codec):
+    """Multi-head latent attention: norms that are kept apart belong to the values, too."""
+    keys = {"4 bits of levels": UnitNorm(Levels.gaussian(4), None)}.get(codec) or CODECS[codec][0]
+    slots = _slots()
+    part = slots.replace(v=None).encoded(keys, keys)
+    queries = _queries()
+    got, dense = _attend(part, queries), _dense(part)
+    assert dense.v is None
+    want = attention(queries.rotated, dense.k, dense.k, queries.pos, dense.pos)
+    np.testing.assert_allclose(got.out, want.out, **CLOSE)
+
+
+def test_a_packed_ring_holds_no_more_tokens_than_an_exact_one():
+    """Words of eight slots: what a budget of five lacks of one stays closed, in a batch and alone."""
+    pack = kvjax.quantize(4, key_axis="token", key_group=8, value_group=8, residual=0)
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=(2, K, 24, H))
+    held = []
+    for transform in (kvjax.ring(5, sinks=2), kvjax.chain(kvjax.ring(5, sinks=2), pack)):
+        init = quick_jit(lambda cache, seen, transform=transform: transform.init(cache, seen)[0])
+        ring = init(slots_cache(k, [24, 13]), seen_of([24, 13], prompt_slots=24)).layers[0].segments[-1]
+        for t in range(24, 36):
+            ring = _append(ring, *jnp.ones((2, 2, K, 1, H)), jnp.array([[t], [t - 11]]))
+        held.append([sorted(p for p in row if p >= 0) for row in np.asarray(ring.pos)[:, 0].tolist()])
+    assert held[0] == held[1] == [[0, 1, 33, 34, 35], [0, 1, 22, 23, 24]]
+
+
+def test_codes_may_begin_without_slots():
+    for codec in SLOTWISE:
+        none = _slots().first(0)
+        part = quick_jit(lambda none, codec=codec: _stored(none, codec).reserve(3))(none)
+        assert part.pos.shape[2] == max(3, part.block) if part.block > 3 else 3
+        after = _append(part, *jnp.ones((2, B, K, 1, H)), jnp.array([[7], [-1]]))
+        assert np.asarray(after.pos)[0, 0].max() == 7 and np.asarray(after.pos)[1].max() == -1
+
+
 SLOTWISE = [name for name in CODECS if name not in BLOCKS]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import kvjax
 from kvjax import chain, every, every_chunk, every_step, evict, methods, quantize, ring, scores, when_full
-from kvjax.segments.blocked import BlockedSegment
+from kvjax.segments.bases import Matrix
 from kvjax.segments.hadamard import Hadamard
 from tests.kvjax import table_decoder
 from tests.kvjax.encoders import affine
@@ -70,8 +70,12 @@ BUILD = {
     ),
     "bad pooling": (lambda: methods.snapkv(64, pooling="sum"), "pooling must be 'avg' or 'max', got 'sum'"),
     "three bits": (lambda: methods.kivi(3), "bits must be 2, 4 or 8, got 3"),
-    "no group": (lambda: methods.kivi(4, group=0), "key_group must be at least 1, got 0"),
-    "no value group": (lambda: quantize(4, value_group=0), "value_group must be at least 1, got 0"),
+    "no group": (lambda: methods.kivi(4, group=0), "key_group must be a whole number of at least 1, got 0"),
+    "no value group": (lambda: quantize(4, value_group=0), "value_group must be a whole number of at least 1, got 0"),
+    "chunks of what frees nothing": (lambda: every_chunk(methods.kivi(4)), "quantize frees no slots while the prompt"),
+    "scales of no group": (lambda: quantize(4, key_group=None), "key_group must say how many tokens share a scale"),
+    "half a residual": (lambda: quantize(4, residual=8.0), "residual must be a whole number of tokens"),
+    "scales of another kind": (lambda: quantize(4, scale_dtype="float7"), "scale_dtype must be 'bfloat16'"),
     "no residual": (lambda: methods.kivi(4, residual=0), "residual must be at least 1 where scales are shared over"),
     "group not dividing residual": (
         lambda: methods.kivi(4, group=32, residual=48),
@@ -209,6 +213,9 @@ def _prefill(transform, chunk=None, room=4, tokens=16):
     )
 
 
+_joint = lambda window: kvjax.at_prefill_end(
+    kvjax.project_jointly(2 * [2 * (Matrix(jnp.zeros((1, 2, 8, 8))),)], window=window)
+)
 _heavy = lambda budget: evict(scores.accumulated_attention(), budget)
 
 PREFILL = {
@@ -235,6 +242,10 @@ PREFILL = {
     "quantize twice": (
         lambda: _prefill(chain(methods.kivi(4, 8, 8), methods.kivi(4, 8, 8))),
         "quantize cannot follow quantize: it needs stored numbers that are no codes yet",
+    ),
+    "coordinates in blocks of another length": (
+        lambda: _prefill(chain(_joint(5), methods.kivi(4, 8, 8))),
+        "blocks of 5 tokens, which are written together, must hold whole groups and words: multiples of 8",
     ),
     "value group not dividing the head": (
         lambda: _prefill(quantize(8, key_group=4, value_group=3, residual=8)),
@@ -349,11 +360,6 @@ SEGMENT = {
         lambda: kvjax.LatentSegment.of(_segment().with_slots(bias=jnp.zeros((2, 2, 8))), None, None, joint=True),
         TypeError,
         "A joint LatentSegment cannot keep slots that each head has merged in its own way",
-    ),
-    "re-indexing packed slots": (
-        lambda: BlockedSegment.from_dense(_segment(), _encode, 8).attend(_QUERIES, ranks=object()),
-        TypeError,
-        "BlockedSegment does not re-index positions",
     ),
 }
 
