@@ -186,6 +186,21 @@ def test_a_packed_ring_holds_no_more_tokens_than_an_exact_one():
     assert held[0] == held[1] == [[0, 1, 33, 34, 35], [0, 1, 22, 23, 24]]
 
 
+@pytest.mark.float8
+@pytest.mark.parametrize("dtype, bits", [("float8_e4m3fn", 3), ("float8_e5m2", 2)])
+def test_8_bit_floats_with_a_scale_for_each_token_clip_nothing(dtype, bits):
+    k = 1e4 * np.random.default_rng(0).normal(size=(1, K, 40, H))  # beyond the 448 of e4m3fn
+    transform = kvjax.methods.fp8(dtype, scale="token")
+    init = quick_jit(lambda cache, seen: transform.init(cache, seen)[0])
+    part = init(slots_cache(k, [40]), seen_of([40], prompt_slots=40)).layers[0].segments[-1]
+    assert kvjax.nbytes(part) == K * 40 * (2 * H + 2 * 4 + 4)
+    dense, queries = _dense(part), Queries(_queries().raw[:1, :1] / 1e4, jnp.array([[40]]), ROPE)
+    large = np.abs(k) > 1e2  # smaller ones are subnormal beside the others of their token
+    assert (np.abs(dense.k - k)[large] <= np.abs(k)[large] * 2.0 ** -(bits + 1) * 1.01).all()
+    want = attention(queries.rotated, dense.k, dense.v, queries.pos, dense.pos)
+    np.testing.assert_allclose(_attend(part, queries).out, want.out, rtol=1e-4, atol=1.0)  # of values of 10,000
+
+
 def test_codes_may_begin_without_slots():
     for codec in SLOTWISE:
         none = _slots().first(0)
