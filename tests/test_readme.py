@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import kvjax
+import models
 from tests.kvjax import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,7 +57,8 @@ def test_the_first_answer_is_found_in_the_text(capsys):
     assert printed[0] == shown[0] and "IBM 1401" in printed[1] and "Fortran" in printed[2]
 
 
-def test_python_example_runs_and_promises_the_bytes_it_takes(smollm2, capsys):
+def test_python_example_runs_and_promises_the_bytes_it_takes(smollm2, capsys, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda name: {"smollm2": smollm2}[name])  # the weights are there once
     exec(compile(ONE_CHIP, "README.md", "exec"), {})
     promised, measured = re.findall(r"bytes.*?: (\d+)", capsys.readouterr().out)
     assert promised == measured and 0 < int(measured) < 10_000_000

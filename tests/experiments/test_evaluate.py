@@ -306,6 +306,7 @@ def test_examples_read_together_get_the_numbers_that_they_get_alone(one_by_one, 
     assert all(row["cache_bytes"] == one_by_one[key]["cache_bytes"] for key, row in rows.items())
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_gives_the_same_numbers(one_by_one, checkpoint, mixed_file, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator.Evaluator, "jit", staticmethod(quick_jit))
     mesh = "--mesh=data:2,seq:2,model:2"
@@ -332,6 +333,7 @@ def test_a_method_file_of_ones_own_runs_under_its_name(checkpoint, task_file, tm
         assert code == 2 and wanted in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_texts_are_read_in_windows_of_every_length(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(text_windows, "PREDICTED", 20)
     (tmp_path / "book.txt").write_text("".join(chr(97 + i * i % 26) for i in range(400)))
