@@ -26,6 +26,7 @@ _CACHE = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+_MUCH_MB = 1792  # from which programs are freed within a module
 # `make test` compiles more than it computes; `make test-all` optimises as users do.
 _QUICK = {"jax_disable_most_optimizations": True}
 _PEAKS = pytest.StashKey[list]()
@@ -53,6 +54,22 @@ def pytest_configure(config):
 def _programs_of_this_module_only():
     """Frees compiled programs behind the last test of a module: all of them take gigabytes."""
     yield
+    _free_programs()
+
+
+def pytest_runtest_teardown(item):
+    """Frees them within a module, too, where a process holds much: those that come again are read from disk."""
+    if _without_slow_tests(item.config) and _held_mb() > _MUCH_MB:
+        _free_programs()
+
+
+def _held_mb() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() // 2**20 if statm.exists() else 0
+
+
+def _free_programs() -> None:
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":  # glibc keeps what is freed between what is not
