@@ -98,7 +98,7 @@ class Settings:
 
     @property
     def budgets(self) -> tuple[int | float, ...]:
-        """What methods are told to keep, one after the other."""
+        """Returns the budgets that methods run with, one after the other."""
         return tuple(map(float, self.keep)) if self.budget is None else self.budget
 
     def decides(self) -> dict[str, object]:

@@ -69,7 +69,7 @@ FIELDS = (
     "prefill_seconds",
     "decode_tokens_per_second",
 )
-"""What every line holds: see docs/evaluating.md."""
+"""Fields of every line: see docs/evaluating.md."""
 _FLAGS = ("exact_match", "over_budget")
 _TEXTS = ("metric", "prediction")
 # What else lines hold; a line may have more, of which nothing is known here.
@@ -236,7 +236,7 @@ def _about(run: pathlib.Path, advice: str) -> tuple[dict[str, Any], dict[str, st
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What an evaluation left in a folder.
+    """Holds what an evaluation left in a folder.
 
     Attributes:
       path: of the folder.

@@ -15,7 +15,7 @@ from experiments.results import Line, Row, plain, setting, write_atomically
 
 PACKAGES = ("jax", "jaxlib", "numpy", "kvjax")
 ERROR = "_stderr"
-"""What follows a field's name where its standard error stands."""
+"""Suffix of the fields that hold standard errors."""
 
 
 class Group(NamedTuple):

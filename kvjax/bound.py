@@ -23,7 +23,7 @@ EmptyCache = Callable[[int], Cache]
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundMethod:
-    """What `bind` returns.
+    """Joins a decoder and a method: the result of `bind`.
 
     It is a pytree of the decoder's arrays: pass it to a jitted function as an argument, and a program is compiled once
     for all weights, such as `jax.jit(BoundMethod.extend)(lm, run, tokens, lengths)`. A function that is jitted around
@@ -88,7 +88,7 @@ class BoundMethod:
         return drivers.generate(self.step, self.transform, run, **how)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """See `jax.tree_util.register_pytree_node_class`. A plain function has no arrays of its own."""
+        """Returns the arrays of the decoder: a plain function has none (`jax.tree_util.register_pytree_node_class`)."""
         plain = jax.tree_util.all_leaves([self.step])
         static = self.transform, self.empty_cache, self.stop_tokens
         return ((), (self.step, *static)) if plain else ((self.step,), (None, *static))

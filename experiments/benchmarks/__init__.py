@@ -1,1 +1,1 @@
-"""What models are asked: benchmarks of the field, task files, and the metrics that score answers."""
+"""Generates and reads tasks: benchmarks of the field, task files, and the metrics that score answers."""

@@ -99,7 +99,7 @@ def numbers(prediction: str, references: Sequence[str], classes: Sequence[str] =
 METRICS: dict[str, Callable[..., float]] = {
     metric.__name__: metric for metric in (match_all, match_part, exact, f1, rouge_l, edit, classification, numbers)
 }
-"""What a task may name, all `(prediction, references, classes) -> float`."""
+"""Metrics by the names that tasks give them, all `(prediction, references, classes) -> float`."""
 
 
 def _words(text: str) -> list[str]:

@@ -53,7 +53,7 @@ Make = Callable[[int, random.Random], Prompt]
 
 @dataclasses.dataclass(frozen=True)
 class Needles:
-    """What hides where: the haystack, the kinds of keys and values, and how many of each.
+    """Describes a needle task: the haystack, the kinds of keys and values, and how many of each.
 
     Attributes:
       haystack: noise, essay or needle (others of the same form).
@@ -83,7 +83,7 @@ NEEDLE_TASKS = {
     "niah_multiquery": Needles("essay", num_keys=4, num_asked=4),
 }
 TASKS = (*NEEDLE_TASKS, "vt", "cwe", "fwe")
-"""Those that need no documents of the user's."""
+"""Tasks that need no documents of the user's."""
 SHORT = 4096
 """Below this length lists of words have fewer repetitions."""
 

@@ -6,7 +6,7 @@ arXiv:2504.19874.
 
 from __future__ import annotations
 
-from kvjax.transforms import CacheTransform, at_prefill_end, chain, quantize_levels, rotate_channels
+from kvjax.transforms import CacheTransform, at_prefill_end, center_keys, chain, quantize_levels, rotate_channels
 
 
 def turboquant(bits: int = 4, value_bits: int | None = None, seed: int = 0) -> CacheTransform:
@@ -30,4 +30,4 @@ def turboquant(bits: int = 4, value_bits: int | None = None, seed: int = 0) -> C
       value_bits: of a value; None: `bits`.
       seed: of the signs.
     """
-    return at_prefill_end(chain(rotate_channels(seed), quantize_levels(bits, value_bits)))
+    return at_prefill_end(chain(center_keys(), rotate_channels(seed), quantize_levels(bits, value_bits)))

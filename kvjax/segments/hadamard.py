@@ -50,8 +50,7 @@ class Hadamard:
     back: jax.Array | None = None  # i32[K * H], its inverse
     heads: int = struct.field(pytree_node=False, default=1)
     seed: int | None = struct.field(pytree_node=False, default=None)  # of the signs; None: all are +1
-    mean: jax.Array | None = None  # see `Basis`
-    columns = None
+    mean = columns = None
     selects = False
 
     @classmethod
@@ -71,9 +70,7 @@ class Hadamard:
 
     def axes(self) -> Hadamard:
         """See `AnySegment.axes`."""
-        named = jax.tree.map(lambda _: P(), self)
-        of_rows = P("batch", "kv_heads")
-        return named if self.mean is None else named.replace(mean=of_rows if self.mean.ndim == 3 else P("kv_heads"))
+        return jax.tree.map(lambda _: P(), self)
 
     @property
     def mixes_heads(self) -> bool:

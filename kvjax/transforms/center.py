@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
-from kvjax.segments import LatentSegment, Segment
+from kvjax.segments import LatentSegment
 from kvjax.segments.bases import Offset
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
@@ -29,8 +29,8 @@ def center_keys() -> CacheTransform:
     def center(layer: LayerCache, seen: LayerObservation) -> LayerCache:
         if isinstance(seen.scale, SoftCap):
             return layer
-        basis = Offset(mean_key(layer))
-        return layer.map_dense(*2 * (lambda slots: _without_mean(slots, basis),))
+        basis = Offset(_mean_key(layer))
+        return layer.map_dense(*2 * (lambda slots: LatentSegment.of(slots, basis, None),))
 
     def init(cache: Cache, observation: Observation):
         return (cache, ()) if observation.phase == "begin" else (cache.map_layers(center, observation.layers), ())
@@ -39,12 +39,7 @@ def center_keys() -> CacheTransform:
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="center_keys", order=order, on_ring=center))
 
 
-def _without_mean(slots: Segment, basis: Offset) -> LatentSegment:
-    slots.values_apart("center_keys")
-    return LatentSegment.of(slots.with_slots(stats={}), basis, None)
-
-
-def mean_key(layer: LayerCache) -> jax.Array:
+def _mean_key(layer: LayerCache) -> jax.Array:
     """f32[B, K, H]: of the occupied slots of each row and head."""
     total, count = 0.0, 0
     for slots in (segment.dense() for segment in layer.segments):

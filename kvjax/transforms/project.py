@@ -16,46 +16,37 @@ from kvjax.segments.hadamard import Hadamard
 from kvjax.segments.protocol import KeyRope
 from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.center import mean_key
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
-from pallas_kernels.logits import SoftCap
 
 LayerBases = tuple[Basis | None, Basis | None]
 """Bases of the keys and of the values of a layer; None leaves them as they are."""
 
 
-def rotate_channels(seed: int, *, center: bool = True) -> CacheTransform:
+def rotate_channels(seed: int) -> CacheTransform:
     """Stores rotated keys, and values, in coordinates that spread each channel over all: Hadamard with random signs.
 
-    Exact by itself: codes that follow find numbers that are nearly normal, whatever the channels were. The mean of a
-    row's keys, after their rotation, is subtracted before and read apart, so that an offset that all keys have costs no
-    precision: that of channels which RoPE turns slowly. Where logits are capped it is not.
-
-    Bytes: `4 * B * K * H` a layer for the means.
+    Exact by itself, and no bytes: codes that follow find numbers that are nearly normal, whatever the channels were.
 
     Args:
       seed: of the signs, the same for every layer and head.
-      center: with the mean of the keys.
 
     Raises:
       ValueError: a head's channels are not a power of two (at `init`).
     """
     basis = Hadamard(seed=seed)
 
-    def of(slots: Segment, keys: Hadamard) -> LatentSegment:
-        return LatentSegment.of(slots, keys, None if slots.v is None else basis)
+    def of(slots: Segment) -> LatentSegment:
+        return LatentSegment.of(slots, basis, None if slots.v is None else basis)
 
-    @jax.jit
-    def rotate(layer: LayerCache, seen: LayerObservation) -> LayerCache:
-        keys = basis if not center or isinstance(seen.scale, SoftCap) else basis.replace(mean=mean_key(layer))
-        return layer.map_dense(*2 * (lambda slots: of(slots, keys),))
+    rotate = jax.jit(lambda layer: layer.map_dense(of, of))
 
     def init(cache: Cache, observation: Observation):
-        return (cache, ()) if observation.phase == "begin" else (cache.map_layers(rotate, observation.layers), ())
+        return (cache, ()) if observation.phase == "begin" else (cache.map_layers(rotate), ())
 
     order = Order.of(needs="numbers channels rotated own heads", loses="vectors slots whole channels")
-    return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=rotate))
+    on_ring = lambda layer, seen: rotate(layer)
+    return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=on_ring))
 
 
 def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> CacheTransform:
