@@ -14,7 +14,6 @@ from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments import AnySegment, Queries, Ranks, Rewrite, Segment
 from kvjax.segments.moves import written_after
-from kvjax.segments.slots import token_order
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine
 
@@ -107,14 +106,10 @@ class LayerCache:
         if not ranked:
             return [{}] * len(self.segments)
         pos = jnp.concatenate([s.pos for s in ranked], axis=-1)  # [B, K, S]
-        slots = jnp.argsort(token_order(pos), axis=-1)
-        earlier = (pos >= 0)[:, None] & (pos[:, None] < queries.pos[:, :, None, None])
-        ahead = jnp.broadcast_to(queries.ahead, queries.pos.shape)[..., None]
-        of_queries = jnp.sum(earlier, axis=-1) + ahead
-        each, start = [], 0
+        ranks, each, start = Ranks.of(pos, queries), [], 0
         for s in self.segments:
             end = start + (s.pos.shape[-1] if s.key_rope == "rank" else 0)
-            each.append({"ranks": Ranks(slots[..., start:end], of_queries)} if s.key_rope == "rank" else {})
+            each.append({"ranks": ranks._replace(slots=ranks.slots[..., start:end])} if s.key_rope == "rank" else {})
             start = end
         return each
 

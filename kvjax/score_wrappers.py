@@ -235,7 +235,8 @@ def _joined(scorers: Sequence[Scorer], score: Callable[[Segment, LayerObservatio
         return segment
 
     aligned = all(scorer.aligned for scorer in scorers)
-    return Scorer(score=score, needs=needs, stats=tuple(stats), observe=observe, aligned=aligned)
+    rotated = any(scorer.rotated for scorer in scorers)
+    return Scorer(score, needs, tuple(stats), observe, aligned, rotated)
 
 
 def _standardised(scores: jax.Array, occupied: jax.Array, standard: Standard) -> jax.Array:

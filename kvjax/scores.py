@@ -17,6 +17,7 @@ from kvjax.rope import re_rotate
 from kvjax.score_wrappers import blend, crushed, in_blocks, output_perturbation, over_heads, strongest
 from kvjax.scores_by_pair import gumbel_attention, noncausal_attention, recurrence, slots_of_call
 from kvjax.scores_of_keys import lag_relative, leverage, redundancy
+from kvjax.segments.protocol import Ranks
 from kvjax.segments.segment import Segment
 from kvjax.segments.slots import token_order, without_rounding
 from kvjax.transforms.evict import Scorer
@@ -265,8 +266,6 @@ def future_attention(
         raise ValueError(f"future must be at least 1 and sinks at least 0, got {future} and {sinks}.")
 
     def score(segment: Segment, seen: LayerObservation) -> jax.Array:
-        if segment.key_rope != "stored":
-            raise TypeError("future_attention scores rotated keys; put it before what re-indexes them.")
         count, first, second = seen.moments[sinks][:3]
         B, N, H = first.shape
         K = segment.pos.shape[1]
@@ -297,7 +296,7 @@ def future_attention(
         p = jnp.mean(jnp.where(there, jax.nn.softmax(logits, axis=-1), 0.0), axis=2)
         return p * jnp.linalg.norm(segment.values.astype(jnp.float32), axis=-1) if value_norm else p
 
-    return Scorer(score=score, needs=Needs(moments_from=(sinks,)))
+    return Scorer(score=score, needs=Needs(moments_from=(sinks,)), rotated=True)
 
 
 def retaining_heads() -> Scorer:
@@ -368,6 +367,8 @@ def massive_activations(entries: int = 20) -> Scorer:
 
 def _mass(segment: Segment, seen: LayerObservation, reduce: Reduce = "sum") -> jax.Array:
     how = dict(window=seen.window, scale=seen.scale, reduce=reduce)
+    if segment.key_rope == "rank":
+        how["ranks"] = Ranks.of(segment.pos, seen.queries)
     return sharding.mass(segment, seen.queries, seen.lse, **how)
 
 

@@ -37,8 +37,6 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
     stat = "perturbed_attention"
 
     def observe(segment: Segment, seen: LayerObservation) -> Segment:
-        if segment.key_rope != "stored":
-            raise TypeError("gumbel_attention scores rotated keys; put it before what re-indexes them.")
         if seen.prompt is None:
             raise TypeError("gumbel_attention counts from a prompt's end, and this transform does not say where it is.")
         queries = seen.queries
@@ -70,7 +68,7 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
         return segment.with_slots(stats={**segment.stats, stat: segment.stats[stat] + received})
 
     score = lambda segment, seen: segment.stats[stat]
-    return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe, rotated=True)
 
 
 def _gumbel(seed: int, *numbers: jax.Array) -> jax.Array:
@@ -109,8 +107,6 @@ def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
     stat = "noncausal_attention"
 
     def observe(segment: Segment, seen: LayerObservation) -> Segment:
-        if segment.key_rope != "stored":
-            raise TypeError("noncausal_attention scores rotated keys; put it before what re-indexes them.")
         queries = seen.queries
         B, T, N, H = queries.raw.shape
         K, S = segment.pos.shape[1:]
@@ -152,7 +148,7 @@ def noncausal_attention(chunk: int = 256, sinks: int = 8) -> Scorer:
         pooled = jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
         return jnp.where(segment.pos >= sinks, without_rounding(pooled), -jnp.inf)
 
-    return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe)
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(stat,), observe=observe, rotated=True)
 
 
 def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
@@ -178,8 +174,6 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
     last, longest = "active_after", "gap"  # tokens from a slot's own position to its last activity; tokens
 
     def observe(segment: Segment, seen: LayerObservation) -> Segment:
-        if segment.key_rope != "stored":
-            raise TypeError("recurrence scores rotated keys; put it before what re-indexes them.")
         T, S = seen.queries.pos.shape[1], segment.pos.shape[2]
         if not T or not S:
             return segment
@@ -210,7 +204,7 @@ def recurrence(alpha: float = 1e-4, window: int = 128) -> Scorer:
         once = jnp.where(idle <= 0, 1.0, 1e-3 / (1.0 + jnp.maximum(idle, 0.0)))
         return jnp.where(gap > 0, overdue, once)
 
-    return Scorer(score=score, needs=Needs(queries=ALL), stats=(last, longest), observe=observe)
+    return Scorer(score=score, needs=Needs(queries=ALL), stats=(last, longest), observe=observe, rotated=True)
 
 
 def slots_of_call(segment: Segment, queries: Queries) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.rope import Rope, rotate
+from kvjax.segments.slots import token_order
 from pallas_kernels.attention_mass import Reduce
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
@@ -48,6 +50,13 @@ class Ranks(NamedTuple):
 
     slots: jax.Array  # i32[B, K, S], this segment's slots among all occupied slots of the layer
     queries: jax.Array  # i32[B, T, K]
+
+    @classmethod
+    def of(cls, pos: jax.Array, queries: Queries) -> Ranks:
+        """Counts from positions i32[B, K, S] of all slots of a layer that have ranks."""
+        earlier = (pos >= 0)[:, None] & (pos[:, None] < queries.pos[:, :, None, None])
+        ahead = jnp.broadcast_to(queries.ahead, queries.pos.shape)[..., None]
+        return cls(jnp.argsort(token_order(pos), axis=-1), jnp.sum(earlier, axis=-1) + ahead)
 
     def rotated_queries(self, queries: Queries) -> jax.Array:
         """[B, T, N, H], each query head rotated at its rank in the cache of its KV head."""

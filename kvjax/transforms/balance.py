@@ -47,7 +47,8 @@ def balance_channels(where: Literal["tail", "written"] = "tail") -> CacheTransfo
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    order = Order.of("vectors slots room" if where == "tail" else "tiers numbers", "vectors slots whole channels")
+    needs = "vectors slots room places" if where == "tail" else "tiers numbers places"
+    order = Order.of(needs, loses="vectors slots whole channels")
     schedule = Schedule(acts_in=(), needs=Needs(moments_from=(0,)), name="balance_channels", order=order)
     return CacheTransform(init=init, schedule=schedule)
 

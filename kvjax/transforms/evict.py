@@ -31,6 +31,7 @@ class Scorer(NamedTuple):
       stats: names of the per-slot statistics it keeps in the segment, beside keys and values.
       observe: `(segment, layer observation) -> segment` brings the statistics up to date.
       aligned: the scores of a token are the same in every head of a layer.
+      rotated: it reads keys as attention does at their tokens' positions, so they must be stored rotated.
     """
 
     score: Callable[[Segment, LayerObservation], jax.Array]
@@ -38,6 +39,7 @@ class Scorer(NamedTuple):
     stats: tuple[str, ...] = ()
     observe: Callable[[Segment, LayerObservation], Segment] = lambda segment, seen: segment
     aligned: bool = False
+    rotated: bool = False
 
 
 class Told(NamedTuple):
@@ -143,7 +145,7 @@ def evict(
             excess=excess_over(budget, layers, always),
             at_least=always,
             name="evict",
-            order=Order.of(needs="slots room", loses="whole" if scorer.aligned else "whole aligned"),
+            order=Order.of(asks(scorer, "slots room"), "whole" if scorer.aligned else "whole aligned"),
         ),
     )
 
@@ -159,6 +161,11 @@ def check_scorer(scorer: Scorer, transform: str) -> None:
             f"{transform} needs a Scorer, such as kvjax.scores.negative_key_norm() or "
             f"kvjax.Scorer(score=lambda segment, seen: ...), got {scorer!r}."
         )
+
+
+def asks(scorer: Scorer, names: str) -> str:
+    """Returns `names` of what a transform needs of slots (`Order.of`), and with them what its scorer needs."""
+    return names + " rotated" * scorer.rotated
 
 
 def check_protected(budget: Budget, sinks: int, recent: Budget) -> int:

@@ -18,7 +18,7 @@ from kvjax.segments.ragged import RaggedSegment, SlotList
 from kvjax.segments.segment import dense_tail
 from kvjax.segments.slots import counts_by_owner
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.evict import Scorer, check_protected, check_scorer
+from kvjax.transforms.evict import Scorer, asks, check_protected, check_scorer
 from kvjax.transforms.evict_by_head import HeadBudgets, choose, first_scores, pages_for
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
@@ -115,7 +115,7 @@ def evict_across_layers(
             budget=budget,
             at_least=always,
             name="evict_across_layers",
-            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots own heads"),
+            order=Order.of(asks(scorer, "vectors slots room places"), "whole aligned vectors slots own heads"),
         ),
     )
 

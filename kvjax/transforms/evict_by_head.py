@@ -15,7 +15,7 @@ from kvjax.segments import Segment
 from kvjax.segments.ragged import RaggedSegment, SlotList, split_pages
 from kvjax.segments.slots import counts_by_owner, places, priority, ranks, ranks_by_owner, sums_by_owner
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.evict import Scorer, check_protected, check_scorer, is_protected, slot_scores
+from kvjax.transforms.evict import Scorer, asks, check_protected, check_scorer, is_protected, slot_scores
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 
@@ -153,7 +153,7 @@ def evict_by_head(
             excess=excess,
             at_least=always,
             name="evict_by_head",
-            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots heads"),
+            order=Order.of(asks(scorer, "vectors slots room places"), "whole aligned vectors slots heads"),
         ),
     )
 

@@ -17,6 +17,7 @@ from kvjax.segments.slots import keep_highest, lowest_first, lowest_slot, marked
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
+    asks,
     check_protected,
     check_scorer,
     is_protected,
@@ -175,7 +176,7 @@ def merge(
             excess=excess_over(budget, layers, always),
             at_least=always,
             name="merge",
-            order=Order.of(needs="vectors slots room", loses="whole aligned"),
+            order=Order.of(asks(scorer, "vectors slots room"), "whole aligned"),
         ),
     )
 

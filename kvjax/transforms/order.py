@@ -14,6 +14,7 @@ PROPERTIES = {
     "channels": "all channels of keys and values",
     "numbers": "stored numbers that are no codes yet",
     "rotated": "keys that are rotated where they are stored",
+    "places": "keys that are rotated at their tokens' positions, not at ranks in the cache",
     "heads": "slots that lie head by head, not in pages",
     "own": "slots that no other layer shares",
     "tiers": "slots in two segments, by their worth",

@@ -80,7 +80,7 @@ def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> Cac
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
     loses = "vectors slots whole channels" + " rotated" * (key_rope != "stored")
-    order = Order.of("vectors slots room" + " aligned" * bool(mixed), loses)
+    order = Order.of("vectors slots room places" + " aligned" * bool(mixed), loses)
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 
@@ -131,7 +131,7 @@ def project_by_head(groups: Sequence[Sequence[HeadBases]]) -> CacheTransform:
         heads = [tuple(group.heads for group in layer) for layer in groups]
         return cache.map_layers(compress, _of_all_layers(bases, cache), heads), ()
 
-    order = Order.of(needs="vectors slots room", loses="vectors slots whole channels")
+    order = Order.of(needs="vectors slots room places", loses="vectors slots whole channels")
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
 
 
@@ -172,7 +172,7 @@ def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTr
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
-    order = Order.of(needs="vectors slots room aligned", loses="vectors slots whole channels rotated")
+    order = Order.of(needs="vectors slots room aligned places", loses="vectors slots whole channels rotated")
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project_jointly", order=order))
 
 
@@ -207,7 +207,8 @@ def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> Cach
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    order, needs = Order.of(needs="vectors slots room", loses="vectors slots whole channels"), Needs(queries=queries)
+    order = Order.of(needs="vectors slots room places", loses="vectors slots whole channels")
+    needs = Needs(queries=queries)
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), needs=needs, name="prune_channels", order=order))
 
 

@@ -10,7 +10,7 @@ from kvjax.observation import LayerObservation, Observation
 from kvjax.segments.segment import dense_tail
 from kvjax.segments.slots import keep_highest, marked, priority
 from kvjax.transforms.base import CacheTransform
-from kvjax.transforms.evict import Scorer, check_scorer, slot_scores
+from kvjax.transforms.evict import Scorer, asks, check_scorer, slot_scores
 from kvjax.transforms.order import Order
 
 
@@ -55,6 +55,6 @@ def protect(transform: CacheTransform, scorer: Scorer, slots: int) -> CacheTrans
         add = lambda layer, part: layer.replace(segments=(part[1], *layer.segments))
         return rest.map_layers(add, parts), state
 
-    order = schedule.order._replace(needs=schedule.order.needs | Order.of("vectors slots room").needs)
+    order = schedule.order._replace(needs=schedule.order.needs | Order.of(asks(scorer, "vectors slots room")).needs)
     needs = schedule.needs.union(scorer.needs)
     return transform._replace(init=init, schedule=schedule._replace(needs=needs, name="protect", order=order))

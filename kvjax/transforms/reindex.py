@@ -23,5 +23,5 @@ def reindex() -> CacheTransform:
     def init(cache: Cache, observation: Observation):
         return cache.map_layers(compress, observation.layers), ()
 
-    order = Order.of(needs="vectors slots room", loses="rotated whole")
+    order = Order.of(needs="vectors slots room", loses="rotated places whole")
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="reindex", order=order))

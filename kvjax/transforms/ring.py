@@ -35,7 +35,7 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
       budget: tokens per KV head, sinks included, as a count or as a fraction of each row's prompt; a fraction is never
         less than the sinks and one token.
       sinks: first tokens that are never overwritten.
-      key_rope: "stored" keeps original positions; "rank" re-indexes them inside the cache.
+      key_rope: "stored" keeps positions as they are; "rank" re-indexes them inside the cache.
 
     Raises:
       ValueError: the budget is no larger than the sinks.
@@ -47,7 +47,7 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
     @functools.partial(jax.jit, static_argnames="slots")
     def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int) -> LayerCache:
         segment = as_ring(slot_tail(layer, "ring"), slots, sinks, rows)
-        if key_rope != segment.key_rope:
+        if key_rope not in ("stored", segment.key_rope):
             segment = unrotated(segment, seen.queries.rope).replace(key_rope=key_rope)
         return layer.with_tail(segment)
 
@@ -59,6 +59,7 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
         return cache.map_layers(shrink, observation.layers), ()
 
     turned = key_rope != "stored"
+    loses = "whole room" + " rotated" * turned + " places" * (key_rope == "rank")
     return CacheTransform(
         init=init,
         schedule=Schedule(
@@ -68,6 +69,6 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
             budget=budget,
             at_least=sinks + 1,
             name="ring",
-            order=Order.of("slots room" + turned * " vectors", "whole room" + turned * " rotated"),
+            order=Order.of("slots room" + " vectors" * turned, loses),
         ),
     )

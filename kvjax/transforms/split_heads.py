@@ -70,6 +70,6 @@ def split_heads(
         each = lambda layer, heads: compress(layer, rows, tuple(heads), slots)
         return cache.map_layers(each, full), ()
 
-    order = Order.of(needs="vectors slots room", loses="whole aligned vectors slots")
+    order = Order.of(needs="vectors slots room places", loses="whole aligned vectors slots")
     schedule = Schedule(acts_in=(), name="split_heads", order=order)
     return CacheTransform(init=init, schedule=schedule)

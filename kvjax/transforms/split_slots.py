@@ -16,6 +16,7 @@ from kvjax.segments.slots import keep_highest, marked
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.evict import (
     Scorer,
+    asks,
     check_protected,
     check_scorer,
     is_protected,
@@ -88,6 +89,6 @@ def split_slots(
             needs=scorer.needs,
             observer=Observer(after_chunk=observe if scorer.stats else None),
             name="split_slots",
-            order=Order.of(needs="vectors slots room", loses="whole aligned vectors slots", gives="tiers"),
+            order=Order.of(asks(scorer, "vectors slots room"), "whole aligned vectors slots", "tiers"),
         ),
     )

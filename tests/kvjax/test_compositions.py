@@ -15,6 +15,7 @@ from tests.quick_jit import quick_jit
 B, T, ROOM = 2, 24, 10
 _data = lambda recipe: calibrate(tiny_model.CONFIG)(recipe, None)
 FLAGSHIPS = {
+    "reindex": kvjax.reindex,
     "evict": lambda: methods.snapkv(16, window=4, kernel=3),
     "same_tokens": lambda: kvjax.at_prefill_end(kvjax.evict(kvjax.scores.last_query_attention(), 16)),
     "merge": lambda: kvjax.at_prefill_end(
@@ -42,10 +43,11 @@ FLAGSHIPS = {
 PACKED = {"quantize", "quantize_slots", "turboquant", "correct", "codebook", "rotate"}
 # What each may follow, the first of a chain aside.
 ALLOWED = {
-    "evict": {"same_tokens", "merge", "cast", "quantize_slots"},
-    "same_tokens": {"evict", "merge", "cast", "quantize_slots"},
-    "merge": {"evict", "same_tokens", "cast"},
-    "ring": {"evict", "same_tokens", "merge", "cast", "quantize_slots"},
+    "reindex": {"evict", "same_tokens", "merge", "cast"},
+    "evict": {"same_tokens", "merge", "cast", "quantize_slots", "reindex"},
+    "same_tokens": {"evict", "merge", "cast", "quantize_slots", "reindex"},
+    "merge": {"evict", "same_tokens", "cast", "reindex"},
+    "ring": {"evict", "same_tokens", "merge", "cast", "quantize_slots", "reindex"},
     "paged": {"evict", "same_tokens", "merge", "cast"},
     "pooled": {"evict", "same_tokens", "merge", "cast"},
     "quantize": {*FLAGSHIPS} - PACKED,
@@ -54,9 +56,9 @@ ALLOWED = {
     "correct": {*FLAGSHIPS} - {*PACKED, "ring"},
     "codebook": {"evict", "same_tokens", "merge", "paged", "split", "tiers", "cast"},
     "rotate": {"same_tokens", "cast"},
-    "tiers": {"evict", "same_tokens", "merge", "cast"},
+    "tiers": {"evict", "same_tokens", "merge", "cast", "reindex"},
     "balance": {"evict", "same_tokens", "merge", "cast"},
-    "cast": {*FLAGSHIPS} - {*PACKED, "cast", "joint"},
+    "cast": {*FLAGSHIPS} - {*PACKED, "cast", "joint", "reindex"},
     "project": {"evict", "same_tokens", "merge", "cast"},
     "joint": {"same_tokens", "cast"},
     "prune": {"evict", "same_tokens", "merge", "cast"},
@@ -82,6 +84,8 @@ ONCE = {
     ("evict", "ring"),
     ("project", "cast"),
     ("cast", "evict"),
+    ("reindex", "evict"),
+    ("reindex", "quantize"),
     *((first, "quantize_slots") for first in ("evict", "merge", "ring", "paged", "pooled", "split", "share_basis")),
     *((first, "turboquant") for first in ("evict", "ring", "split", "tiers")),
     ("quantize_slots", "evict"),

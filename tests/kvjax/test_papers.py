@@ -111,6 +111,12 @@ def test_h2o_with_fractions_keeps_them_of_each_row():
 
 
 @pytest.mark.parametrize("chunk", [None, 9])
+def test_h2o_scores_at_the_ranks_that_attention_reads_at(chunk):
+    method = kvjax.chain(kvjax.reindex(), methods.h2o(BUDGET, recent=0.5))
+    _follow(method, lambda row: papers.H2O(BUDGET, BUDGET // 2), chunk=chunk, reindex=True)
+
+
+@pytest.mark.parametrize("chunk", [None, 9])
 def test_tova(chunk):
     _follow(methods.tova(BUDGET), lambda row: papers.Tova(BUDGET), chunk=chunk)
 
@@ -132,6 +138,11 @@ def test_keydiff_block_by_block_drops_before_it_reads_on():
 def test_streamingllm(reindex, chunk):
     method = methods.streamingllm(BUDGET, sinks=3, reindex=reindex)
     _follow(method, lambda row: papers.StreamingLLM(3, BUDGET - 3), chunk=chunk, reindex=reindex)
+
+
+def test_a_ring_leaves_re_indexed_slots_as_they_are():
+    method = kvjax.chain(kvjax.reindex(), methods.streamingllm(BUDGET, sinks=3, reindex=False))
+    _follow(method, lambda row: papers.StreamingLLM(3, BUDGET - 3), reindex=True)
 
 
 def test_streamingllm_without_sinks_is_a_sliding_window():
