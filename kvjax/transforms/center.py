@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import jax
 import jax.numpy as jnp
 
@@ -14,13 +16,15 @@ from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 from pallas_kernels.logits import SoftCap
 
+_log = logging.getLogger(__name__)
+
 
 def center_keys() -> CacheTransform:
     """Stores rotated keys less their mean over the row's prompt, `k - m`, and adds `<q, m>` to the logits.
 
     Exact by itself. Codes that follow span what keys differ in: a channel that is near 300 in every key, as biases make
     it, has the step of its variation, not one that a 16-bit zero can resolve there. That helps channels that RoPE turns
-    slowly. Where logits are capped, keys stay as they are.
+    slowly. Where logits are capped a sum of two parts cannot be: keys stay as they are, and a line in the log says so.
 
     Bytes: `4 * B * K * H` a layer.
     """
@@ -28,6 +32,7 @@ def center_keys() -> CacheTransform:
     @jax.jit
     def center(layer: LayerCache, seen: LayerObservation) -> LayerCache:
         if isinstance(seen.scale, SoftCap):
+            _log.warning("center_keys leaves keys as they are: this layer's logits are capped.")
             return layer
         basis = Offset(_mean_key(layer))
         return layer.map_dense(*2 * (lambda slots: LatentSegment.of(slots, basis, None),))

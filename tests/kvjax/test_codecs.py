@@ -16,6 +16,7 @@ from kvjax.segments.bases import Matrix
 from kvjax.segments.hadamard import Hadamard
 from kvjax.segments.ragged import SlotList
 from kvjax.segments.slots import LAST
+from pallas_kernels.logits import SoftCap
 from tests.kvjax.slot_arrays import seen_of, slots_cache
 from tests.pallas_kernels.attention_numpy import attention
 from tests.quick_jit import quick_jit
@@ -423,6 +424,14 @@ def test_an_offset_of_a_channel_costs_no_precision_where_keys_are_centred():
 
     assert steps(300.0, False) > 3 * steps(0.0, False)
     assert steps(300.0, True) < 1.1 * steps(0.0, False)
+
+
+def test_keys_under_a_cap_of_logits_are_not_centred_and_the_log_says_so(caplog):
+    seen = seen_of([20])
+    capped = seen.replace(layers=tuple(layer.replace(scale=SoftCap(0.5, 50.0)) for layer in seen.layers))
+    cache = slots_cache(np.random.default_rng(0).normal(size=(1, 2, 20, 4)), [20])
+    assert jax.tree.structure(kvjax.center_keys().init(cache, capped)[0]) == jax.tree.structure(cache)
+    assert "center_keys leaves keys as they are" in caplog.text
 
 
 @pytest.mark.parametrize(
