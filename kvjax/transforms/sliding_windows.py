@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Observation
+from kvjax.observation import Observation
 from kvjax.segments.segment import slot_tail
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.ring import as_ring
@@ -20,8 +22,7 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
     (`Schedule.on_ring`). Otherwise the transform sees a cache of the other layers only, so budgets are of those, what
     layers share is shared among those, and what it holds per layer must be of as many.
 
-    Where the prompt fits into the window, and where all layers have one, there is nothing to leave out: the transform
-    gets every layer, of which attention and scores see what is inside the window.
+    Where all layers have a window, the transform gets every layer, of which attention and scores see what is inside it.
 
     Args:
       transform: what compresses the other layers.
@@ -54,17 +55,18 @@ def respect_windows(transform: CacheTransform) -> CacheTransform:
         cache, state = outside.init(cache, observation)
         layers = list(cache.layers)
         for i in bounded_layers(observation):
-            layers[i] = _bound(layers[i], observation.layers[i])
+            seen = observation.layers[i]
+            layers[i] = _bound(layers[i], slots=observation.slots_of(seen.window, grows=False))
             if store is not None and observation.phase != "begin":
-                layers[i] = store(layers[i], observation.layers[i])
+                layers[i] = store(layers[i], seen)
         return cache.replace(layers=tuple(layers)), state
 
     return outside._replace(init=init)
 
 
-@jax.jit
-def _bound(layer: LayerCache, seen: LayerObservation) -> LayerCache:
-    return layer.with_tail(as_ring(slot_tail(layer, "respect_windows"), seen.window, 0))
+@functools.partial(jax.jit, static_argnames="slots")
+def _bound(layer: LayerCache, *, slots: int) -> LayerCache:
+    return layer.with_tail(as_ring(slot_tail(layer, "respect_windows"), slots, 0))
 
 
 def bounded_layers(observation: Observation) -> tuple[int, ...]:
@@ -72,4 +74,4 @@ def bounded_layers(observation: Observation) -> tuple[int, ...]:
     windows = [seen.window for seen in observation.layers]
     if None not in windows:
         return ()
-    return tuple(i for i, window in enumerate(windows) if window is not None and window < observation.prompt_slots)
+    return tuple(i for i, window in enumerate(windows) if window is not None)

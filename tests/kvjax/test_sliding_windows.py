@@ -81,20 +81,44 @@ def test_an_eviction_that_acts_in_decoding_and_in_chunks_goes_on_beside_the_ring
     assert held == [WINDOW, 16]
 
 
-@pytest.mark.parametrize("change", [dict(window=PROMPT), dict(local_layers=(0, 1)), dict(local_layers=())])
-def test_without_a_layer_that_its_window_bounds_the_transform_gets_all_layers(change):
+@pytest.mark.parametrize("change", [dict(local_layers=(0, 1)), dict(local_layers=())])
+def test_where_all_layers_are_alike_the_transform_gets_all(change):
     config = dataclasses.replace(CONFIG, **change)
     evict = kvjax.at_prefill_end(kvjax.evict(kvjax.scores.negative_key_norm(), 16))
     cache = jax.eval_shape(lambda: run(kvjax.respect_windows(evict), config=config, compiled=jax.jit)[1])
     assert [layer.segments[-1].pos.shape[-1] for layer in cache.layers] == [16 + AFTER] * 2
 
 
-def test_bounded_layers_are_those_with_a_shorter_window_than_the_prompt():
+def test_a_ring_has_no_more_slots_than_there_can_be_tokens():
+    config = dataclasses.replace(CONFIG, window=PROMPT + 30)
+    cache = jax.eval_shape(lambda: run(kvjax.respect_windows(kvjax.identity()), config=config, compiled=jax.jit)[1])
+    assert [layer.segments[-1].pos.shape[-1] for layer in cache.layers] == [PROMPT + AFTER] * 2
+
+
+@pytest.mark.parametrize("method", [kvjax.methods.kivi(4, 8, 16), kvjax.methods.snapkv(5, window=2, kernel=3)])
+def test_a_prompt_within_the_window_is_stored_as_beside_a_longer_one(method):
+    """What a layer with a window stores does not depend on whether the batch holds a prompt longer than the window."""
+    few = WINDOW - 2
+
+    @functools.partial(quick_jit, static_argnames="T")
+    def logits(params, lengths, *, T):
+        step, transform = tiny_model.bind(params, CONFIG), kvjax.respect_windows(method)
+        empty = tiny_model.empty(2, CONFIG)
+        after = kvjax.prefill(step, transform, TOKENS[:, :T], lengths, empty, room=AFTER, call_tokens=AFTER)
+        return kvjax.extend(step, transform, after, TOKENS[:, -AFTER:], jnp.full(2, AFTER))[1]
+
+    params = tiny_model.params(CONFIG)
+    beside, alone = (logits(params, jnp.array([few, T]), T=T) for T in (PROMPT, few))
+    np.testing.assert_allclose(beside[0], alone[0], atol=2e-5)  # float32, slots lie in other places
+
+
+def test_bounded_layers_are_those_with_a_window_where_others_have_none():
     step = tiny_model.bind(tiny_model.params(CONFIG), CONFIG)
     empty = tiny_model.empty(2, CONFIG)
     out = jax.eval_shape(lambda: step(TOKENS, jnp.zeros_like(TOKENS), empty, needs=kvjax.Needs(), last_only=True))
-    seen = lambda slots: kvjax.Observation(out.layers, jnp.array([1, 1]), jnp.array([1, 1]), slots)
-    assert bounded_layers(seen(WINDOW)) == () and bounded_layers(seen(WINDOW + 1)) == (0,)
+    seen = kvjax.Observation(out.layers, jnp.array([1, 1]), jnp.array([1, 1]), WINDOW)
+    assert bounded_layers(seen) == (0,)
+    assert all(bounded_layers(seen.replace(layers=(layer,) * 2)) == () for layer in seen.layers)
 
 
 def test_a_learned_prefix_is_seen_from_beyond_the_window():
