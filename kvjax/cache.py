@@ -102,14 +102,15 @@ class LayerCache:
         return self.replace(segments=(*self.segments[:-1], segment))
 
     def _ranks(self, queries: Queries) -> list[dict[str, Ranks]]:
-        ranked = [s for s in self.segments if s.key_rope == "rank"]  # a prefix of rotated keys has no rank
+        has_ranks = lambda s: s.key_rope in ("rank", "window")  # a prefix of rotated keys has none
+        ranked = [s for s in self.segments if has_ranks(s)]
         if not ranked:
             return [{}] * len(self.segments)
         pos = jnp.concatenate([s.pos for s in ranked], axis=-1)  # [B, K, S]
         ranks, each, start = Ranks.of(pos, queries), [], 0
         for s in self.segments:
-            end = start + (s.pos.shape[-1] if s.key_rope == "rank" else 0)
-            each.append({"ranks": ranks._replace(slots=ranks.slots[..., start:end])} if s.key_rope == "rank" else {})
+            end = start + (s.pos.shape[-1] if has_ranks(s) else 0)
+            each.append({"ranks": ranks._replace(slots=ranks.slots[..., start:end])} if has_ranks(s) else {})
             start = end
         return each
 

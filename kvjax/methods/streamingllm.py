@@ -13,8 +13,9 @@ from kvjax.transforms import CacheTransform, ring
 def streamingllm(budget: Budget = 516, sinks: int = 4, reindex: bool = True) -> CacheTransform:
     """Keeps the first `sinks` tokens and the newest `budget - sinks`, in constant memory for ever.
 
-    Keys are stored un-rotated and rotated at every read at their rank in the cache, and so is the query:
-    positions never exceed the cache's size plus the tokens of the current call.
+    Positions are those inside the cache: the sinks stand right before the window, whatever has left it. Window keys are
+    read as they were rotated, since their distances to the query are the same; only for the sinks is the query rotated
+    at its rank in the cache. Distances never exceed the cache's size plus the tokens of the current call.
 
     Args:
       budget: tokens per KV head, sinks included (the official class keeps 4 and 512); a fraction of each row's prompt
@@ -22,4 +23,4 @@ def streamingllm(budget: Budget = 516, sinks: int = 4, reindex: bool = True) -> 
       sinks: first tokens that are never overwritten.
       reindex: positions inside the cache, as in the paper; False keeps the original ones.
     """
-    return ring(budget, sinks=sinks, key_rope="rank" if reindex else "stored")
+    return ring(budget, sinks=sinks, reindexed=reindex)

@@ -100,7 +100,7 @@ class LatentSegment:
         cls, slots: Segment, key_basis: Basis | None, value_basis: Basis | None, *, joint: bool = False
     ) -> LatentSegment:
         """Projects dense slots, whose rotation (`key_rope`) stays as it is."""
-        if slots.key_rope == "rank":
+        if slots.key_rope in ("rank", "window"):
             raise TypeError("LatentSegment takes slots with positions of their own: none that are re-indexed.")
         if joint and slots.bias is not None:
             raise TypeError("A joint LatentSegment cannot keep slots that each head has merged in its own way.")

@@ -14,13 +14,15 @@ from pallas_kernels.attention_mass import Reduce
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
 
-KeyRope = Literal["stored", "at_attend", "rank"]
+KeyRope = Literal["stored", "at_attend", "rank", "window"]
 """Where keys meet their position.
 
 stored: rotated once, when written, at the token's position.
 at_attend: stored un-rotated and rotated on every read, at the token's position.
 rank: stored un-rotated and rotated on every read at the slot's rank among the occupied slots of its
-  layer cache; so is the query (StreamingLLM, Locret).
+  layer cache; so is the query (Locret).
+window: what "rank" gives in a ring whose newest tokens follow each other, of keys that stay rotated: there ranks differ
+  as positions do, so the sinks alone are read by the query at its rank (StreamingLLM).
 """
 
 
@@ -102,7 +104,7 @@ class AnySegment(Protocol):
           queries: of all its KV heads.
           window: tokens a query looks back over, itself included; None: all.
           scale: multiplies the dot products, and may cap them; None: `H ** -0.5`.
-          ranks: for `key_rope="rank"`.
+          ranks: for `key_rope="rank"` and "window".
           key_basis: in which its keys are coordinates of un-rotated keys (`LatentSegment`). None: they are keys.
         """
 

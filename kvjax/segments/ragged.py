@@ -70,7 +70,7 @@ class RaggedSegment:
           pages: [P]; on a mesh as many more as make its shards equal.
         """
         slots, owner = held
-        if slots.key_rope == "rank":
+        if slots.key_rope in ("rank", "window"):
             raise TypeError("RaggedSegment does not re-index positions.")
         B, M = owner.shape
         K, pages = kv_heads, sharding.whole_pages(pages, batch=B)

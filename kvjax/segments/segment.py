@@ -21,7 +21,7 @@ from kvjax.slots import Slots
 from pallas_kernels.attention_mass import Reduce, attention_mass
 from pallas_kernels.decode_attention import Pages, Rotation, decode_attention
 from pallas_kernels.logits import Scale
-from pallas_kernels.partial import Partial
+from pallas_kernels.partial import Partial, combine
 
 
 @struct.dataclass
@@ -132,6 +132,10 @@ class Segment:
           key_basis: in which the keys are coordinates of un-rotated keys. None: they are keys.
           pages: whose the slots of the one head are that is stored. None: of their own.
         """
+        if self.key_rope == "window":
+            sinks, rest = self._sinks_apart()
+            how = dict(window=window, scale=scale)
+            return combine([sinks.attend(_at_ranks(queries, ranks), **how), rest.attend(queries, **how)])
         q, q_pos = self._queries(queries, ranks), queries.pos
         batch = q.shape[0]
         folded = self.pos.shape[0] == 1 and batch > 1
@@ -171,6 +175,11 @@ class Segment:
         reduce: Reduce = "sum",
     ) -> jax.Array:
         """See `AnySegment.mass`."""
+        if self.key_rope == "window":
+            how = dict(window=window, scale=scale, reduce=reduce)
+            each = [self.replace(key_rope="stored").mass(q, lse, **how) for q in (_at_ranks(queries, ranks), queries)]
+            sinks = jnp.repeat(self.layout.is_sink(self.pos), lse.shape[2] // self.pos.shape[1], axis=1)
+            return jnp.where(sinks, *each)
         q, k = self._queries(queries, ranks), codecs.decode(self.k, None if self.is_plain else queries.raw.dtype)
         if self.key_rope != "stored":
             k = rotate(k, self.pos if self.key_rope == "at_attend" else ranks.slots, queries.rope)
@@ -251,7 +260,7 @@ class Segment:
 
     def slots_of(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope | None) -> Segment:
         """Returns the tokens as a segment of their own: see `append`; stored as this one is, with its statistics."""
-        if self.key_rope == "stored":
+        if self.key_rope in ("stored", "window"):
             k = rotate(k, pos[:, None], rope)
         slot_pos = jnp.broadcast_to(pos[:, None], k.shape[:3])
         stored = lambda like, x: None if like is None else codecs.encode_like(like, x, slot_pos >= 0)
@@ -389,14 +398,26 @@ class Segment:
 
     def _queries(self, queries, ranks):
         """[B, T, N, H], rotated as the keys are when they are read."""
-        if self.key_rope == "rank" and ranks is None:
-            raise TypeError("A segment with key_rope='rank' is read through its layer cache.")
-        return ranks.rotated_queries(queries) if self.key_rope == "rank" else queries.rotated
+        return (_at_ranks(queries, ranks) if self.key_rope == "rank" else queries).rotated
+
+    def _sinks_apart(self) -> tuple[Segment, Segment]:
+        """Returns the sinks of a ring, gathered, and its slots without them."""
+        here = self.pos[:, :, None] == jnp.arange(self.layout.sinks)[:, None]  # [B, K, sinks, S]
+        sinks = self.take(jnp.argmax(here, axis=-1), jnp.any(here, axis=-1))
+        plain = dict(key_rope="stored", layout=Rows())
+        return sinks.replace(**plain), self.drop(self.layout.is_sink(self.pos)).replace(**plain)
+
+
+def _at_ranks(queries: Queries, ranks: Ranks | None) -> Queries:
+    """The queries, rotated at their ranks."""
+    if ranks is None:
+        raise TypeError("Keys that are read at ranks are read through their layer cache, which counts them.")
+    return queries._replace(raw=ranks.rotated_queries(queries), rope=None)
 
 
 def unrotated(slots: Segment, rope: Rope) -> Segment:
     """Stores keys as they were before their rotation, to be rotated when read."""
-    if slots.key_rope != "stored":
+    if slots.key_rope not in ("stored", "window"):
         return slots
     return slots.replace(k=re_rotate(slots.k, -slots.pos, rope), key_rope="at_attend")
 

@@ -40,7 +40,7 @@ def center_keys() -> CacheTransform:
     def init(cache: Cache, observation: Observation):
         return (cache, ()) if observation.phase == "begin" else (cache.map_layers(center, observation.layers), ())
 
-    order = Order.of(needs="numbers channels rotated own heads", loses="vectors slots whole")
+    order = Order.of(needs="numbers channels rotated places own heads", loses="vectors slots whole")
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="center_keys", order=order, on_ring=center))
 
 

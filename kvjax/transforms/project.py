@@ -44,7 +44,7 @@ def rotate_channels(seed: int) -> CacheTransform:
     def init(cache: Cache, observation: Observation):
         return (cache, ()) if observation.phase == "begin" else (cache.map_layers(rotate), ())
 
-    order = Order.of(needs="numbers channels rotated own heads", loses="vectors slots whole channels")
+    order = Order.of(needs="numbers channels rotated places own heads", loses="vectors slots whole channels")
     on_ring = lambda layer, seen: rotate(layer)
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=on_ring))
 

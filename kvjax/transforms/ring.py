@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Observation
+from kvjax.observation import Observation
 from kvjax.segments.layouts import Ring
-from kvjax.segments.protocol import KeyRope
-from kvjax.segments.segment import Segment, slot_tail, unrotated
+from kvjax.segments.segment import Segment, slot_tail
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
@@ -26,7 +25,7 @@ def as_ring(segment: Segment, slots: int, sinks: int, rows: jax.Array | None = N
     return segment.replace(layout=Ring(sinks)).newest(rows, slots)
 
 
-def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> CacheTransform:
+def ring(budget: Budget, *, sinks: int = 4, reindexed: bool = False) -> CacheTransform:
     """Keeps tokens `0 .. sinks - 1` and the newest `budget - sinks`, in a segment that overwrites its oldest.
 
     Memory never grows, in prefill or decode, and no slot is spent on slack.
@@ -35,7 +34,7 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
       budget: tokens per KV head, sinks included, as a count or as a fraction of each row's prompt; a fraction is never
         less than the sinks and one token.
       sinks: first tokens that are never overwritten.
-      key_rope: "stored" keeps positions as they are; "rank" re-indexes them inside the cache.
+      reindexed: positions are counted inside the cache; False keeps them as they are.
 
     Raises:
       ValueError: the budget is no larger than the sinks.
@@ -45,21 +44,20 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
     check_budget(budget, at_least=sinks + 1, holds=f"{sinks} sinks and one recent token")
 
     @functools.partial(jax.jit, static_argnames="slots")
-    def compress(layer: LayerCache, seen: LayerObservation, rows: jax.Array, *, slots: int) -> LayerCache:
+    def compress(layer: LayerCache, rows: jax.Array, *, slots: int) -> LayerCache:
         segment = as_ring(slot_tail(layer, "ring"), slots, sinks, rows)
-        if key_rope not in ("stored", segment.key_rope):
-            segment = unrotated(segment, seen.queries.rope).replace(key_rope=key_rope)
+        if sinks and reindexed and segment.key_rope == "stored":
+            segment = segment.replace(key_rope="window")
         return layer.with_tail(segment)
 
     def init(cache: Cache, observation: Observation):
         slots = budget_slots(budget, observation.prompt_slots, sinks + 1)
         slots = observation.slots_of(slots, grows=False)  # a ring never does
         rows = budget_rows(budget, observation.prompt, observation.prompt_slots, sinks + 1)
-        shrink = lambda layer, seen: compress(layer, seen, rows, slots=slots)
-        return cache.map_layers(shrink, observation.layers), ()
+        return cache.map_layers(functools.partial(compress, rows=rows, slots=slots)), ()
 
-    turned = key_rope != "stored"
-    loses = "whole room" + " rotated" * turned + " places" * (key_rope == "rank")
+    # Ranks differ as positions do where the newest tokens follow each other: nothing has chosen among them.
+    needs, loses = ("slots room whole", "whole room places") if sinks and reindexed else ("slots room", "whole room")
     return CacheTransform(
         init=init,
         schedule=Schedule(
@@ -69,6 +67,6 @@ def ring(budget: Budget, *, sinks: int = 4, key_rope: KeyRope = "stored") -> Cac
             budget=budget,
             at_least=sinks + 1,
             name="ring",
-            order=Order.of("slots room" + " vectors" * turned, loses),
+            order=Order.of(needs, loses),
         ),
     )

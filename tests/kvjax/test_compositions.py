@@ -171,6 +171,9 @@ def test_the_reason_says_what_is_there():
         kvjax.chain(methods.snapkv(64), methods.cskv(_data("cskv")))
     with pytest.raises(ValueError, match="share_basis cannot follow evict: it needs the whole prompt"):
         kvjax.chain(FLAGSHIPS["same_tokens"](), methods.xkv())
+    with pytest.raises(ValueError, match="ring cannot follow evict: it needs the whole prompt"):
+        kvjax.chain(methods.snapkv(64), methods.streamingllm(32))  # its newest tokens would not follow each other
+    assert kvjax.chain(methods.snapkv(64), kvjax.reindex(), methods.streamingllm(32, reindex=False)).schedule.name
     three = kvjax.chain(methods.snapkv(64), kvjax.chain(methods.fp8(), methods.kivi(4)))
     with pytest.raises(ValueError, match="cannot follow"):
         kvjax.chain(three, methods.think())

@@ -339,7 +339,7 @@ SEGMENT = {
     "ranks without a layer cache": (
         lambda: _segment(key_rope="rank").attend(_QUERIES),
         TypeError,
-        "key_rope='rank' is read through its layer cache",
+        "Keys that are read at ranks are read through their layer cache",
     ),
     "appending to packed slots": (
         lambda: _encode(_segment()).append(_KV, _KV, jnp.zeros((2, 1), jnp.int32), _QUERIES.rope),

@@ -218,6 +218,20 @@ def test_ranks_count_what_the_whole_layer_cache_holds():
     np.testing.assert_allclose(jnp.concatenate(masses, axis=-1), want.probability[:, 0], **CLOSE)
 
 
+def test_rotated_keys_of_a_window_read_as_ranks_do():
+    """Sinks 0, 1, 2 and the newest 5 of 20 tokens, in slots of any order, some of them empty."""
+    index = jnp.broadcast_to(jnp.array([17, 1, 19, 0, 16, 2, 18, 15, 3, 4]), (B, K, 10))
+    held = jnp.arange(10) < jnp.full((B, K, 1), 8)
+    cut = lambda how: _filled(20, key_rope=how).take(index, held).replace(layout=Ring(3))
+    window, ranked = (LayerCache((cut(how),)) for how in ("window", "rank"))
+    queries = _queries([20, 23])._replace(ahead=jnp.array([[0, 3]]))
+    parts = [_attend(layer, queries) for layer in (window, ranked)]
+    for a, b in zip(*parts):
+        np.testing.assert_allclose(a, b, **CLOSE)
+    for a, b in zip(*(_mass(layer, queries, parts[0].lse) for layer in (window, ranked))):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
 @pytest.mark.parametrize("queries", [[7], [2, 9, 12]])
 def test_a_prefix_shared_by_the_batch_is_the_prefix_repeated(queries):
     queries = _queries(queries)
