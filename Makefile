@@ -60,7 +60,9 @@ PIP_NOISE := ^ *(Collecting|Obtaining|Requirement already|Looking in|Attempting|
 PIP_INSTALL = $(VENV_PYTHON) -m pip install --disable-pip-version-check --progress-bar off -e '.[$(1)]' \
 	| awk '!/$(PIP_NOISE)/ { print; fflush() }'
 
-$(INSTALLED): setup.cfg pyproject.toml $(STALE)
+NATIVE := $(wildcard pallas_kernels/decode_attention/native/*)
+
+$(INSTALLED): setup.cfg pyproject.toml setup.py $(NATIVE) $(STALE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "kvjax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not found)." >&2; \
 		echo "Name another one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }

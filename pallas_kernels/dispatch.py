@@ -12,11 +12,11 @@ import jax
 
 from pallas_kernels.logits import SoftCap
 
-Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
-"""The jnp reference, the Pallas kernel for TPU (Mosaic), the Pallas kernel for Hopper GPUs (Mosaic GPU)."""
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu", "native_cpu"]
+"""The jnp reference, the Pallas kernel for TPU (Mosaic) or for Hopper GPUs (Mosaic GPU), the C++ one for CPU."""
 
 # What None may choose. The GPU kernels were never run on a GPU: they must be asked for by name.
-_PLATFORM = {"mosaic_tpu": "tpu"}
+_PLATFORM = {"mosaic_tpu": "tpu", "native_cpu": "cpu"}
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +36,7 @@ class Op:
     reference: Callable[..., Any]
     mosaic_tpu: Kernel | None = None
     mosaic_gpu: Kernel | None = None
+    native_cpu: Kernel | None = None
 
     def __call__(self, implementation: Implementation | None, *arrays, **static):
         """Computes `reference(*arrays, **static)`.

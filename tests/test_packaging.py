@@ -1,5 +1,6 @@
 """The package installs what the repository holds, and its settings live in one file."""
 
+import ast
 import configparser
 import os
 import pathlib
@@ -40,7 +41,12 @@ def test_setup_cfg_holds_the_metadata(setup_cfg):
     assert setup_cfg["metadata"]["version"]
     assert setup_cfg["metadata"]["license"] == "Apache-2.0"
     assert setup_cfg["options"]["python_requires"] == ">=3.11"
-    assert not (ROOT / "setup.py").exists()
+    (call,) = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if _is_setup(node)]
+    assert [keyword.arg for keyword in call.keywords] == ["ext_modules"] and not call.args
+
+
+def _is_setup(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"
 
 
 def test_pyproject_names_only_the_build_backend():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, native_cpu, reference
 from pallas_kernels.decode_attention.pages import Pages
 from pallas_kernels.decode_attention.rotation import Rotation
 from pallas_kernels.dispatch import Implementation, Op
@@ -13,7 +13,11 @@ from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial
 
 _OP = Op(
-    "decode_attention", reference.decode_attention, mosaic_tpu=mosaic_tpu.kernel, mosaic_gpu=mosaic_gpu.kernel
+    "decode_attention",
+    reference.decode_attention,
+    mosaic_tpu=mosaic_tpu.kernel,
+    mosaic_gpu=mosaic_gpu.kernel,
+    native_cpu=native_cpu.kernel,
 )
 
 
