@@ -26,10 +26,12 @@ _CACHE = {
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-_MUCH_MB = 1792  # from which programs are freed within a module
+_MUCH_MB = 1792  # from which programs are freed within a module,
+_MORE_MB = 384  # and how much more than after the last time
 # `make test` compiles more than it computes; `make test-all` optimises as users do.
 _QUICK = {"jax_disable_most_optimizations": True}
 _PEAKS = pytest.StashKey[list]()
+_FREED_TO = pytest.StashKey[int]()  # what a process held when programs were freed last
 
 
 def pytest_configure(config):
@@ -58,9 +60,13 @@ def _programs_of_this_module_only():
 
 
 def pytest_runtest_teardown(item):
-    """Frees them within a module, too, where a process holds much: those that come again are read from disk."""
-    if _without_slow_tests(item.config) and _held_mb() > _MUCH_MB:
+    """Frees them within a module, too, where a process holds much: those that come again are read from disk.
+
+    What a process holds without them grows, too. Freed behind every test, they would be read behind every test.
+    """
+    if _without_slow_tests(item.config) and _held_mb() > max(_MUCH_MB, item.session.stash.get(_FREED_TO, 0) + _MORE_MB):
         _free_programs()
+        item.session.stash[_FREED_TO] = _held_mb()
 
 
 def _held_mb() -> int:

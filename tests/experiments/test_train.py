@@ -201,7 +201,8 @@ def test_a_binding_of_another_recipe_is_refused(checkpoint, text, tmp_path):
     assert code == 2 and "--gin_bindings: nothing here uses train_locret" in err
 
 
-@pytest.mark.parametrize("name", ["locret", "duoattention"])  # what reads tokens, and what reads a cache
+# What reads a cache, and what reads tokens.
+@pytest.mark.parametrize("name", ["duoattention", pytest.param("locret", marks=pytest.mark.slow)])
 def test_a_mesh_of_devices_trains_to_the_same_numbers(name, checkpoint, text, tmp_path, monkeypatch):
     monkeypatch.setattr(program.Trainer, "jit", staticmethod(quick_jit))
     alone, spread = tmp_path / "alone", tmp_path / "spread"

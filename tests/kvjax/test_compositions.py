@@ -93,10 +93,8 @@ ONCE = {
 }
 # The others of these run in `make test-all`. What rewrites slots of every kind before what stores or moves them.
 FAST = {
-    ("paged", "quantize"),
     ("merge", "quantize"),
     ("split", "quantize"),
-    ("share_basis", "quantize"),
     ("evict", "project"),
     ("evict", "ring"),
     ("cast", "evict"),

@@ -1,6 +1,7 @@
 """Prompts shorter than what a method always keeps, and budgets larger than the prompt."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,13 @@ def _runs(name, rows, slots, chunk):
     return run, more(run, TOKENS[rows, 7:8])
 
 
-@pytest.mark.parametrize("chunk", [None, 16])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name, chunk",
+    [
+        pytest.param(name, chunk, marks=() if (chunk is None) == (i % 2 == 0) else pytest.mark.slow)
+        for (i, name), chunk in itertools.product(enumerate(METHODS), [None, 16])
+    ],
+)
 def test_a_short_row_is_the_same_alone_and_beside_a_long_one(name, chunk):
     batch = _runs(name, (0, 1, 2), 64, chunk)
     alone = _runs(name, (0,), LENGTHS[0], chunk)
