@@ -180,7 +180,9 @@ def step(
     for x, of_layer, observed in run_layers(params, config, x, positions, cache.layers, cache.shared, **how):
         layers.append(of_layer)
         seen.append(observed)
-    cache = cache.replace(layers=tuple(layers), length=cache.length + count)
+    # Tokens may come anywhere: those that are read again, where they were, make no row longer.
+    length = jnp.maximum(cache.length, jnp.max(positions, axis=1) + 1)
+    cache = cache.replace(layers=tuple(layers), length=length)
     count = count if last is None else jnp.full_like(count, last)
     return StepOutput(unembed(params, config, x, count if last_only else None), cache, tuple(seen))
 
