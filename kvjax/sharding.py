@@ -247,21 +247,35 @@ def made_on_shards(make: Callable[[Any], Any], slots: Any, *, split_slots: bool 
 
 
 def attend(segment: Any, queries: Any, **how: Any) -> Partial:
-    """`Segment.attend`; on a mesh every shard attends to the slots it holds, and the parts are merged."""
+    """`Segment.attend`; on a mesh every shard attends to the slots it holds, and the parts are merged.
+
+    Slots of b rows are read by B, a multiple of b: row `i` of them by the queries of rows `i B / b ..`, in one product.
+    """
     if _active() is None:
-        return segment.attend(queries, **how)
+        return _attend_in_groups(segment, queries, **how)
     named, ranks = segment.axes(), _taken(how, "ranks")
-    split = layout(sizes_of(named, segment) | {"batch": queries.raw.shape[0]})
+    rows = segment.pos.shape[0]  # a single one is on all shards
+    split = layout(sizes_of(named, segment) | {"batch": queries.raw.shape[0] if rows == 1 else rows})
     over = _slot_axes(split)
     heads, batch = split.get("kv_heads") or None, split["batch"] or None
 
     def one_shard(segment, queries, ranks):
-        partial = _local(segment, named, split, over).attend(queries, **ranks, **how)
+        partial = _attend_in_groups(_local(segment, named, split, over), queries, **ranks, **how)
         return combine_shards(partial, over) if over else partial
 
     in_specs = (specs(named, segment, split), _query_specs(queries, batch, heads), _rank_specs(ranks, split))
     out_specs = Partial(P(batch, None, heads), P(batch, None, heads))
     return over_shards(one_shard, in_specs, out_specs)(segment, queries, ranks)
+
+
+def _attend_in_groups(segment: Any, queries: Any, **how: Any) -> Partial:
+    rows, batch = segment.pos.shape[0], queries.raw.shape[0]
+    if rows == batch:
+        return segment.attend(queries, **how)
+    grouped = lambda x: x.reshape(rows, -1, *x.shape[2:])
+    raw, pos = grouped(queries.raw), grouped(queries.pos)
+    partial = segment.attend(queries._replace(raw=raw, pos=pos, ahead=0), **how)
+    return Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
 
 
 def mass(segment: Any, queries: Any, lse: jax.Array, **how: Any) -> jax.Array:

@@ -32,8 +32,9 @@ class Segment:
     emptied one by one, without being decoded; others are written once, or block by block behind an exact tail
     (`BlockedSegment`). Bytes: those of keys, values and slots.
 
-    A leading axis of 1 under a larger batch is a prefix shared by all rows: the queries of the whole batch attend to
-    it in one product. Where `v` is None the keys are the values, stored once: multi-head latent attention.
+    A leading axis of b under a batch of B, a multiple of it, is shared: each row by the B / b rows of the batch in its
+    place, whose queries attend to it in one product (`kvjax.sharding.attend`). Where `v` is None the keys are the
+    values, stored once: multi-head latent attention.
     """
 
     k: Stored  # [B, K, S, H]
@@ -137,10 +138,6 @@ class Segment:
             how = dict(window=window, scale=scale)
             return combine([sinks.attend(_at_ranks(queries, ranks), **how), rest.attend(queries, **how)])
         q, q_pos = self._queries(queries, ranks), queries.pos
-        batch = q.shape[0]
-        folded = self.pos.shape[0] == 1 and batch > 1
-        if folded:
-            q, q_pos = (x.reshape(1, -1, *x.shape[2:]) for x in (q, q_pos))
         k, k_gain = codecs.leaf_and_gain(self.k)
         v, v_gain = (None, k_gain) if self.v is None else codecs.leaf_and_gain(self.v)
         rotation = None
@@ -148,7 +145,7 @@ class Segment:
             k, rotation = key_basis.of(k, queries.rope)
         elif self.key_rope != "stored" and queries.rope is not None:
             rotation = Rotation(queries.rope.inv_freq, ranks.slots if self.key_rope == "rank" else None)
-        partial = decode_attention(
+        return decode_attention(
             q,
             k,
             v,
@@ -162,7 +159,6 @@ class Segment:
             window=None if self.outside_windows else window,
             scale=scale,
         )
-        return partial if not folded else Partial(*(x.reshape(batch, -1, *x.shape[2:]) for x in partial))
 
     def mass(
         self,
