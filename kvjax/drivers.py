@@ -60,12 +60,14 @@ class Run(NamedTuple):
     state: Any  # of the transform
     prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
     room: Room  # static: the prompt's slots, and what may follow
+    first: jax.Array | None = None  # i32[B], position of its first token, behind what was attached; None: 0
 
     def specs(self) -> Run:
         """For every leaf, the `PartitionSpec` over the axes of the mesh in use."""
         rows = lambda x: sharding.specs(P("batch"), x)
         state = jax.tree.map(lambda _: P(), self.state)  # budgets of rows and the like, on every device
-        return Run(rows(self.logits), self.cache.specs(), state, rows(self.prompt), self.room)
+        first = None if self.first is None else rows(self.first)
+        return Run(rows(self.logits), self.cache.specs(), state, rows(self.prompt), self.room, first)
 
     def placed(self) -> Run:
         """The shapes of all leaves, on a mesh with where they lie: to compile for, and to restore into."""
@@ -148,12 +150,19 @@ def prefill(
     held = max((s.pos.shape[-1] for layer in cache.inlined().layers for s in layer.segments), default=0)
     if held:
         raise ValueError(f"cache must be one without slots, got {held}: `extend` goes on after what a run has read.")
-    limits, T = limits_of(step), tokens.shape[1]
+    limits, T, first = limits_of(step), tokens.shape[1], None
+    if (before := transform.schedule.before) is not None:
+        seen = before(cache)
+        first = None if seen.length is cache.length else seen.length  # learned slots take no positions
+        cache, transform = seen, transform._replace(schedule=transform.schedule._replace(before=None))
+    attached = 0 if first is None else longest_row(first, 0)
     right = readable(limits, tokens, lengths, cache.length, least=1)
     longest = longest_row(lengths, T)
-    check_positions(limits, longest + room, f"a prompt of {longest} tokens with room for {room} more")
+    behind = f" behind {attached} attached ones" if attached else ""
+    said = f"a prompt of {longest} tokens{behind} with room for {room} more"
+    check_positions(limits, attached + longest + room, said)
     lengths = jnp.where(right, lengths, 0).astype(jnp.int32)
-    run = _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk)
+    run = _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk, first)
     return run._replace(logits=jnp.where(right[:, None], run.logits, jnp.nan))
 
 
@@ -164,17 +173,14 @@ def _check_room(room: int, call_tokens: int) -> None:
         raise ValueError(f"call_tokens must be at least 1, got {call_tokens}.")
 
 
-def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk) -> Run:
+def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk, first) -> Run:
     schedule, T = transform.schedule, tokens.shape[1]
-    if schedule.before is not None:
-        cache = schedule.before(cache)
-        transform = transform._replace(schedule=schedule._replace(before=None))
     if chunk is None or chunk >= T:
         out = step(tokens, _positions(cache, lengths, T), cache, needs=schedule.needs, last_only=True)
-        seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T, room=room)
+        seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T, room=room, first=first)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
-    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room)
-    return _run(transform, logits, cache, state, lengths, T, room, call_tokens)
+    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first)
+    return _run(transform, logits, cache, state, lengths, T, room, call_tokens, first)
 
 
 def start(
@@ -211,24 +217,31 @@ def start(
     check_positions(limits_of(step), longest + room, f"a prompt of {longest} tokens with room for {room} more")
     how = schedule.needs.reread
     if how is not None:
+        _check_nothing_attached(schedule, observation.first)
         if step is None or tokens is None:
             raise ValueError(f"step and tokens are needed by {schedule.name}, which reads the prompt again.")
         observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation.replace(room=room))
-    return _run(transform, prompt.logits, cache, state, observation.prompt, slots, room, call_tokens)
+    first = observation.first
+    return _run(transform, prompt.logits, cache, state, observation.prompt, slots, room, call_tokens, first)
 
 
-def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens) -> Run:
+def _check_nothing_attached(schedule, first) -> None:
+    if first is not None:
+        raise ValueError(f"{schedule.name} reads the prompt again, which it cannot behind what was attached before it.")
+
+
+def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens, first) -> Run:
     schedule = transform.schedule
     slots, left = Room.reserved(prompt_slots, schedule.described, room, call_tokens, schedule.frees_in_decode)
     if schedule.budget is not None:
         budget = budget_slots(schedule.budget, prompt_slots, schedule.at_least)
         if budget > prompt_slots + room:  # more would come into fewer slots than the budget asks for
             left = Room(prompt_slots, schedule.described, total=room)
-    return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left)
+    return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left, first)
 
 
-def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
+def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first):
     (B, T), schedule = tokens.shape, transform.schedule
     bounded = schedule.frees_in_prefill is not None
     window = schedule.needs.queries
@@ -249,7 +262,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
     tokens = jnp.pad(tokens, ((0, 0), (0, count * chunk - T))).reshape(B, count, chunk)
 
     def observed(layers, new):
-        return Observation(layers, new=new, prompt=lengths, prompt_slots=T, room=room)
+        return Observation(layers, new=new, prompt=lengths, prompt_slots=T, room=room, first=first)
 
     # One padding token shows what a call reports of each layer; the compiler drops its arithmetic.
     probe = step(
@@ -297,6 +310,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room):
     whole = lambda layer, moments, largest: layer.replace(moments=moments, largest=largest)
     seen = seen.replace(layers=tuple(whole(layer, *of) for layer, of in zip(seen.layers, sums)))
     if schedule.needs.reread is not None:
+        _check_nothing_attached(schedule, first)
         seen = reread(step, schedule.needs.reread, prompt, cache, seen)
     cache, state = transform.init(cache, seen)
     return logits, cache, state
@@ -342,19 +356,19 @@ def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
         needs=transform.schedule.needs,
         last_only=False,
     )
-    seen = Observation(
-        out.layers, new=lengths, prompt=run.prompt, prompt_slots=run.room.prompt_slots, phase="decode"
-    )
+    of_prompt = dict(prompt=run.prompt, prompt_slots=run.room.prompt_slots, first=run.first)
+    seen = Observation(out.layers, new=lengths, phase="decode", **of_prompt)
     cache, state = transform.step(out.cache, run.state, seen)
     cache = cache.constrained()
     logits, each = _logits_after(out.logits, run.logits, right, lengths)
-    return Run(logits, cache, state, run.prompt, run.room), each
+    return run._replace(logits=logits, cache=cache, state=state), each
 
 
 def _left(run: Run) -> jax.Array | None:
     """i32[B]: tokens that each row still has room for; None: any number."""
     total = run.room.total
-    return None if total is None else total - (run.cache.length - run.prompt)
+    read = run.prompt if run.first is None else run.first + run.prompt
+    return None if total is None else total - (run.cache.length - read)
 
 
 class Generated(NamedTuple):

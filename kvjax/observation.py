@@ -142,9 +142,15 @@ class LayerObservation:
     reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
     learned: Any = None  # the layer's arrays of a trained scorer; see `kvjax.transforms.learned`
     prompt: jax.Array | None = None  # i32[B], tokens of the whole prompt, where a transform passes them on
+    first: jax.Array | None = None  # i32[B], position of the prompt's first token; None: 0
     quota: Quota | None = None  # what the scores are for, where every head of a row keeps the same number of slots
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: Scale | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def prompt_end(self) -> jax.Array:
+        """i32[B], position of the first token behind the prompt."""
+        return self.prompt if self.first is None else self.first + self.prompt
 
     @property
     def sums(self) -> tuple[dict[int, QueryMoments], LargestInputs | None]:
@@ -169,13 +175,14 @@ class Observation:
     new: jax.Array  # i32[B], tokens of this call
     prompt: jax.Array  # i32[B], tokens of the whole prompt
     prompt_slots: int = struct.field(pytree_node=False)  # the longest prompt of the batch, static
+    first: jax.Array | None = None  # i32[B], position of the prompt's first token; None: 0
     phase: Phase = struct.field(pytree_node=False, default="prefill")
     room: int | None = struct.field(pytree_node=False, default=None)  # tokens that will follow the prompt, if known
     grows: bool = struct.field(pytree_node=False, default=False)  # the cache makes room for each of them by itself
 
     def each_layer(self) -> tuple[LayerObservation, ...]:
-        """Returns what every layer saw, with the length of the prompt."""
-        return tuple(layer.replace(prompt=self.prompt) for layer in self.layers)
+        """Returns what every layer saw, with where the prompt lies."""
+        return tuple(layer.replace(prompt=self.prompt, first=self.first) for layer in self.layers)
 
     def slots_of(self, budget: int, *, grows: bool | None = None) -> int:
         """Returns the slots that a budget of tokens needs: no more than there can be tokens, where that is known.

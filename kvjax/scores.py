@@ -199,7 +199,8 @@ def end_attention(last: int | float, reduce: Literal["sum", "max"] = "sum") -> S
         pos = seen.queries.pos
         if not pos.shape[1]:
             return segment
-        counted = (pos >= (seen.prompt - count)[:, None]) & (pos < seen.prompt[:, None])
+        end = seen.prompt_end
+        counted = (pos >= (end - count)[:, None]) & (pos < end[:, None])
         seen = seen.replace(queries=seen.queries._replace(pos=jnp.where(counted, pos, -1)))
         given, before = _mass(segment, seen, reduce), segment.stats[stat]
         if reduce == "sum":

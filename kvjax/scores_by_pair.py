@@ -56,7 +56,7 @@ def gumbel_attention(temperature: float = 1.0, growth: float = 0.01, noise: floa
             q_pos = pos[:, None, None, :, None]
             if noise:
                 logits = logits + noise * _gumbel(seed, heads, q_pos, k_pos)
-            later = jnp.maximum(q_pos - seen.prompt[:, None, None, None, None] + 1, 0)
+            later = jnp.maximum(q_pos - seen.prompt_end[:, None, None, None, None] + 1, 0)
             logits = logits / (temperature + growth * later)
             sees = (k_pos >= 0) & (k_pos <= q_pos)
             if seen.window is not None:
