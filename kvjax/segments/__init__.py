@@ -2,6 +2,7 @@
 
 from kvjax.segments.blocked import BlockedSegment
 from kvjax.segments.compensated import CompensatedSegment
+from kvjax.segments.edits import Edit
 from kvjax.segments.heads import HeadsSegment
 from kvjax.segments.latent import LatentSegment
 from kvjax.segments.layouts import Ring, Rows
@@ -10,11 +11,13 @@ from kvjax.segments.protocol import AnySegment, LayerView, Queries, Ranks, Rewri
 from kvjax.segments.ragged import RaggedSegment
 from kvjax.segments.segment import Segment
 from kvjax.segments.shared import ScaledView, SharedView
+from kvjax.segments.tempered import TemperedSegment
 
 __all__ = [
     "AnySegment",
     "BlockedSegment",
     "CompensatedSegment",
+    "Edit",
     "HeadsSegment",
     "LatentSegment",
     "LayerView",
@@ -29,4 +32,5 @@ __all__ = [
     "ScaledView",
     "Segment",
     "SharedView",
+    "TemperedSegment",
 ]

@@ -11,6 +11,7 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import cut_slots, heads_alike, slot_axis
 from kvjax.rope import Rope
+from kvjax.segments.edits import Edit
 from kvjax.segments.moves import write_slots
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment
@@ -93,6 +94,10 @@ class BlockedSegment:
         body = getattr(body, "in_blocks", lambda tokens: body)(self.tail.pos.shape[2])
         return self.replace(body=self.body.map_dense(body, body))
 
+    def edited(self, edit: Edit) -> BlockedSegment:
+        """See `AnySegment.edited`. A block is written again when all of it is empty."""
+        return self.replace(body=self.body.edited(edit), tail=self.tail.edited(edit))
+
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BlockedSegment:
         """See `AnySegment.append`."""
         if pos.shape[1] == 1:
@@ -157,16 +162,16 @@ class BlockedSegment:
         return jax.lax.cond(needed, encode, nothing, slots)
 
     def _write(self, blocks: AnySegment, flushes: jax.Array, most: int) -> Segment:
-        """Writes block j of each row and head at its first free block, where j < flushes."""
+        """Writes block j of each row and head at its j-th free block, where j < flushes."""
         block = self.tail.pos.shape[2]
         B, K, S = self.body.pos.shape
         if S == 0:
             return self.body
         free = jnp.all(self.body.pos.reshape(B, K, S // block, block) < 0, axis=-1)
-        first = jnp.argmax(free, axis=-1)  # [B, K]
+        order = jnp.argmin(~free, axis=-1)[..., None] if most == 1 else jnp.argsort(~free, axis=-1, stable=True)
 
         body, named = self.body, blocks.axes()
         for j in range(most):
             fresh = cut_slots(blocks, named, most * block, j * block, block, block)
-            body = write_slots(body, fresh, (first + j) * block, j < flushes)
+            body = write_slots(body, fresh, order[..., min(j, S // block - 1)] * block, j < flushes)
         return body

@@ -11,6 +11,7 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import rename
 from kvjax.rope import Rope
+from kvjax.segments.edits import Edit
 from kvjax.segments.layouts import Rows
 from kvjax.segments.moves import written_after
 from kvjax.segments.protocol import KeyRope, Queries
@@ -82,6 +83,10 @@ class CompensatedSegment:
     def map_dense(self, body, tail) -> Segment:
         """See `AnySegment.map_dense`: the ring; the mean stays exact."""
         return self.replace(ring=self.ring.map_dense(body, tail))
+
+    def edited(self, edit: Edit) -> CompensatedSegment:
+        """See `AnySegment.edited`; the mean stands for tokens that cannot be taken out of it."""
+        return self.replace(ring=self.ring.edited(edit), mean=self.mean.edited(edit))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> CompensatedSegment:
         """See `AnySegment.append`."""

@@ -10,6 +10,7 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import rename
 from kvjax.rope import Rope
+from kvjax.segments.edits import Edit
 from kvjax.segments.layouts import Rows
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment
@@ -78,6 +79,10 @@ class HeadsSegment:
     def map_dense(self, body, tail) -> HeadsSegment:
         """See `AnySegment.map_dense`."""
         return self.replace(parts=tuple(part.map_dense(body, tail) for part in self.parts))
+
+    def edited(self, edit: Edit) -> HeadsSegment:
+        """See `AnySegment.edited`."""
+        return self.replace(parts=tuple(part.edited(edit) for part in self.parts))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> HeadsSegment:
         """See `AnySegment.append`."""

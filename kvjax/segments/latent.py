@@ -13,6 +13,7 @@ from kvjax.axes import rename
 from kvjax.codecs import Stored
 from kvjax.rope import Rope, rotate
 from kvjax.segments.bases import Basis
+from kvjax.segments.edits import Edit
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries, Ranks
 from kvjax.segments.segment import Segment
 from kvjax.slots import Slots
@@ -190,6 +191,13 @@ class LatentSegment:
     def map_dense(self, body, tail) -> LatentSegment:
         """See `AnySegment.map_dense`: what holds the coordinates."""
         return self.replace(latent=self.latent.map_dense(body, tail))
+
+    def edited(self, edit: Edit) -> LatentSegment:
+        """See `AnySegment.edited`: coordinates of rotated keys stay where they are."""
+        if edit.rope is not None and self.key_rope == "stored" and self.key_basis is not None:
+            raise ValueError("Coordinates of rotated keys cannot be moved: the basis is of keys where they were.")
+        rope = edit.rope if self.key_rope == "stored" else None
+        return self.replace(latent=self.latent.edited(edit._replace(rope=rope)))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> LatentSegment:
         """See `AnySegment.append`. New tokens are projected at once."""

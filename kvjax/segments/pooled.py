@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from kvjax.axes import P
 from kvjax.rope import Rope
+from kvjax.segments.edits import Edit
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.ragged import RaggedSegment
 from pallas_kernels.decode_attention import PageRun
@@ -70,6 +73,10 @@ class PooledSegment:
         dense = self.replace(pool=self.pool.dense())
         return dense.pool.replace(stored=dense.pool.stored.with_slots(pos=dense.pos))
 
+    def edited(self, edit: Edit) -> AnySegment:
+        """Refused: see `map_dense`."""
+        return self.map_dense(None, None)
+
     def map_dense(self, body, tail) -> AnySegment:
         """Refused: it is what a layer sees of a pool, which is rewritten where it lies."""
         raise TypeError("PooledSegment is a view: rewrite the pool in Cache.shared.")
@@ -90,6 +97,8 @@ class PoolView:
     Bytes: `8 * B`, beside the pool.
     """
 
+    shares_keys: ClassVar[bool] = True
+
     first: jax.Array  # i32[B], the layer's first page
     count: jax.Array  # i32[B], how many it has
     name: str = struct.field(pytree_node=False, default="pool")  # in `Cache.shared`
@@ -101,6 +110,10 @@ class PoolView:
     def axes(self) -> PoolView:
         """See `AnySegment.axes`."""
         return self.replace(first=P("batch"), count=P("batch"))
+
+    def edited(self, edit: Edit) -> PoolView:
+        """See `LayerView.edited`."""
+        return self
 
     def map_dense(self, body, tail) -> PoolView:
         """Itself: see `LayerView.map_dense`."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.rope import Rope, rotate
+from kvjax.segments.edits import Edit
 from kvjax.segments.slots import token_order
 from pallas_kernels.attention_mass import Reduce
 from pallas_kernels.logits import Scale
@@ -134,6 +135,9 @@ class AnySegment(Protocol):
           tail: for slots that tokens are appended to one by one.
         """
 
+    def edited(self, edit: Edit) -> AnySegment:
+        """Gives slots other positions, or empties them; keeps shapes, and refuses what it cannot do exactly."""
+
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> AnySegment:
         """Writes T new tokens: k, v [B, K, T, H], k un-rotated; pos i32[B, T], padding (-1) last."""
 
@@ -146,13 +150,23 @@ class LayerView(Protocol):
 
     A layer cache replaces it by the segment before anything is read, so a view has no other methods. Nothing is
     appended to it.
+
+    Attributes:
+      name: in `Cache.shared`.
+      shares_keys: whether what is shared are keys and values, not coordinates of them.
     """
+
+    name: str
+    shares_keys: bool
 
     def inlined(self, shared: dict[str, AnySegment]) -> AnySegment:
         """The segment that this layer sees."""
 
     def axes(self) -> LayerView:
         """See `AnySegment.axes`."""
+
+    def edited(self, edit: Edit) -> LayerView:
+        """Itself: as `map_dense`."""
 
     def map_dense(self, body: Rewrite, tail: Rewrite) -> LayerView:
         """Itself: what is shared is rewritten where it lies, once."""

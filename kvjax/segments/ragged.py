@@ -11,6 +11,7 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import P, rename
 from kvjax.rope import Rope
+from kvjax.segments.edits import Edit
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment, dense_tail
 from kvjax.segments.slots import counts_by_owner
@@ -143,6 +144,10 @@ class RaggedSegment:
     def map_dense(self, body, tail) -> RaggedSegment:
         """See `AnySegment.map_dense`."""
         return self.with_pages(self.pages.map_dense(body, body))
+
+    def edited(self, edit: Edit) -> RaggedSegment:
+        """See `AnySegment.edited`."""
+        return self.replace(stored=self.stored.edited(edit))
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> RaggedSegment:
         """Refused: new tokens go to the segment behind it."""

@@ -13,6 +13,7 @@ from kvjax import codecs, sharding
 from kvjax.axes import OF_SLOTS, replicated_slots, slot_axis
 from kvjax.codecs import Stored
 from kvjax.rope import Rope, re_rotate, rotate
+from kvjax.segments.edits import Edit
 from kvjax.segments.layouts import Ring, Rows
 from kvjax.segments.moves import fill_slots, gather_slots, joined, resized, write_slots
 from kvjax.segments.protocol import KeyBasis, KeyRope, Queries, Ranks
@@ -218,6 +219,27 @@ class Segment:
             return slots.replace(k=stored(key_codec, slots.k), v=stored(value_codec, slots.v))
 
         return sharding.made_on_shards(encode, self.resize(-(-self.pos.shape[2] // whole) * whole))
+
+    def edited(self, edit: Edit) -> Segment:
+        """See `AnySegment.edited`: keys are turned in float32; learned slots, which have no position, stay."""
+        if self.outside_windows:
+            return self
+        if self.bias is not None and not edit.alike:
+            raise ValueError("Slots that stand for several tokens cannot be taken out or moved by position.")
+        if edit.moves and getattr(self.layout, "sinks", 0):
+            raise ValueError("A ring knows its first tokens by their positions and cannot be moved.")
+        old = self.pos
+        pos = jnp.where(old >= 0, jnp.maximum(edit.position(old), -1), old)
+        moved = self.with_slots(pos=pos)
+        if edit.rope is None or self.key_rope not in ("stored", "window"):
+            return moved
+        if not (codecs.is_array(self.k) and self.k.dtype.itemsize > 1 or edit.reencode):
+            raise ValueError(
+                "Rotated keys that are codes cannot be moved as they are: move before they are encoded, or let moved "
+                "encode them again (reencode=True)."
+            )
+        k = re_rotate(codecs.decode(self.k), jnp.where(pos >= 0, pos - old, 0), edit.rope)
+        return moved.replace(k=codecs.encode_like(self.k, k, pos >= 0))
 
     def encode_like(self, slots: Segment) -> Segment:
         """Stores other slots the way these are stored."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from kvjax.axes import OF_SLOTS
 from kvjax.codecs import Scaled
+from kvjax.segments.edits import Edit
 from kvjax.segments.protocol import AnySegment
 from kvjax.segments.segment import Segment
 
@@ -18,6 +21,8 @@ class SharedView:
 
     Bytes: those of what the layer has of its own.
     """
+
+    shares_keys: ClassVar[bool] = False
 
     segment: AnySegment  # its `field` is None
     field: str = struct.field(pytree_node=False)
@@ -30,6 +35,10 @@ class SharedView:
     def axes(self) -> SharedView:
         """See `AnySegment.axes`."""
         return self.replace(segment=self.segment.axes())
+
+    def edited(self, edit: Edit) -> SharedView:
+        """See `LayerView.edited`."""
+        return self
 
     def map_dense(self, body, tail) -> SharedView:
         """See `LayerView.map_dense`."""
@@ -44,6 +53,8 @@ class ScaledView:
 
     Bytes: `8 * B * K * S`, beside the directions.
     """
+
+    shares_keys: ClassVar[bool] = True
 
     key_length: jax.Array  # f32[B, K, S], or of fewer slots: packed directions may have more, which are empty
     value_length: jax.Array  # the same
@@ -60,6 +71,10 @@ class ScaledView:
     def axes(self) -> ScaledView:
         """See `AnySegment.axes`."""
         return self.replace(key_length=OF_SLOTS, value_length=OF_SLOTS)
+
+    def edited(self, edit: Edit) -> ScaledView:
+        """See `LayerView.edited`."""
+        return self
 
     def map_dense(self, body, tail) -> ScaledView:
         """See `LayerView.map_dense`."""
