@@ -4,7 +4,7 @@
 papers as short compositions, `bind` joins a decoder and a method: `prefill`, `extend` and `generate` run them.
 """
 
-from kvjax import codecs, inspection, methods, scores, sharding
+from kvjax import codecs, inspection, methods, reuse, scores, sharding
 from kvjax.bound import BoundMethod, bind
 from kvjax.budget import Budget, Fraction, Tokens
 from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
@@ -26,6 +26,7 @@ from kvjax.segments import (
     Rows,
     Segment,
     SharedView,
+    TemperedSegment,
 )
 from kvjax.slots import Slots
 from kvjax.transforms import (
@@ -37,6 +38,7 @@ from kvjax.transforms import (
     adaptive,
     at_prefill_end,
     balance_channels,
+    before,
     by_coverage,
     by_variance,
     cast,
@@ -105,6 +107,7 @@ __all__ = [
     "Segment",
     "SharedView",
     "Slots",
+    "TemperedSegment",
     "codecs",
     # Attention: its queries, positions and parts.
     "Partial",
@@ -151,6 +154,9 @@ __all__ = [
     "pyramid",
     "ring",
     "whole_layers",
+    # Caches as material: what was read once is attached, moved, cut, put together and read again in parts.
+    "before",
+    "reuse",
     # Transforms that store slots in another form.
     "balance_channels",
     "cast",

@@ -133,10 +133,10 @@ def check_tokens(tokens: Any, lengths: Any, cache: Cache) -> None:
 
 def longest_row(lengths: jax.Array, slots: int) -> int:
     """Returns the largest of i32[B] lengths where values can be seen, else the slots there are for them."""
-    return int(np.asarray(lengths).max()) if _can_be_seen(lengths) else slots
+    return int(np.asarray(lengths).max()) if can_be_seen(lengths) else slots
 
 
-def _can_be_seen(x: jax.Array) -> bool:
+def can_be_seen(x: jax.Array) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
@@ -176,7 +176,7 @@ def readable(
       ValueError: values can be seen and a row is wrong: names the argument, the value and the row.
     """
     given = (tokens, lengths, first, left)
-    seen = all(x is None or _can_be_seen(x) for x in given)
+    seen = all(x is None or can_be_seen(x) for x in given)
     xp = np if seen else jnp
     tokens, lengths, first, left = (None if x is None else xp.asarray(x) for x in given)
     T = tokens.shape[1]

@@ -2,6 +2,7 @@
 
 from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
+from kvjax.transforms.before import before
 from kvjax.transforms.cast import cast
 from kvjax.transforms.center import center_keys
 from kvjax.transforms.convolve import convolve
@@ -47,6 +48,7 @@ __all__ = [
     "adaptive",
     "at_prefill_end",
     "balance_channels",
+    "before",
     "bounded_layers",
     "by_coverage",
     "by_rank",
