@@ -7,7 +7,7 @@ papers as short compositions, `bind` joins a decoder and a method: `prefill`, `e
 from kvjax import codecs, inspection, methods, reuse, scores, sharding
 from kvjax.bound import BoundMethod, bind
 from kvjax.budget import Budget, Fraction, Tokens
-from kvjax.cache import Cache, LayerCache, empty_cache, kept_tokens, nbytes
+from kvjax.cache import Cache, LayerCache, bytes_read, empty_cache, kept_tokens, nbytes
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.limits import Limits, Room
 from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
@@ -25,8 +25,10 @@ from kvjax.segments import (
     Ring,
     Rows,
     Segment,
+    SelectedSegment,
     SharedView,
     TemperedSegment,
+    indices,
 )
 from kvjax.slots import Slots
 from kvjax.transforms import (
@@ -76,6 +78,7 @@ from kvjax.transforms import (
     respect_windows,
     ring,
     rotate_channels,
+    select,
     share_basis,
     split_heads,
     split_slots,
@@ -88,6 +91,7 @@ __all__ = [
     # Caches: what is stored, and what it takes.
     "Cache",
     "LayerCache",
+    "bytes_read",
     "empty_cache",
     "inspection",
     "kept_tokens",
@@ -105,6 +109,7 @@ __all__ = [
     "Ring",
     "Rows",
     "Segment",
+    "SelectedSegment",
     "SharedView",
     "Slots",
     "TemperedSegment",
@@ -174,6 +179,9 @@ __all__ = [
     "share_basis",
     "split_heads",
     "split_slots",
+    # Transforms that keep all slots and read few.
+    "indices",
+    "select",
     # Scores: what a slot is worth, from what was observed.
     "ALL",
     "Instruction",

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments import AnySegment, Queries, Ranks, Rewrite, Segment
+from kvjax.segments.indices import Chosen
 from kvjax.segments.moves import written_after
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine
@@ -35,6 +36,7 @@ class LayerCache:
         scale: Scale | None = None,
         shared: Shared | None = None,
         new: Partial | None = None,
+        chosen: Chosen | None = None,
     ) -> Partial:
         """Attention over all slots: the merge of the segments' partial results.
 
@@ -44,14 +46,30 @@ class LayerCache:
           scale: multiplies the dot products, and may cap them; None: `H ** -0.5`.
           shared: what layers share, `Cache.shared`.
           new: attention over tokens that are not in the cache yet, merged with the rest.
+          chosen: what `choose` returned for these queries; None: asked here.
         """
         layer = self.inlined(shared)
+        chosen = layer.choose(queries, window=window) if chosen is None else chosen
         partials = [
-            sharding.attend(s, queries, window=window, scale=scale, **r)
+            sharding.attend(s, queries, window=window, scale=scale, **r, **({"chosen": chosen} if _selects(s) else {}))
             for s, r in zip(layer.segments, layer._ranks(queries))
             if s.pos.shape[-1]
         ]
         return combine(partials if new is None else [*partials, new])
+
+    def choose(
+        self, queries: Queries, *, window: int | None = None, given: Chosen | None = None
+    ) -> Chosen | None:
+        """Returns the pages that the queries read, where a segment is read page by page; otherwise what is given.
+
+        Args:
+          queries: T queries of every row.
+          window: see `attend`.
+          given: the choice of an earlier layer.
+        """
+        for segment in filter(_selects, self.segments):
+            given = segment.choose(queries, window=window, given=given)
+        return given
 
     def mass(
         self,
@@ -192,6 +210,36 @@ def empty_cache(
 def nbytes(tree: Any) -> int:
     """Bytes of the physical leaves of a cache, or of the shapes `jax.eval_shape` promises for one."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def bytes_read(cache: Cache, queries: int = 1) -> int:
+    """Bytes of a cache that attention reads in a call, from its leaves or from the shapes of them.
+
+    Everything that is stored, once, but of what is read page by page (`select`) the chosen pages and what chooses them.
+    Bookkeeping of writes is not counted.
+
+    Args:
+      cache: whole, or as `jax.eval_shape` promises it.
+      queries: tokens of the call.
+    """
+    return sum(getattr(s, "bytes_read", lambda _: nbytes(s))(queries) for s in segments_read(cache))
+
+
+def segments_read(cache: Cache) -> list[AnySegment]:
+    """The segments that a call reads: one that layers share as often as it is read, a pool once."""
+    views = [view for layer in cache.layers for view in layer.segments]
+    pools = list(cache.shared.values()) if any(getattr(view, "of_pool", False) for view in views) else []
+    own = [
+        segment
+        for layer in cache.layers
+        for view, segment in zip(layer.segments, layer.inlined(cache.shared).segments)
+        if not getattr(view, "of_pool", False)  # a layer reads its part of a pool
+    ]
+    return pools + own
+
+
+def _selects(segment: AnySegment) -> bool:
+    return getattr(segment, "selects", False)
 
 
 def kept_tokens(cache: Cache) -> jax.Array:

@@ -253,19 +253,22 @@ def attend(segment: Any, queries: Any, **how: Any) -> Partial:
     """
     if _active() is None:
         return _attend_in_groups(segment, queries, **how)
-    named, ranks = segment.axes(), _taken(how, "ranks")
+    named, ranks, chosen = segment.axes(), _taken(how, "ranks"), _taken(how, "chosen")
     rows = segment.pos.shape[0]  # a single one is on all shards
     split = layout(sizes_of(named, segment) | {"batch": queries.raw.shape[0] if rows == 1 else rows})
     over = _slot_axes(split)
     heads, batch = split.get("kv_heads") or None, split["batch"] or None
 
-    def one_shard(segment, queries, ranks):
-        partial = _attend_in_groups(_local(segment, named, split, over), queries, **ranks, **how)
+    def one_shard(segment, queries, ranks, chosen):
+        chosen = {name: segment.chosen_on_shard(x, split.get("slots", ())) for name, x in chosen.items()}
+        partial = _attend_in_groups(_local(segment, named, split, over), queries, **ranks, **chosen, **how)
         return combine_shards(partial, over) if over else partial
 
-    in_specs = (specs(named, segment, split), _query_specs(queries, batch, heads), _rank_specs(ranks, split))
+    of_chosen = {name: x.specs(batch, heads) for name, x in chosen.items()}
+    of_queries = _query_specs(queries, batch, heads)
+    in_specs = (specs(named, segment, split), of_queries, _rank_specs(ranks, split), of_chosen)
     out_specs = Partial(P(batch, None, heads), P(batch, None, heads))
-    return over_shards(one_shard, in_specs, out_specs)(segment, queries, ranks)
+    return over_shards(one_shard, in_specs, out_specs)(segment, queries, ranks, chosen)
 
 
 def _attend_in_groups(segment: Any, queries: Any, **how: Any) -> Partial:

@@ -10,6 +10,7 @@ from kvjax.segments.pooled import PooledSegment, PoolView
 from kvjax.segments.protocol import AnySegment, LayerView, Queries, Ranks, Rewrite
 from kvjax.segments.ragged import RaggedSegment
 from kvjax.segments.segment import Segment
+from kvjax.segments.selected import SelectedSegment
 from kvjax.segments.shared import ScaledView, SharedView
 from kvjax.segments.tempered import TemperedSegment
 
@@ -31,6 +32,7 @@ __all__ = [
     "Rows",
     "ScaledView",
     "Segment",
+    "SelectedSegment",
     "SharedView",
     "TemperedSegment",
 ]

@@ -12,6 +12,7 @@ from kvjax import sharding
 from kvjax.axes import cut_slots, heads_alike, slot_axis
 from kvjax.rope import Rope
 from kvjax.segments.edits import Edit
+from kvjax.segments.indices import Chosen, bytes_of
 from kvjax.segments.moves import write_slots
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries
 from kvjax.segments.segment import Segment
@@ -65,9 +66,29 @@ class BlockedSegment:
         """i32[B, K, S_body + block]."""
         return jnp.concatenate([self.body.pos, self.tail.pos], axis=-1)
 
-    def attend(self, queries: Queries, **how) -> Partial:
-        """See `AnySegment.attend`."""
-        return combine([part.attend(queries, **ranked, **how) for part, ranked in self._ranked(how)])
+    @property
+    def selects(self) -> bool:
+        """Whether queries choose what they read of the body: see `SelectedSegment`."""
+        return getattr(self.body, "selects", False)
+
+    def choose(self, queries: Queries, **how) -> Chosen:
+        """Chooses pages of the body, see `SelectedSegment.choose`."""
+        return self.body.choose(queries, **how) if self.body.pos.shape[2] else Chosen()
+
+    def chosen_on_shard(self, chosen: Chosen, axes: tuple[str, ...]) -> Chosen:
+        """See `SelectedSegment.chosen_on_shard`."""
+        return self.body.chosen_on_shard(chosen, axes)
+
+    def bytes_read(self, queries: int = 1) -> int:
+        """Returns the bytes that attention reads for a call."""
+        of_body = getattr(self.body, "bytes_read", lambda _: bytes_of(self.body))
+        return of_body(queries) + bytes_of(self.tail)
+
+    def attend(self, queries: Queries, *, chosen: Chosen | None = None, **how) -> Partial:
+        """See `AnySegment.attend`; of the body what is `chosen`, if anything is."""
+        of_body = {} if chosen is None else {"chosen": chosen}
+        parts = [(part, ranked | (of_body if part is self.body else {})) for part, ranked in self._ranked(how)]
+        return combine([part.attend(queries, **own, **how) for part, own in parts])
 
     def mass(self, queries: Queries, lse: jax.Array, **how) -> jax.Array:
         """See `AnySegment.mass`."""

@@ -102,6 +102,7 @@ class PoolView:
     first: jax.Array  # i32[B], the layer's first page
     count: jax.Array  # i32[B], how many it has
     name: str = struct.field(pytree_node=False, default="pool")  # in `Cache.shared`
+    of_pool = True  # a part of the pool, which all views together read once
 
     def inlined(self, shared: dict[str, AnySegment]) -> PooledSegment:
         """See `LayerView.inlined`."""

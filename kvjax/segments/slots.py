@@ -132,6 +132,43 @@ def keep_highest(
     return tuple(jnp.take_along_axis(x, in_slot_order, axis=-1) for x in (index, valid))
 
 
+def few_highest(
+    scores: jax.Array,
+    pos: jax.Array,
+    count: int,
+    protected: jax.Array | None = None,
+    rows: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Chooses few of many, the highest scores first; of a tie the oldest. For a choice at every step: nothing is sorted.
+
+    Args:
+      scores: f32[R, K, P], of R rows or queries; NaN counts as the lowest.
+      pos: i32[R, K, P], distinct in what is there, below 2^22; below 0 is never chosen.
+      count: how many, at most P.
+      protected: bool[R, K, P], chosen before all others, the newest first.
+      rows: i32[R], how many of each row, at most `count`; None: `count`.
+
+    Returns:
+      `(i32[R, K, count], bool[R, K, count])`: indices and which of them are real.
+    """
+    most = jnp.finfo(jnp.float32).max
+    x = jnp.clip(jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32)), -most, most / 4)
+    if protected is not None:
+        age = jnp.max(pos, axis=-1, keepdims=True) - pos
+        x = jnp.where(protected, most * (1 - age.astype(jnp.float32) * 2.0**-23), x)
+    x = _of_own_heads(jnp.where(pos >= 0, x, -jnp.inf))
+    highest, index = jax.lax.top_k(x, count)
+    last = highest[..., -1:]
+    above = jnp.sum(x > last, axis=-1, keepdims=True)
+    _, oldest = jax.lax.top_k(jnp.where(x == last, -_of_own_heads(pos).astype(jnp.float32), -jnp.inf), count)
+    place = jnp.arange(count)
+    tied = jnp.take_along_axis(oldest, jnp.maximum(place - above, 0), axis=-1)
+    valid = highest > -jnp.inf
+    if rows is not None:
+        valid &= place < rows[:, None, None]
+    return jnp.where(place < above, index, tied), valid
+
+
 def _of_own_heads(x: jax.Array) -> jax.Array:
     """[B, K, S] numbers of slots, to be sorted: on a mesh every shard has those of all slots, for its heads alone."""
     return sharding.constrain(x, "batch", "kv_heads", None)
