@@ -24,6 +24,7 @@ from kvjax.drivers import StepOutput
 from kvjax.limits import Limits
 from kvjax.observation import ALL, LayerObservation, Needs
 from kvjax.rope import Rope
+from kvjax.segments.indices import Chosen
 from models.config import DecoderConfig
 from models.decoder_layer import STREAM, kind_of, norm, run_layer
 from models.params import DecoderParams
@@ -35,6 +36,7 @@ class LayerOutput(NamedTuple):
     x: jax.Array  # [B, T, D], the residual stream after it; of the last tokens alone where only they went on
     cache: LayerCache  # with the new tokens in it
     observed: LayerObservation
+    chosen: Chosen | None  # what its queries read of the cache, for the layers after it
 
 
 def embed(params: DecoderParams, config: DecoderConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -58,6 +60,7 @@ def layer(
     positions: jax.Array,
     cache: LayerCache,
     shared=None,
+    chosen: Chosen | None = None,
     *,
     needs: Needs = Needs(),
     last: int | None = None,
@@ -74,6 +77,7 @@ def layer(
       positions: i32[B, T], increasing; -1 is padding, which comes last in a row.
       cache: attended to, then appended to. With 0 slots it becomes exactly the T tokens; otherwise it must have room.
       shared: what layers share, `Cache.shared`.
+      chosen: what an earlier layer chose to read, for layers that read the same.
       needs: what to collect.
       last: only the last so many tokens of every row attend and go on; all are appended. None: all go on.
       donate: outside jit, overwrite the cache; the one passed in is gone then.
@@ -86,7 +90,7 @@ def layer(
         raise ValueError(f"index must be from 0 to {config.num_layers - 1}, got {index}.")
     run = _layer_in_place if donate else _layer_again if remat else _layer
     static = dict(config=config, kind=kind_of(config, index), needs=needs, last=last)
-    return LayerOutput(*run(params.layers[index], x, positions, cache, shared, jnp.int32(index), **static))
+    return LayerOutput(*run(params.layers[index], x, positions, cache, shared, jnp.int32(index), chosen, **static))
 
 
 def unembed(
@@ -139,12 +143,13 @@ def run_layers(
     indices = range(config.num_layers) if indices is None else indices
     if len(caches) != len(indices):
         raise ValueError(f"caches must be {len(indices)}, one for each layer, got {len(caches)}.")
+    chosen = None
     for index, cache in zip(indices, caches):
         of_layer = last if index == config.num_layers - 1 else None
         how = dict(needs=needs, last=of_layer, donate=donate, remat=remat)
-        out = layer(params, config, index, x, positions, cache, shared, **how)
+        out = layer(params, config, index, x, positions, cache, shared, chosen, **how)
         yield out
-        x = out.x
+        x, chosen = out.x, out.chosen
 
 
 def step(
@@ -177,9 +182,10 @@ def step(
     last = _tokens_read(cache.layers[-1].inlined(cache.shared), needs, tokens.shape[1]) if last_only else None
     how = dict(needs=needs, last=last, donate=donate, remat=remat)
     layers, seen = [], []
-    for x, of_layer, observed in run_layers(params, config, x, positions, cache.layers, cache.shared, **how):
-        layers.append(of_layer)
-        seen.append(observed)
+    for out in run_layers(params, config, x, positions, cache.layers, cache.shared, **how):
+        x = out.x
+        layers.append(out.cache)
+        seen.append(out.observed)
     # Tokens may come anywhere: those that are read again, where they were, make no row longer.
     length = jnp.maximum(cache.length, jnp.max(positions, axis=1) + 1)
     cache = cache.replace(layers=tuple(layers), length=length)

@@ -17,6 +17,7 @@ from kvjax.cache import LayerCache
 from kvjax.observation import LayerObservation, Needs, observe, take_last
 from kvjax.rope import Rope, rotate
 from kvjax.segments import Queries
+from kvjax.segments.indices import Chosen
 from models.config import DecoderConfig
 from models.int8 import Weight, grouped_matmul, matmul
 from models.params import LayerParams, split_qkv
@@ -77,15 +78,18 @@ def run_layer(
     cache: LayerCache,
     shared,
     index: jax.Array,
+    chosen: Chosen | None,
     *,
     config: DecoderConfig,
     kind: Kind,
     needs: Needs,
     last: int | None,
-) -> tuple[jax.Array, LayerCache, LayerObservation]:
+) -> tuple[jax.Array, LayerCache, LayerObservation, Chosen | None]:
     """Adds attention and feed-forward, each normalised before, to the residual stream; see `models.decoder.layer`."""
     normed = norm(x, weights.attn_norm, weights.attn_norm_bias, config)
-    attended, cache, queries, lse = _attention(weights, normed, positions, cache, shared, config, kind, last)
+    attended, cache, queries, lse, chosen = _attention(
+        weights, normed, positions, cache, shared, chosen, config, kind, last
+    )
     observed = observe(queries, lse, needs, index, inputs=x, window=kind.window, scale=kind.scale)
     x = x if last is None else take_last(x, positions, last)
     if config.post_norms:
@@ -94,7 +98,7 @@ def run_layer(
     mixed = _feed_forward(weights, norm(read, weights.mlp_norm, weights.mlp_norm_bias, config), config)
     if config.post_norms:
         mixed = norm(mixed, weights.mlp_post_norm, weights.mlp_post_norm_bias, config)
-    return sharding.constrain(x + attended + mixed, *STREAM), cache, observed
+    return sharding.constrain(x + attended + mixed, *STREAM), cache, observed, chosen
 
 
 def _attention(
@@ -103,10 +107,11 @@ def _attention(
     positions: jax.Array,
     cache: LayerCache,
     shared,
+    chosen: Chosen | None,
     config: DecoderConfig,
     kind: Kind,
     last: int | None,
-) -> tuple[jax.Array, LayerCache, Queries, jax.Array]:
+) -> tuple[jax.Array, LayerCache, Queries, jax.Array, Chosen | None]:
     """Attends to the cache and to the new tokens, then appends these to the cache.
 
     With `last`, for the last tokens of every row alone, after all tokens were appended.
@@ -118,7 +123,8 @@ def _attention(
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     if last is None:
         own = sharding.attend_new(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
-        attended = cache.attend(queries, shared=shared, new=own, **how)
+        chosen = cache.choose(queries, window=kind.window, given=chosen)
+        attended = cache.attend(queries, shared=shared, new=own, chosen=chosen, **how)
         cache = cache.append(k, v, positions, rope, after=attended)
     else:
         queries = Queries(take_last(q, positions, last), take_last(positions, positions, last, fill=-1), rope)
@@ -129,7 +135,7 @@ def _attention(
         _, latent = _unmixed(out, config)
         out = _per_head(latent, weights.w_uv)
     out = linear(out.reshape(*out.shape[:2], -1), weights.wo, weights.wo_bias)
-    return out, cache, queries, attended.lse
+    return out, cache, queries, attended.lse, chosen
 
 
 def _qkv(weights: LayerParams, x: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
