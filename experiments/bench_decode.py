@@ -33,7 +33,7 @@ from absl import flags
 import kvjax
 from experiments import cli, reading
 from experiments.calibrations import Calibrations
-from experiments.methods import Method, check_method_names, load_method
+from experiments.methods import READ, Method, check_method_names, load_method
 from experiments.report import human_bytes
 from experiments.stopwatch import in_turn, seconds
 from experiments.transformers_peer import TransformersPeer
@@ -42,7 +42,7 @@ from models.assets import ESSAYS, fetch
 from models.config import DecoderConfig
 from models.decoder import bind
 
-for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "output_dir"):
+for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "read", "output_dir"):
     flags.declare_key_flag(_name)
 _LENGTHS = flags.DEFINE_list("lengths", ["512", "2048", "8192"], "Prompt lengths in tokens.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per repeat.")
@@ -67,6 +67,7 @@ class Speed:
       prefill_bound_seconds: the FLOPs of a causal prefill at the machine's GFLOP/s.
       decode_bound_tokens_per_second: the bytes that a token must read, weights and cache, at its GB/s.
       cache_bytes: all arrays of the cache, room for the new tokens included; None for the peer.
+      read_bytes: what attention reads of them for a token.
       tokens: what was decoded.
     """
 
@@ -77,6 +78,7 @@ class Speed:
     prefill_bound_seconds: float
     decode_bound_tokens_per_second: float
     cache_bytes: int | None
+    read_bytes: int | None
     tokens: tuple[int, ...]
 
 
@@ -145,6 +147,7 @@ class Ours:
         self._seconds_before = prompt[1] if shared else 0.0
         run = jax.eval_shape(self._read, self._params, self._prompt)
         self.cache_bytes = kvjax.nbytes((run.cache, run.state))
+        self.read_bytes = kvjax.bytes_read(run.cache)
 
     def __call__(self) -> tuple[float, float, tuple[int, ...]]:
         """Seconds of a prefill, seconds of the decoding, the tokens."""
@@ -187,13 +190,13 @@ def bench(
             reading.read(model, [ids[:length]], needs)  # compiles
             prompt = reading.read(model, [ids[:length]], needs)
             candidates = {m.name: Ours(model, m, ids[:length], new_tokens, prompt) for m in methods}
-        full_bytes = candidates[methods[0].name].cache_bytes
+        full_bytes = candidates[methods[0].name].read_bytes
         if peer is not None and index < len(lengths):
             candidates = candidates | {_PEER: functools.partial(peer, ids[:length], new_tokens)}
         speeds = []
         for name, (prefill, decode, tokens) in in_turn(candidates, repeats).items():
-            size = getattr(candidates[name], "cache_bytes", None)
-            read = weight_bytes(model) + (full_bytes if size is None else size)
+            size, read_bytes = (getattr(candidates[name], f"{what}_bytes", None) for what in ("cache", "read"))
+            read = weight_bytes(model) + (full_bytes if read_bytes is None else read_bytes)
             speeds.append(
                 Speed(
                     name,
@@ -203,6 +206,7 @@ def bench(
                     prefill_bound_seconds=prefill_flops(model.config, length) / ceilings.gigaflops_per_second / 1e9,
                     decode_bound_tokens_per_second=ceilings.gigabytes_per_second * 1e9 / read,
                     cache_bytes=size,
+                    read_bytes=read_bytes,
                     tokens=tokens,
                 )
             )
@@ -211,7 +215,7 @@ def bench(
 
 def _header(base: str) -> str:
     titles = f"{'prompt':>7}  {'':<14}{'prefill':>10}{'of peak':>9}{base:>14}"
-    return titles + f"{'decode':>14}{'bound':>8}{base:>14}{'cache':>11}"
+    return titles + f"{'decode':>14}{'bound':>8}{base:>14}{'cache':>11}{'read':>11}"
 
 
 def table(speeds: Sequence[Speed], base: str | None) -> str:
@@ -228,6 +232,7 @@ def table(speeds: Sequence[Speed], base: str | None) -> str:
             f"{s.prefill_bound_seconds / s.prefill_seconds:>9.0%}{ratios[0]:>14}"
             f"{s.decode_tokens_per_second:>8.1f} tok/s{s.decode_bound_tokens_per_second:>8.1f}{ratios[1]:>14}"
             f"{'' if s.cache_bytes is None else human_bytes(s.cache_bytes):>11}"
+            f"{'' if s.read_bytes is None else human_bytes(s.read_bytes):>11}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
@@ -249,7 +254,8 @@ def run() -> None:
         calibrate=Calibrations(model),
         tokenizer=model.tokenizer,
     )
-    methods = [load_method(name, budget=keep, **configs) for name in dict.fromkeys(["full", *names])]
+    read = cli.only(cli.READ, READ)
+    methods = [load_method(name, budget=keep, read=read, **configs) for name in dict.fromkeys(["full", *names])]
     cli.check_reached(method.config for method in methods)
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
     threads = _threads()
@@ -284,7 +290,7 @@ def run() -> None:
     print(
         f"\n{_PEER}, full: speed relative to it in this run; medians of {_REPEATS.value} runs in turn.\n"
         "of peak: FLOPs of a causal prefill over time and peak. bound: tokens/s if a token cost no more than reading\n"
-        "weights and cache once at that bandwidth."
+        "weights and what attention reads of the cache once at that bandwidth."
     )
     if cli.OUTPUT_DIR.value is not None:
         report = {

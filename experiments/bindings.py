@@ -203,8 +203,9 @@ def check_own(files: Sequence[str], bindings: Sequence[str]) -> None:
         text = _config_of(read)
         if re.search(r"^method\.transform = ", text, re.MULTILINE):
             raise ValueError(f"{flag}: {source} binds method.transform, which is a method's own: name it in --methods.")
-        if "budget" in _names(text):
-            raise ValueError(f"{flag}: {source} binds the macro budget, which --keep or --budget sets.")
+        for macro, by in (("budget", "--keep or --budget"), ("read", "--read")):
+            if macro in _names(text):
+                raise ValueError(f"{flag}: {source} binds the macro {macro}, which {by} sets.")
 
 
 def origin(value: str, files: Sequence[str], bindings: Sequence[str]) -> str | None:

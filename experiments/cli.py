@@ -37,6 +37,14 @@ def define_numbers(name: str, kind: type, noun: str, help: str):
     return flags.DEFINE(_Numbers(kind, noun), name, None, help, serializer=flags.CsvListSerializer(","))
 
 
+def fraction_or_tokens(text: str) -> float | int:
+    """Reads "0.125" as a fraction of the context, "512" as tokens."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 # One flag has one meaning in all programs. A program declares those that it accepts with `flags.declare_key_flag`;
 # they are what its --help lists, and the others are refused.
 GIN_FILE = flags.DEFINE_multi_string("gin_file", [], "Config files, read in order.")
@@ -45,6 +53,7 @@ MODEL = flags.DEFINE_string("model", None, "smollm2, gemma3-270m, a path, or a n
 METHODS = flags.DEFINE_list("methods", None, "Names of files in configs/methods, or paths of others.")
 KEEP = define_numbers("keep", float, "a fraction", "Fraction of the context that token-budget methods keep.")
 BUDGET = define_numbers("budget", int, "a number of tokens", "The same in tokens per KV head.")
+READ = define_numbers("read", fraction_or_tokens, "a fraction or tokens", "Of the context, what a step may read.")
 CONTEXT = define_numbers("context", int, "a number of tokens", "Tokens of the context.")
 TASKS = flags.DEFINE_string("tasks", None, "Names of generated tasks, and task files and texts by their paths.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights and of what they compute.")
@@ -109,6 +118,9 @@ def check_flags(program: Callable[..., None]) -> None:
             if module.startswith("experiments.") and flag.present and flag.name not in accepted:
                 raise ValueError(f"--{flag.name} means nothing to this program.")
     gin_files()
+    for read in READ.value or ():
+        if not (read >= 1 if isinstance(read, int) else 0 < read <= 1):
+            raise ValueError(f"--read must be a fraction in (0, 1] or at least 1 token, got {read}.")
     for keep in KEEP.value or ():
         if not 0 < keep <= 1:
             raise ValueError(f"--keep must be in (0, 1], got {keep}.")

@@ -39,7 +39,7 @@ from models import Model, load_model
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "tasks", "output_dir", "overwrite"):
     flags.declare_key_flag(_name)
-for _name in ("budget", "dtype", "batch", "mesh"):
+for _name in ("budget", "read", "dtype", "batch", "mesh"):
     flags.declare_key_flag(_name)
 _CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype", None, ["float32", "bfloat16"], "Of uncompressed keys and values; bfloat16 without it."
@@ -62,6 +62,7 @@ def read_settings() -> Settings:
         methods=cli.METHODS,
         keep=cli.KEEP,
         budget=cli.BUDGET,
+        read=cli.READ,
         length=cli.CONTEXT,
         dtype=cli.DTYPE,
         cache_dtype=_CACHE_DTYPE,
@@ -87,15 +88,16 @@ def read_settings() -> Settings:
 
 
 def load_methods(settings: Settings, model: Model) -> list[Method]:
-    """Returns `full`, then the other methods in the order given, once for each budget where their configs use it."""
+    """Returns `full`, then the other methods in the order given, once for each budget and `read` that they use."""
     configs = dict(
         **cli.configs(),
         calibrate=Calibrations(model),
         tokenizer=model.tokenizer,
     )
     methods = {}
-    for name, budget in itertools.product(dict.fromkeys(["full", *settings.methods]), settings.budgets):
-        method = load_method(name, budget=budget, **configs)
+    names = dict.fromkeys(["full", *settings.methods])
+    for name, budget, read in itertools.product(names, settings.budgets, settings.read):
+        method = load_method(name, budget=budget, read=read, **configs)
         methods.setdefault(method.setting, method)
     return list(methods.values())
 
@@ -208,6 +210,9 @@ def _print_plan(settings, model, methods, examples) -> None:
         for method in methods:
             size = evaluator.bytes_at_rest(method, length)
             note = "" if method.budget is not None else "  no token budget"
+            read = evaluator.bytes_read(method, length)
+            if read != size:
+                note += f"  a step reads {report.human_bytes(read)}"
             print(f"  {method.setting:<{width}}  {report.human_bytes(size):>9}  {full / size:5.1f}x{note}")
     for method in methods:
         print(f"\n# {method.setting}\n{method.config}", end="")

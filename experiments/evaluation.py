@@ -36,6 +36,8 @@ class Settings:
         compared with it.
       keep: fraction of the context that token-budget methods keep; several: each method runs once with each.
       budget: the same in tokens per KV head; None: use `keep`.
+      read: what a step may read with methods that choose that: a fraction of the context or, as an int, tokens per KV
+        head; several: each such method runs once with each.
       tasks: names of generated tasks, and paths of task files and texts, as a list or with commas between; see
         docs/evaluating.md.
       length: tokens of a generated context, or of a text's; several: every task once with each.
@@ -56,6 +58,7 @@ class Settings:
     methods: Sequence[str] = ("full", "int4", "snapkv", "streamingllm")
     keep: float | Sequence[float] = 0.5
     budget: int | Sequence[int] | None = None
+    read: float | int | Sequence[float | int] = 0.125
     tasks: str | Sequence[str] = ("synthetic",)
     length: int | Sequence[int] = 1024
     examples: int = 3
@@ -67,7 +70,7 @@ class Settings:
     mesh: str | None = None
 
     def __post_init__(self):
-        for name in ("keep", "budget", "length", "tasks"):
+        for name in ("keep", "budget", "read", "length", "tasks"):
             value = getattr(self, name)
             value = task_sources.split(value) if isinstance(value, str) else value
             several = tuple(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else (value,)
@@ -78,6 +81,9 @@ class Settings:
         for budget in self.budget or ():
             if budget < 1:
                 raise ValueError(f"--budget must be at least 1 token, got {budget}.")
+        for read in self.read:
+            if read <= 0 or isinstance(read, float) and read > 1:
+                raise ValueError(f"--read must be a fraction in (0, 1] or at least 1 token, got {read}.")
         for name in ("examples", "call_tokens", "batch"):
             if getattr(self, name) < 1:
                 flag = "--batch" if name == "batch" else f"Settings.{name}"
@@ -85,8 +91,8 @@ class Settings:
         for length in self.length:
             if length < 1:
                 raise ValueError(f"Settings.length must be at least 1, got {length}.")
-        if not self.keep or not self.length or self.budget == ():
-            raise ValueError("Settings.keep, Settings.budget and Settings.length must not be empty lists.")
+        if not self.keep or not self.read or not self.length or self.budget == ():
+            raise ValueError("Settings.keep, budget, read and length must not be empty lists.")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"--max_examples must be at least 1, got {self.max_examples}.")
         if self.cache_dtype not in _DTYPES:
@@ -104,7 +110,7 @@ class Settings:
     def decides(self) -> dict[str, object]:
         """Returns what results depend on, not what only adds lines, nor how many rows are read together."""
         fields = dataclasses.asdict(self)
-        for name in ("methods", "keep", "budget", "length", "max_examples", "examples", "batch"):
+        for name in ("methods", "keep", "budget", "read", "length", "max_examples", "examples", "batch"):
             del fields[name]
         return fields | {"tasks": task_sources.files(self.tasks)}
 
@@ -187,7 +193,8 @@ def numbered(examples: Sequence[tasks.Example]) -> Iterator[tuple[int, tasks.Exa
 
 def line_of(method: Method, example: tasks.Example, index: int) -> results.Line:
     """Returns which line of the results a method writes about an example."""
-    return results.Line(method.name, example.task, index, example.length, method.keep, method.budget_tokens)
+    told = method.keep, method.budget_tokens, method.read
+    return results.Line(method.name, example.task, index, example.length, *told)
 
 
 def lines_of(methods: Sequence[Method], examples: Sequence[tasks.Example]) -> list[results.Line]:
@@ -319,6 +326,7 @@ def _row(
         "prediction": score.prediction,
         "cache_bytes": score.cache_bytes,
         "full_bytes": full_bytes,
+        "read_bytes": score.read_bytes,
         "allocated_bytes": score.allocated_bytes,
         "kept_tokens": score.kept_tokens,
         "prefill_seconds": score.prefill_seconds,

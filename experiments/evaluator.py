@@ -33,6 +33,7 @@ class Score:
     prediction: str | None
     score: float | None
     cache_bytes: int
+    read_bytes: int
     allocated_bytes: int
     kept_tokens: float
     budgeted_tokens: float  # of the layers that a budget is for: those without a sliding window, if there are any
@@ -102,7 +103,7 @@ class Evaluator:
         self._dtype = jnp.dtype(cache_dtype or model.params.embed.dtype)
         self._whole = whole
         self._compiled: dict[tuple[str, int | None], Callable[..., Any]] = {}
-        self._at_rest: dict[tuple[str, int, jnp.dtype], int] = {}
+        self._at_rest: dict[tuple[str, int, jnp.dtype], tuple[int, int]] = {}
 
     def prefill(self, asked: Asked) -> tuple[kvjax.StepOutput | None, float]:
         """Reads prompts with the full cache: what came out, and the seconds it took; None where methods read alone."""
@@ -167,6 +168,7 @@ class Evaluator:
                     prediction=predictions[row],
                     score=None if predictions[row] is None else example.score(predictions[row]),
                     cache_bytes=at_rest,
+                    read_bytes=self.bytes_read(method, asked.slots),
                     allocated_bytes=allocated,
                     kept_tokens=float(kept[row]),
                     budgeted_tokens=float(budgeted[row]),
@@ -185,13 +187,18 @@ class Evaluator:
         Raises:
           ValueError: the method refuses such a context, by its name.
         """
-        return self._bytes(method, slots, self._dtype)
+        return self._bytes(method, slots, self._dtype)[0]
+
+    def bytes_read(self, method: Method, slots: int) -> int:
+        """Returns the bytes of the same context that the attention of a decoding step reads."""
+        return self._bytes(method, slots, self._dtype)[1]
 
     def full_bytes(self, slots: int) -> int:
         """Returns the same of the full cache in 16 bits, which every ratio is to."""
-        return self._bytes(self._full, slots, jnp.dtype(jnp.bfloat16))
+        return self._bytes(self._full, slots, jnp.dtype(jnp.bfloat16))[0]
 
-    def _bytes(self, method: Method, slots: int, dtype: jnp.dtype) -> int:
+    def _bytes(self, method: Method, slots: int, dtype: jnp.dtype) -> tuple[int, int]:
+        """What a context takes, and what a decoding step reads of it."""
         key = method.config, slots, dtype
         if key not in self._at_rest:
             tokens, lengths = jax.ShapeDtypeStruct((1, slots), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -201,7 +208,7 @@ class Evaluator:
                 run = jax.eval_shape(prefill, params, tokens, lengths)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"method {method.name}, a context of {slots} tokens: {error}") from error
-            self._at_rest[key] = kvjax.nbytes((run.cache, run.state))
+            self._at_rest[key] = kvjax.nbytes((run.cache, run.state)), kvjax.bytes_read(run.cache)
         return self._at_rest[key]
 
     def _answers(

@@ -24,6 +24,9 @@ from models.tokenizer import Tokenizer
 Calibrate = Callable[[str, str | None], Mapping[str, jax.Array]]
 """`(recipe, path) -> arrays`."""
 
+READ = 0.125
+"""What a step of decoding may read where nothing says so."""
+
 METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
 _SCORES = (
@@ -86,6 +89,7 @@ _TRANSFORMS = (
     "quantize_corrected",
     "reindex",
     "ring",
+    "select",
     "share_basis",
     "split_heads",
     "split_slots",
@@ -93,12 +97,16 @@ _TRANSFORMS = (
     "whole_layers",
 )
 
+_INDICES = ("Bounds", "Exact", "MeanKey", "StrongChannels")
+
 for _name in kvjax.methods.__all__:
     gin.external_configurable(getattr(kvjax.methods, _name), module="methods")
 for _name in _SCORES:
     gin.external_configurable(getattr(kvjax.scores, _name), module="scores")
 for _name in _TRANSFORMS:
     gin.external_configurable(getattr(kvjax, _name), module="transforms")
+for _name in _INDICES:
+    gin.external_configurable(getattr(kvjax.indices, _name), module="indices")
 
 
 @gin.configurable(module="experiments")
@@ -117,6 +125,7 @@ class Method:
       prefill_chunk: tokens of a chunk of the prompt; None reads it in one shot.
       config: the gin bindings that made it, and hashes of what it got of a model.
       budget: what `%budget` was in its config; None: the config does not use it.
+      read: the same of `%read`.
     """
 
     name: str
@@ -124,6 +133,7 @@ class Method:
     prefill_chunk: int | None
     config: str
     budget: int | float | None = None
+    read: int | float | None = None
 
     @property
     def keep(self) -> float | None:
@@ -137,8 +147,8 @@ class Method:
 
     @property
     def setting(self) -> str:
-        """Its name and what it was told to keep."""
-        return setting(self.name, self.keep, self.budget_tokens)
+        """Its name and what it was told to keep, and to read."""
+        return setting(self.name, self.keep, self.budget_tokens, self.read)
 
     @property
     def reads_alone(self) -> bool:
@@ -270,6 +280,7 @@ def load_method(
     name: str,
     *,
     budget: kvjax.Budget,
+    read: kvjax.Budget = READ,
     gin_files: Sequence[str] = (),
     bindings: Sequence[str] = (),
     calibrate: Calibrate | None = None,
@@ -281,6 +292,7 @@ def load_method(
     Args:
       name: of the file, or the path of another one.
       budget: what `%budget` means in it: tokens per KV head (int) or a fraction of the context (float).
+      read: the same for `%read`, which a step of decoding may read.
       gin_files: read after the method's file, so they win over it.
       bindings: read after all files, so they win.
       calibrate: gives what `calibration()` in a config stands for; `experiments.calibrations.Calibrations`.
@@ -294,12 +306,14 @@ def load_method(
         check_method_names([name], paths=True)
         text = config_text(name)
         name = pathlib.Path(name).stem if method_path(name) else name
+    macros = {"budget": budget, "read": read}
     gin.clear_config()
     with gin.unlock_config():
         gin_bindings.parse(text, f"method {name}, its config")
         gin_bindings.read_files(gin_files)
-        one = isinstance(budget, int) and budget == 1
-        gin.parse_config("tokens.count = 1\nbudget = @tokens()" if one else f"budget = {budget}")
+        for macro, value in macros.items():
+            one = isinstance(value, int) and value == 1
+            gin.parse_config(f"tokens.count = 1\n{macro} = @tokens()" if one else f"{macro} = {value}")
         gin_bindings.parse_each(bindings)
     global _calibrations, _tokenizer
     _calibrations, _tokenizer = calibrate, tokenizer
@@ -317,5 +331,5 @@ def load_method(
         got = f"@{transform.__name__}" if callable(transform) else repr(transform)
         raise ValueError(f"method {name}: method.transform must be a call such as @snapkv(), got {got}.")
     config = gin.operative_config_str() + "".join(f"# {line}\n" for line in _got)
-    used = budget if gin_bindings.binds_macro(config, "budget") else None
-    return Method(name, transform, chunk, config, used)
+    used = [value if gin_bindings.binds_macro(config, macro) else None for macro, value in macros.items()]
+    return Method(name, transform, chunk, config, *used)

@@ -26,7 +26,7 @@ import sys
 from absl import flags
 
 from experiments import cli, pictures
-from experiments.methods import load_method
+from experiments.methods import READ, load_method
 from experiments.planner import Plan, Planner, Setting
 from experiments.report import human_bytes
 from experiments.suggestions import there_are
@@ -37,6 +37,7 @@ from models.families import read_config
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "batch", "mesh", "output_dir", "json"):
     flags.declare_key_flag(_name)
+flags.declare_key_flag("read")
 _TOKENS = 131072  # of each prompt, without --context
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "Slice, such as v5e:16x16 or v5p:4x4x4.")
 _SPLIT_WEIGHTS = flags.DEFINE_bool("split_weights", False, "Split weights over the sequence axis too.")
@@ -161,7 +162,7 @@ def run() -> None:
     config = read_model(cli.MODEL.value, context)
     chip, chips = read_topology(_TOPOLOGY.value)
     budget = cli.only(cli.KEEP, 0.25)
-    how = dict(budget=budget, **cli.configs())
+    how = dict(budget=budget, read=cli.only(cli.READ, READ), **cli.configs())
     methods = [load_method(name, **how) for name in dict.fromkeys(cli.METHODS.value or ["full", "int4"])]
     cli.check_reached(method.config for method in methods)
     devices = compile_only_devices(_TOPOLOGY.value)

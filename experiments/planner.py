@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import kvjax
 from experiments.methods import Method
 from kvjax import sharding
-from kvjax.segments import PoolView
+from kvjax.cache import segments_read
 from models.config import DecoderConfig
 from models.decoder import bind
 from models.weights import abstract_params, param_axes
@@ -192,7 +192,7 @@ class Planner:
         read = self._params
         if read.head is not None:
             read = read.replace(embed=None)  # one row of it
-        return bytes_on_device((read, _slots_read(run.cache)))
+        return bytes_on_device(read) + round(sum(bytes_on_device(s) * part for s, part in _read_parts(run.cache)))
 
     def _flops(self, run: kvjax.Run) -> float:
         """2 for every weight of a matrix and row, 4 H G for every slot of a KV head that is attended to."""
@@ -207,27 +207,18 @@ class Planner:
         split = sharding.layout({"batch": self._setting.batch})["batch"]
         flops *= self._setting.batch / sharding.shards(split)
         slots = 0
-        for path, leaf in jax.tree_util.tree_leaves_with_path(_slots_read(run.cache)):
-            if getattr(path[-1], "name", None) == "pos":
-                shared = leaf.shape[1] == 1 and c.num_kv_heads > 1  # coordinates that all heads read
-                slots += _entries(leaf) * (c.num_kv_heads if shared else 1)
+        for segment, part in _read_parts(run.cache):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(segment):
+                if getattr(path[-1], "name", None) == "pos":
+                    shared = leaf.shape[1] == 1 and c.num_kv_heads > 1  # coordinates that all heads read
+                    slots += part * _entries(leaf) * (c.num_kv_heads if shared else 1)
         return flops + 4 * c.head_dim * (c.num_heads // c.num_kv_heads) * slots
 
 
-def _slots_read(cache: kvjax.Cache) -> list[Any]:
-    """The segments that a decoding step reads: one that layers share as often as it is read."""
-    pools = list(cache.shared.values()) if any(_has_pool(layer) for layer in cache.layers) else []
-    own = [
-        segment
-        for layer in cache.layers
-        for view, segment in zip(layer.segments, layer.inlined(cache.shared).segments)
-        if not isinstance(view, PoolView)  # a layer reads its part of a pool
-    ]
-    return pools + own
-
-
-def _has_pool(layer: kvjax.LayerCache) -> bool:
-    return any(isinstance(segment, PoolView) for segment in layer.segments)
+def _read_parts(cache: kvjax.Cache) -> list[tuple[Any, float]]:
+    """The segments that a decoding step reads, and which part of the bytes of each."""
+    read = lambda segment: kvjax.bytes_read(kvjax.Cache((kvjax.LayerCache((segment,)),), cache.length))
+    return [(segment, read(segment) / max(kvjax.nbytes(segment), 1)) for segment in segments_read(cache)]
 
 
 def bytes_on_device(tree: Any) -> int:

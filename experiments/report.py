@@ -42,6 +42,8 @@ def table(summary: Mapping[str, Any], *, full: str = "full", width: int | None =
         _column("", "times", "smaller", cells=[_fixed(times_smaller(mean), 1, "x") for mean in means]),
         _column("", "tokens", "kept", cells=[_fixed(mean["kept_tokens"], 0) for mean in means]),
     ]
+    if any(entry.get("read") is not None for entry in entries):
+        columns.append(_column("", "read at", "a step", cells=[human_bytes(mean.get("read_bytes")) for mean in means]))
     if any(speeds.values()):
         ratios = [_ratio(e["mean"]["decode_tokens_per_second"], speeds.get(_whose(e))) for e in entries]
         columns.append(_column("", "decode", "speed", cells=[_fixed(ratio, 2, "x") for ratio in ratios]))
@@ -125,6 +127,9 @@ def _labels(entries: Sequence[Mapping[str, Any]], front: set[int]) -> list[list[
     if len({budget for budget in budgets if budget is not None}) > 1:
         title = "keep" if any(isinstance(budget, float) for budget in budgets) else "budget"
         columns.append(_column("", "", title, cells=["-" if b is None else f"{b:g}" for b in budgets]))
+    reads = [entry.get("read") for entry in entries]
+    if len({read for read in reads if read is not None}) > 1:
+        columns.append(_column("", "", "read", cells=["-" if read is None else f"{read:g}" for read in reads]))
     lengths = [entry.get("length") for entry in entries]
     if len(set(lengths)) > 1:
         columns.append(_column("", "", "context", cells=["own" if n is None else str(n) for n in lengths]))
@@ -194,9 +199,12 @@ def _notes(summary: Mapping[str, Any], full: str, front: bool, width: int) -> li
     counts = sorted({entry["examples"] for entry in entries})
     examples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     errors = any(cell.get(field + ERROR) is not None for e in entries for cell in e["tasks"].values() for field in cell)
+    reads = any(entry.get("read") is not None for entry in entries)
+    read = " read at a step: what attention reads of it to decode a token." if reads else ""
     notes = [
         "cache: bytes of all its arrays after the context, scales and indices included, without room for tokens to"
-        f" come. times smaller: than a full cache in 16 bits. decode speed: tokens per second relative to {full}, in"
+        f" come. times smaller: than a full cache in 16 bits.{read} decode speed: tokens per second relative to {full},"
+        " in"
         " this run. score: of generated texts, by each task's own metric. nll: negative log-likelihood of the right"
         f" answer, nats per token; ppl: its exponential. Means over {examples} examples a row"
         f"{', standard errors in parentheses' * errors}."

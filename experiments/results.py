@@ -31,6 +31,7 @@ class Line(NamedTuple):
       length: tokens of context that the task was made for; None: the task has contexts of its own.
       keep: the fraction of the context that the method was told to keep; None: no fraction was.
       budget: the same in tokens per KV head.
+      read: what a step was told to read, as a fraction of the context or, an int, in tokens; None: it was told nothing.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Line(NamedTuple):
     length: int | None = None
     keep: float | None = None
     budget: int | None = None
+    read: float | int | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Line":
@@ -47,17 +49,18 @@ class Line(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The method and what it was told to keep: "snapkv keep=0.25", "snapkv budget=256", "full"."""
-        return setting(self.method, self.keep, self.budget)
+        """The method and what it was told: "snapkv keep=0.25", "snapkv budget=256", "quest read=0.125", "full"."""
+        return setting(self.method, self.keep, self.budget, self.read)
 
 
-def setting(method: str, keep: float | None, budget: int | None) -> str:
-    """Names a method with what it was told to keep."""
-    return method + ("" if keep is None else f" keep={keep}") + ("" if budget is None else f" budget={budget}")
+def setting(method: str, keep: float | None, budget: int | None, read: float | int | None = None) -> str:
+    """Names a method with what it was told to keep, and to read at a step."""
+    told = {"keep": keep, "budget": budget, "read": read}
+    return method + "".join(f" {name}={value}" for name, value in told.items() if value is not None)
 
 
 FIELDS = (
-    *Line._fields,
+    *("method", "task", "example", "length", "keep", "budget"),
     "nll",
     "exact_match",
     "score",
@@ -74,7 +77,8 @@ _FLAGS = ("exact_match", "over_budget")
 _TEXTS = ("metric", "prediction")
 # What else lines hold; a line may have more, of which nothing is known here.
 _NUMBERS = (
-    *("keep", "budget", "length", "nll", "score", "cache_bytes", "full_bytes", "allocated_bytes", "kept_tokens"),
+    *("keep", "budget", "read", "length", "nll", "score", "cache_bytes", "full_bytes", "read_bytes", "allocated_bytes"),
+    "kept_tokens",
     *("prefill_seconds", "decode_tokens_per_second", "kl", "depth", "context_tokens", "budget_tokens"),
 )
 # What a file system reports when nothing more fits: the disk, the quota, the file-size limit.

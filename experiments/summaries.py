@@ -19,23 +19,24 @@ ERROR = "_stderr"
 
 
 class Group(NamedTuple):
-    """Lines that are averaged: those of a method at one budget and one length of context."""
+    """Lines that are averaged: those of a method at one budget, one `read` and one length of context."""
 
     method: str
     keep: float | None
     budget: int | None
     length: int | None
+    read: float | int | None = None
 
     @classmethod
     def of(cls, row: Row) -> "Group":
         """The group that a line belongs to."""
         line = Line.of(row)
-        return cls(line.method, line.keep, line.budget, line.length)
+        return cls(line.method, line.keep, line.budget, line.length, line.read)
 
     @property
     def setting(self) -> str:
-        """The method and what it was told to keep."""
-        return setting(self.method, self.keep, self.budget)
+        """The method and what it was told to keep, and to read."""
+        return setting(self.method, self.keep, self.budget, self.read)
 
 
 def summarise(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
@@ -83,7 +84,11 @@ def group_names(groups: Iterable[Group]) -> list[str]:
     groups = list(groups)
     lengths = {group.length for group in groups}
     budgets = {(group.keep, group.budget) for group in groups} - {(None, None)}
-    names = [group.setting if len(budgets) > 1 else group.method for group in groups]
+    reads = {group.read for group in groups} - {None}
+    told = lambda of: of._replace(
+        **({} if len(budgets) > 1 else {"keep": None, "budget": None}), **({} if len(reads) > 1 else {"read": None})
+    )
+    names = [told(group).setting for group in groups]
     if len(lengths) > 1:
         names = [f"{name} length={of.length}" if of.length is not None else name for name, of in zip(names, groups)]
     return names

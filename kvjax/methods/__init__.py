@@ -40,6 +40,7 @@ from kvjax.methods.minicache import minicache
 from kvjax.methods.mpcache_static import mpcache_static
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
+from kvjax.methods.quest import quest
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.reasoncache import reasoncache
@@ -98,6 +99,7 @@ __all__ = [
     "mpcache_static",
     "prefixkv",
     "pyramidkv",
+    "quest",
     "random_eviction",
     "rkv",
     "rotatekv",

@@ -13,6 +13,8 @@ from flax import struct
 from kvjax.axes import OF_SLOTS, OF_SLOTS_LAST, P
 from kvjax.segments.protocol import Queries
 
+__all__ = ["Bounds", "Exact", "Index", "Labels", "MeanKey", "StrongChannels"]
+
 Agree = Literal["max", "sum", "softmax_max", "softmax_mean"]
 """How the G query heads of a KV head agree on one choice: by the maximum or the sum of their scores, or of the softmax
 of these over all pages, which makes heads comparable."""

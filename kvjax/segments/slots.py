@@ -139,7 +139,7 @@ def few_highest(
     protected: jax.Array | None = None,
     rows: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Chooses few of many, the highest scores first; of a tie the oldest. For a choice at every step: nothing is sorted.
+    """Chooses few of many, the highest scores first; of a tie the oldest. Nothing is sorted: cheap enough for a step.
 
     Args:
       scores: f32[R, K, P], of R rows or queries; NaN counts as the lowest.

@@ -51,7 +51,7 @@ def select(
       sinks: the pages of the first so many tokens are always read, within `read`.
       recent: those of the tokens less than this before a query, too.
       dense_layers: layers that read everything, and stay as they are.
-      choose_at: layers that choose for themselves and those after them, up to the next; they themselves read everything.
+      choose_at: layers that choose for those after them, up to the next of these; they themselves read everything.
         Layers before the first stay as they are. None: every layer chooses for itself.
       each: calls of at most so many tokens choose for each; longer ones read everything.
       key_rope: "at_attend" stores un-rotated keys, as low-rank keys need them.
