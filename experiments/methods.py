@@ -71,6 +71,7 @@ _TRANSFORMS = (
     "evict",
     "evict_across_layers",
     "evict_by_head",
+    "from_first_chunk",
     "identity",
     "into_nearest",
     "into_neighbour",

@@ -179,8 +179,12 @@ def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk, 
         out = step(tokens, _positions(cache, lengths, T), cache, needs=schedule.needs, last_only=True)
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T, room=room, first=first)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
-    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first)
-    return _run(transform, logits, cache, state, lengths, T, room, call_tokens, first)
+    slots, left = _reserved(schedule, T, room, call_tokens)
+    begins = schedule.begins and schedule.frees_in_prefill is None
+    how = dict(room=room, first=first, begins=slots if begins else None)
+    logits, cache, state = _prefill_chunks(step, transform, tokens, lengths, cache, chunk, **how)
+    cache = cache if begins else cache.reserve(slots)
+    return Run(logits[:, -1], cache.constrained(), state, lengths, left, first)
 
 
 def start(
@@ -223,7 +227,8 @@ def start(
         observation = reread(step, how, tokens, prompt.cache, observation)
     cache, state = transform.init(prompt.cache, observation.replace(room=room))
     first = observation.first
-    return _run(transform, prompt.logits, cache, state, observation.prompt, slots, room, call_tokens, first)
+    more, left = _reserved(schedule, slots, room, call_tokens)
+    return Run(prompt.logits[:, -1], cache.reserve(more).constrained(), state, observation.prompt, left, first)
 
 
 def _check_nothing_attached(schedule, first) -> None:
@@ -231,17 +236,18 @@ def _check_nothing_attached(schedule, first) -> None:
         raise ValueError(f"{schedule.name} reads the prompt again, which it cannot behind what was attached before it.")
 
 
-def _run(transform, logits, cache, state, prompt, prompt_slots, room, call_tokens, first) -> Run:
-    schedule = transform.schedule
+def _reserved(schedule, prompt_slots: int, room: int, call_tokens: int) -> tuple[int, Room]:
+    """Returns the slots that are reserved behind a prompt, and the room that a run begins with."""
     slots, left = Room.reserved(prompt_slots, schedule.described, room, call_tokens, schedule.frees_in_decode)
     if schedule.budget is not None:
         budget = budget_slots(schedule.budget, prompt_slots, schedule.at_least)
         if budget > prompt_slots + room:  # more would come into fewer slots than the budget asks for
             left = Room(prompt_slots, schedule.described, total=room)
-    return Run(logits[:, -1], cache.reserve(slots).constrained(), state, prompt, left, first)
+    return slots, left
 
 
-def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first):
+def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first, begins):
+    """Reads a prompt in chunks; with `begins`, slots to reserve behind it, all is stored at once as at the end."""
     (B, T), schedule = tokens.shape, transform.schedule
     bounded = schedule.frees_in_prefill is not None
     window = schedule.needs.queries
@@ -272,6 +278,9 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first)
     if bounded:
         cache, state = transform.init(cache, nothing_seen.replace(phase="begin"))
         cache = cache.reserve(schedule.frees_in_prefill - 1 + chunk)
+    elif begins is not None:
+        cache, state = transform.init(cache, nothing_seen)
+        cache = cache.reserve(T).reserve(begins)
     else:
         state = ()
         cache = cache.reserve(T)
@@ -305,7 +314,9 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first)
         return (cache, state, queries, sums, logits), None
 
     carry = (cache, state, queries, sums, jnp.zeros_like(probe.logits))
-    (cache, _, queries, sums, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
+    (cache, state, queries, sums, logits), _ = jax.lax.scan(body, carry, jnp.arange(count))
+    if begins is not None:
+        return logits, cache, state
     seen = query_window.observe(queries, cache, nothing_seen) if keep else nothing_seen
     whole = lambda layer, moments, largest: layer.replace(moments=moments, largest=largest)
     seen = seen.replace(layers=tuple(whole(layer, *of) for layer, of in zip(seen.layers, sums)))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 
 from kvjax.segments.bases import Matrix
-from kvjax.transforms import CacheTransform, at_prefill_end, project_jointly
+from kvjax.transforms import CacheTransform, from_first_chunk, project_jointly
 
 
 def cskv(
@@ -80,4 +80,4 @@ def _joint(
         bases[name] = [
             Matrix(cut(axes, layer), inverse=None if inverse is None else cut(inverse, layer)) for layer in range(L)
         ]
-    return at_prefill_end(project_jointly(list(zip(bases["key"], bases["value"])), window=window))
+    return from_first_chunk(project_jointly(list(zip(bases["key"], bases["value"])), window=window))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from kvjax.transforms import CacheTransform, at_prefill_end, split_heads
+from kvjax.transforms import CacheTransform, from_first_chunk, split_heads
 
 
 def duoattention(
@@ -20,9 +20,7 @@ def duoattention(
     """Makes streaming heads of the `sparsity` of all KV heads with the lowest scores.
 
     Deviations: scores are how strongly a head copies from repeated random tokens (induction, training-free), not
-    trained gates. Heads stream when the whole prompt is in. In the paper a prompt that comes in chunks streams from the
-    second chunk on, whose tokens then see sinks, window and their chunk; here they see everything, and the prompt's
-    cache is held in full until its end.
+    trained gates. As in the paper, a prompt that comes in chunks streams from the first of them on.
 
     Args:
       calibration: of `experiments.calibrate --method=duoattention`: `induction` f32[L, K].
@@ -41,8 +39,7 @@ def duoattention_trained(
 ) -> CacheTransform:
     """Makes streaming heads of the `sparsity` of all KV heads with the lowest trained gates.
 
-    Deviations: those of the recipe, `experiments.recipes.duoattention.train_duoattention`; heads stream when the whole
-    prompt is in, see `duoattention`.
+    Deviations: those of the recipe, `experiments.recipes.duoattention.train_duoattention`.
 
     Args:
       calibration: of `experiments.train --gin_file=configs/runs/train_duoattention.gin`: `gates` f32[L, K].
@@ -62,4 +59,4 @@ def _by_score(scores: jax.Array, sparsity: float, sinks: int, recent: int) -> Ca
     scores = np.asarray(scores)
     streaming = np.argsort(scores, axis=None, kind="stable")[: round(sparsity * scores.size)]
     full = ~np.isin(np.arange(scores.size), streaming).reshape(scores.shape)
-    return at_prefill_end(split_heads([np.flatnonzero(heads) for heads in full], sinks=sinks, recent=recent))
+    return from_first_chunk(split_heads([np.flatnonzero(heads) for heads in full], sinks=sinks, recent=recent))

@@ -6,7 +6,7 @@ Generative Inference of LLM". 2024. arXiv:2403.05527.
 
 from __future__ import annotations
 
-from kvjax.transforms import CacheTransform, at_prefill_end, quantize_corrected
+from kvjax.transforms import CacheTransform, from_first_chunk, quantize_corrected
 
 
 def gear(
@@ -30,7 +30,7 @@ def gear(
       outliers: fraction of the entries kept beside the codes; 0 is the paper's GEAR-L.
       loops: power iterations.
     """
-    return at_prefill_end(
+    return from_first_chunk(
         quantize_corrected(
             bits, rank=rank, outliers=outliers, key_group=group, value_group=group, block=block, loops=loops
         )

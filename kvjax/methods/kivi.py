@@ -6,7 +6,7 @@ Cache". ICML 2024. arXiv:2402.02750.
 
 from __future__ import annotations
 
-from kvjax.transforms import CacheTransform, at_prefill_end, center_keys, chain, quantize
+from kvjax.transforms import CacheTransform, at_prefill_end, center_keys, chain, from_first_chunk, quantize
 
 
 def kivi(
@@ -22,8 +22,10 @@ def kivi(
 
     Bytes per token and KV head: `H * ((key_bits + value_bits) / 8 + 8 / group) + 4`, plus the residual.
 
-    Deviations: values leave the exact tail in the same blocks as keys, not one by one; scales are bfloat16
-    rounded outwards instead of float16.
+    Deviations: a prompt that comes in chunks is stored so from the first of them on, and each reads those before it as
+    codes, where the paper reads a prompt exactly; `at_prefill_end(kivi(...))` does, and holds all of it until then.
+    Values leave the exact tail in the same blocks as keys, not one by one; scales are bfloat16 rounded outwards instead
+    of float16.
 
     Args:
       bits: 2, 4 or 8.
@@ -36,4 +38,4 @@ def kivi(
     key_bits, value_bits = (bits if b is None else b for b in (key_bits, value_bits))
     how = dict(key_group=group, value_group=group, residual=residual)
     packed = quantize(key_bits, value_bits=value_bits, **how)
-    return at_prefill_end(chain(center_keys(), packed) if center else packed)
+    return at_prefill_end(chain(center_keys(), packed)) if center else from_first_chunk(packed)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 
 from kvjax.segments.bases import Matrix
-from kvjax.transforms import CacheTransform, at_prefill_end, project
+from kvjax.transforms import CacheTransform, from_first_chunk, project
 from kvjax.transforms.project import check_rank
 
 
@@ -43,4 +43,4 @@ def kqsvd(
         axes, inverse = (calibration[f"{name}_{part}"][layer][None] for part in ("axes", "inverse"))
         return Matrix(axes, inverse=inverse).cut(range(K), ranks[name])
 
-    return at_prefill_end(project([(basis(layer, "key"), basis(layer, "value")) for layer in range(L)]))
+    return from_first_chunk(project([(basis(layer, "key"), basis(layer, "value")) for layer in range(L)]))

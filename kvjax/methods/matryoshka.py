@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from kvjax.segments.bases import Matrix
-from kvjax.transforms import CacheTransform, at_prefill_end, by_rank, project_by_head
+from kvjax.transforms import CacheTransform, by_rank, from_first_chunk, project_by_head
 from kvjax.transforms.project import check_rank
 
 
@@ -86,7 +86,7 @@ def _projected(
 
         return by_rank(matrix("key"), matrix("value"), ranks["key"][layer], ranks["value"][layer])
 
-    return at_prefill_end(project_by_head([groups(layer) for layer in range(L)]))
+    return from_first_chunk(project_by_head([groups(layer) for layer in range(L)]))
 
 
 def _searched(calibration: Mapping[str, jax.Array], name: str, rate: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax
 
-from kvjax.transforms import CacheTransform, at_prefill_end, product_quantize
+from kvjax.transforms import CacheTransform, from_first_chunk, product_quantize
 
 
 def million(
@@ -31,4 +31,4 @@ def million(
     """
     names = "key_codebook", "value_codebook"
     stored = (calibration[name].astype(codebook_dtype) for name in names)
-    return at_prefill_end(product_quantize(list(zip(*stored, strict=True)), residual=residual))
+    return from_first_chunk(product_quantize(list(zip(*stored, strict=True)), residual=residual))

@@ -37,7 +37,7 @@ from kvjax.transforms.share_basis import share_basis
 from kvjax.transforms.sliding_windows import bounded_layers, respect_windows
 from kvjax.transforms.split_heads import split_heads
 from kvjax.transforms.split_slots import split_slots
-from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, when_full
+from kvjax.transforms.when import at_prefill_end, every, every_chunk, every_step, from_first_chunk, when_full
 
 __all__ = [
     "CacheTransform",
@@ -62,6 +62,7 @@ __all__ = [
     "every",
     "every_chunk",
     "every_step",
+    "from_first_chunk",
     "evict",
     "evict_across_layers",
     "evict_by_head",

@@ -64,7 +64,8 @@ class CacheTransform(NamedTuple):
 
 def identity() -> CacheTransform:
     """Leaves the cache as it is."""
-    return CacheTransform(lambda cache, observation: (cache, ()), schedule=Schedule(acts_in=(), name="identity"))
+    schedule = Schedule(acts_in=(), begins=True, name="identity")
+    return CacheTransform(lambda cache, observation: (cache, ()), schedule=schedule)
 
 
 def chain(*transforms: CacheTransform) -> CacheTransform:
@@ -122,6 +123,7 @@ def chain(*transforms: CacheTransform) -> CacheTransform:
         needs=needs,
         observer=observer,
         before=one_by_one(s.before for s in schedules),
+        begins=all(s.begins for s in schedules),
         on_ring=one_by_one(s.on_ring for s in schedules),
         frees_in_prefill=soonest(s.frees_in_prefill for s in schedules),
         frees_in_decode=soonest(s.frees_in_decode for s in schedules),

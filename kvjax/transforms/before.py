@@ -45,7 +45,7 @@ def before(attached: Cache) -> CacheTransform:
         both = cache.map_layers(put, named.layers)
         return both.replace(length=length, shared={**named.shared, **cache.shared})
 
-    schedule = Schedule(acts_in=(), before=attach, name="before")
+    schedule = Schedule(acts_in=(), before=attach, begins=True, name="before")
     return CacheTransform(init=lambda cache, observation: (cache, ()), schedule=schedule)
 
 

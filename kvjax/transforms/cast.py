@@ -50,6 +50,7 @@ def cast(dtype: str = "float8_e4m3fn", *, scale: Literal["one", "token"] = "one"
         init=lambda cache, observation: (cache.map_layers(compress).map_shared(compress), ()),
         schedule=Schedule(
             acts_in=(),
+            begins=True,
             name="cast",
             on_ring=lambda layer, seen: compress(layer),
             order=Order.of(needs="numbers rotated" if narrow else "numbers"),

@@ -45,5 +45,5 @@ def prefix(layers: Sequence[tuple[jax.Array, jax.Array]]) -> CacheTransform:
             raise ValueError(f"prefix is of {len(layers)} layers, the cache has {len(cache.layers)}.")
         return cache.map_layers(put, *zip(*layers))
 
-    schedule = Schedule(acts_in=(), before=before, name="prefix")
+    schedule = Schedule(acts_in=(), before=before, begins=True, name="prefix")
     return CacheTransform(init=lambda cache, observation: (cache, ()), schedule=schedule)

@@ -56,4 +56,4 @@ def product_quantize(codebooks: Sequence[LayerCodebooks], *, residual: int = 128
         return cache.map_layers(compress, codebooks), ()
 
     order = Order.of(needs="numbers channels rotated room own", loses="numbers vectors slots whole")
-    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="product_quantize", order=order))
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), begins=True, name="product_quantize", order=order))

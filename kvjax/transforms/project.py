@@ -46,7 +46,8 @@ def rotate_channels(seed: int) -> CacheTransform:
 
     order = Order.of(needs="numbers channels rotated places own heads", loses="vectors slots whole channels")
     on_ring = lambda layer, seen: rotate(layer)
-    return CacheTransform(init, schedule=Schedule(acts_in=(), name="rotate_channels", order=order, on_ring=on_ring))
+    schedule = Schedule(acts_in=(), begins=True, name="rotate_channels", order=order, on_ring=on_ring)
+    return CacheTransform(init, schedule=schedule)
 
 
 def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> CacheTransform:
@@ -81,7 +82,7 @@ def project(bases: Sequence[LayerBases], *, key_rope: KeyRope = "stored") -> Cac
 
     loses = "vectors slots whole channels" + " rotated" * (key_rope != "stored")
     order = Order.of("vectors slots room places" + " aligned" * bool(mixed), loses)
-    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), begins=True, name="project", order=order))
 
 
 class HeadBases(NamedTuple):
@@ -132,7 +133,7 @@ def project_by_head(groups: Sequence[Sequence[HeadBases]]) -> CacheTransform:
         return cache.map_layers(compress, _of_all_layers(bases, cache), heads), ()
 
     order = Order.of(needs="vectors slots room places", loses="vectors slots whole channels")
-    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project", order=order))
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), begins=True, name="project", order=order))
 
 
 def check_rank(name: str, rank: int | float, channels: int) -> int:
@@ -173,7 +174,7 @@ def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTr
         return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
 
     order = Order.of(needs="vectors slots room aligned places", loses="vectors slots whole channels rotated")
-    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project_jointly", order=order))
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), begins=True, name="project_jointly", order=order))
 
 
 def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> CacheTransform:

@@ -193,4 +193,4 @@ def store(
         return cache.map_layers(of_layer).map_shared(of_shared), ()
 
     on_ring = (lambda layer, seen: of_layer(layer)) if one_by_one else None
-    return CacheTransform(init, schedule=Schedule(acts_in=(), name=name, order=order, on_ring=on_ring))
+    return CacheTransform(init, schedule=Schedule(acts_in=(), begins=True, name=name, order=order, on_ring=on_ring))

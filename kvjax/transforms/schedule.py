@@ -39,6 +39,8 @@ class Schedule(NamedTuple):
       observer: what is remembered of every call.
       before: `cache -> cache`, puts into the empty cache, before anything of a prompt is read, what the prompt is to
         see; None: nothing.
+      begins: nothing of a prompt decides how it stores slots: where a prompt arrives in chunks, `init` runs before the
+        first of them, on a cache without slots, and what comes is stored so at once. `init` does not run again.
       frees_in_prefill: slots are freed at least every so many tokens while the prompt arrives; None: never.
       frees_in_decode: the same while tokens are generated. None means that the cache grows by one slot a token and
         the driver reserves room for all of them.
@@ -56,6 +58,7 @@ class Schedule(NamedTuple):
     needs: Needs = Needs()
     observer: Observer = Observer()
     before: Callable[[Cache], Cache] | None = None
+    begins: bool = False
     frees_in_prefill: int | None = None
     frees_in_decode: int | None = None
     budget: Budget | None = None

@@ -71,5 +71,5 @@ def split_heads(
         return cache.map_layers(each, full), ()
 
     order = Order.of(needs="vectors slots room places", loses="whole aligned vectors slots")
-    schedule = Schedule(acts_in=(), name="split_heads", order=order)
+    schedule = Schedule(acts_in=(), begins=True, name="split_heads", order=order)
     return CacheTransform(init=init, schedule=schedule)

@@ -20,8 +20,25 @@ def at_prefill_end(transform: CacheTransform) -> CacheTransform:
             return cache, ()
         return transform.init(cache, observation.replace(grows=True))
 
-    schedule = transform.schedule._replace(acts_in=(), frees_in_prefill=None, frees_in_decode=None, excess=None)
-    return transform._replace(init=init, schedule=schedule)
+    never = dict(begins=False, frees_in_prefill=None, frees_in_decode=None, excess=None)
+    return transform._replace(init=init, schedule=transform.schedule._replace(acts_in=(), **never))
+
+
+def from_first_chunk(transform: CacheTransform) -> CacheTransform:
+    """Stores tokens as the transform does from the first chunk of a prompt on; a prompt read at once, at its end.
+
+    A prompt in chunks then never has a cache of full precision: memory is the compressed cache and one chunk. Each
+    chunk reads those before it as they are stored, so the result is not that of `at_prefill_end`.
+
+    Raises:
+      ValueError: how it stores slots depends on the prompt.
+    """
+    if not transform.schedule.begins:
+        raise ValueError(
+            f"{transform.schedule.name} decides by the prompt how it stores slots: wrap it in at_prefill_end instead."
+        )
+    once = at_prefill_end(transform)
+    return once._replace(schedule=once.schedule._replace(begins=True))
 
 
 def every_chunk(transform: CacheTransform) -> CacheTransform:

@@ -244,6 +244,17 @@ def check_chunked_equals_one_shot(h: Harness) -> None:
     assert_same_run(h.prefill("chunked"), h.run)
 
 
+def check_chunks_are_calls(h: Harness) -> None:
+    """A prompt in chunks leaves what its first chunk leaves, followed by calls of the others."""
+    chunked = h.prefill("chunked")
+    program = Harness(h.case, room=T + ROOM, call_tokens=CHUNK)
+    part = lambda start: (h.tokens[:, start : start + CHUNK], jnp.clip(h.lengths - start, 0, CHUNK))
+    run = program.prefill("one_shot", *part(0))
+    for start in range(CHUNK, T, CHUNK):
+        run = program.extend(h.params, run, *part(start))
+    assert_same_run(chunked, run)
+
+
 def check_lossless(h: Harness) -> None:
     """With room for every token a method changes nothing that the decoder computes."""
     (run, logits), (full_run, full_logits) = _read_and_ask(h.case.lossless()), _full_cache()

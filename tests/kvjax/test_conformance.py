@@ -13,7 +13,10 @@ TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
 _TWINS = ("int2", "kivi4", "kivi2", "keydiff_int8")
 EVERY = [name for name in BY_NAME if name not in _TWINS]
 BUDGETED = [name for name, t in TRANSFORMS.items() if t.schedule.budget is not None]
-AT_PREFILL_END = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_prefill is None]
+AT_PREFILL_END = [
+    name for name, t in TRANSFORMS.items() if t.schedule.frees_in_prefill is None and not t.schedule.begins
+]
+FROM_FIRST_CHUNK = [name for name, t in TRANSFORMS.items() if t.schedule.begins]
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
 _NAMED = (
@@ -105,6 +108,11 @@ def test_a_row_of_a_padded_batch_equals_its_own_run(harness, how):
 @for_each(AT_PREFILL_END)
 def test_chunked_prefill_equals_one_shot(harness):
     conformance.check_chunked_equals_one_shot(harness)
+
+
+@for_each(FROM_FIRST_CHUNK)
+def test_chunks_of_a_prompt_are_stored_as_calls_that_follow(harness):
+    conformance.check_chunks_are_calls(harness)
 
 
 @for_each(LOSSLESS)
