@@ -182,6 +182,36 @@ def plot_memory(rows: Sequence[Row], path: str | os.PathLike[str], *, title: str
     _save(figure, path)
 
 
+def plot_reuse(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws what reading documents apart loses against how much of them is read again, one panel a task.
+
+    Args:
+      rows: lines of `experiments.reuse`.
+      path: of the picture; its suffix decides the format.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(6.4 * len(tasks), 4.8), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, task in enumerate(tasks, start=1):
+        axes = figure.add_subplot(1, len(tasks), number)
+        points: dict[tuple[str, float | None], list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["task"] == task:
+                points.setdefault((row["method"], row["ratio"]), []).append((row["recomputed"], row["nll"]))
+        means = {kind: tuple(sum(x) / len(x) for x in zip(*of)) for kind, of in points.items()}
+        blended = sorted(point for (method, _), point in means.items() if method == "cacheblend")
+        axes.plot(*zip(*blended), marker="o", color=_FRONT_COLOR, label="cacheblend")
+        for (method, _), (x, y) in means.items():
+            if method != "cacheblend":
+                axes.plot(x, y, marker="s", linestyle="none", color=_FULL_COLOR if method == "full" else _OTHER_COLOR)
+                axes.annotate(method, (x, y), xytext=(6, 4), textcoords="offset points")
+        axes.set_title(f"{task}: lower is better")
+        axes.set_xlabel("part of the context's keys and values that is computed again")
+        axes.set_ylabel("loss of the right answer (nats per token)")
+        axes.legend()
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a picture; an error names the file."""
     try:

@@ -30,7 +30,7 @@ NEEDLES = 3
 KEY_VALUE_PAIRS = 6
 
 _NOISE = (" The grass is green.", " The sky is blue.", " The sun is yellow.", " Here we go.", " There and back again.")
-_KEYS = (
+KEYS = (
     "amber", "anchor", "apple", "arrow", "autumn", "badger", "bamboo", "banner", "basket", "beacon", "birch", "bottle",
     "bridge", "bronze", "butter", "cactus", "candle", "canyon", "carpet", "castle", "cedar", "cherry", "clover",
     "cobalt", "comet", "copper", "coral", "cotton", "crystal", "dolphin", "dragon", "eagle", "ember", "falcon",
@@ -96,7 +96,7 @@ def synthetic_tasks(
         elif task == "passkey":
             examples.append(_passkey_example(tokenizer, length, depth, rng))
         else:
-            filler = _sentences(haystack, rng) if task == "needle_essay" else itertools.cycle(_NOISE)
+            filler = sentences(haystack, rng) if task == "needle_essay" else itertools.cycle(_NOISE)
             needles = NEEDLES if task == "needles" else 1
             examples.append(_needle_example(task, tokenizer, filler, needles, length, depth, rng))
     return examples
@@ -132,8 +132,8 @@ def _text_example(opening: tuple[int, ...], ids: tuple[int, ...], asked: int, rn
 def _needle_example(
     task: str, tokenizer: Tokenizer, filler: Iterator[str], needles: int, length: int, depth: float, rng: random.Random
 ) -> Example:
-    keys = rng.sample(_KEYS, needles)
-    numbers = [_digits(rng, 7) for _ in keys]
+    keys = rng.sample(KEYS, needles)
+    numbers = [digits(rng, 7) for _ in keys]
     facts = [f" One of the special magic numbers for {key} is: {number}." for key, number in zip(keys, numbers)]
     depths = [depth, *(rng.random() for _ in facts[1:])]
     head, tail = _frame(
@@ -147,8 +147,8 @@ def _needle_example(
 
 
 def _key_value_example(tokenizer: Tokenizer, length: int, depth: float, rng: random.Random) -> Example:
-    keys = rng.sample(_KEYS, KEY_VALUE_PAIRS)
-    values = [_digits(rng, 5) for _ in keys]
+    keys = rng.sample(KEYS, KEY_VALUE_PAIRS)
+    values = [digits(rng, 5) for _ in keys]
     asked = round(depth * (len(keys) - 1))
     depths = [i / (len(keys) - 1) for i in range(len(keys))]
     facts = [f"\n{key}: {value}\n" for key, value in zip(keys, values)]
@@ -165,7 +165,7 @@ def _key_value_example(tokenizer: Tokenizer, length: int, depth: float, rng: ran
 
 
 def _passkey_example(tokenizer: Tokenizer, length: int, depth: float, rng: random.Random) -> Example:
-    key = _digits(rng, 5)
+    key = digits(rng, 5)
     fact = f" The pass key is {key}. Remember it. {key} is the pass key."
     head, tail = _frame(
         tokenizer,
@@ -232,7 +232,7 @@ def _fill(tokenizer: Tokenizer, filler: Iterator[str], room: int) -> list[list[i
     return [pieces[0][surplus:], *pieces[1:]] if pieces else []
 
 
-def _sentences(essays: Sequence[str], rng: random.Random) -> Iterator[str]:
+def sentences(essays: Sequence[str], rng: random.Random) -> Iterator[str]:
     """The sentences of all essays over and over, from a random essay on, each with the space before it."""
     start = rng.randrange(len(essays))
     for essay in itertools.cycle([*essays[start:], *essays[:start]]):
@@ -271,5 +271,6 @@ def chat_frame(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str]
     return head, tail
 
 
-def _digits(rng: random.Random, count: int) -> str:
+def digits(rng: random.Random, count: int) -> str:
+    """Draws a number of so many digits."""
     return str(rng.randrange(10 ** (count - 1), 10**count))

@@ -281,6 +281,19 @@ def bind(
     return BoundDecoder(params, config, donate, Limits(config.vocab_size, min(positions, rows or positions)))
 
 
+def first_layers(decoder: BoundDecoder, count: int) -> BoundDecoder:
+    """Returns a decoder of the first layers of another, over the same weights; its caches have as many.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    if not 1 <= count <= decoder.config.num_layers:
+        raise ValueError(f"count must be from 1 to the decoder's {decoder.config.num_layers} layers, got {count}.")
+    config = dataclasses.replace(decoder.config, num_layers=count)
+    params = decoder.params.replace(layers=decoder.params.layers[:count])
+    return BoundDecoder(params, config, decoder.donate, decoder.limits)
+
+
 def prompt_cache(config: DecoderConfig, batch: int, dtype=jnp.float32) -> Cache:
     """Makes a cache without slots, ready for a prefill."""
     return empty_cache(
