@@ -17,9 +17,8 @@ if __name__ == "__main__":
     interrupts.quit_in_one_line()  # the imports below take seconds
 
 import csv
-import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -234,21 +233,27 @@ def run() -> None:
             f"{model.config.max_positions}."
         )
     if model.config.local_layers:
-        raise ValueError(f"--model: {model.config.name} has layers with a sliding window; they keep no whole documents.")
-    rows = answers(model, examples, ratios)
+        raise ValueError(f"--model: {model.config.name} has layers with a sliding window; they keep no documents.")
     folder.mkdir(parents=True, exist_ok=True)
+    rows = []
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows(rows)
-    pictures.plot_reuse(rows, pathlib.Path(folder) / "reuse.png")
+        try:
+            for row in answers(model, examples, ratios):
+                rows.append(row)
+                writer.writerow(row)
+                file.flush()
+        except KeyboardInterrupt:
+            cli.interrupted(f"{len(rows)} lines are in {file.name}")
+    pictures.plot_reuse(rows, folder / "reuse.png")
     print(table(rows))
     print(f"\nresults.csv and reuse.png are in {folder}.")
 
 
-def answers(model: Model, examples: Sequence[Documents], ratios: Sequence[float]) -> list[dict[str, Any]]:
+def answers(model: Model, examples: Sequence[Documents], ratios: Sequence[float]) -> Iterator[dict[str, Any]]:
     """Answers every example by every method; what is compiled for the first example of a task is not timed."""
-    reader, rows, warm = Reader(model, examples), [], set()
+    reader, warm = Reader(model, examples), set()
     for number, example in enumerate(examples):
         cli.show_progress(f"example {number + 1} of {len(examples)}")
         stored = reader.stored(example)
@@ -261,9 +266,8 @@ def answers(model: Model, examples: Sequence[Documents], ratios: Sequence[float]
             if not np.isfinite(answered.nll):
                 raise ValueError(f"method {method}: the loss of example {number} ({example.task}) is not a number.")
             index = number % (len(examples) // len({e.task for e in examples}))
-            rows.append(dict(zip(FIELDS, (example.task, index, method, ratio, *answered))))
+            yield dict(zip(FIELDS, (example.task, index, method, ratio, *answered)))
     cli.show_progress("")
-    return rows
 
 
 if __name__ == "__main__":

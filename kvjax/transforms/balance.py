@@ -59,6 +59,8 @@ def _balance(layer: LayerCache, seen: LayerObservation) -> Scales:
         dense = segment.dense()
         k = jnp.where((dense.pos >= 0)[..., None], jnp.abs(dense.k.astype(jnp.float32)), 0.0)
         peaks.append(jnp.max(k, axis=2, initial=0.0))
+    if any(peak.shape != peaks[-1].shape for peak in peaks):
+        raise ValueError("balance_channels needs slots that each row has of its own, got some that rows share.")
     of_keys = jnp.max(jnp.stack(peaks), axis=0)  # [B, K, H]
     B, K, H = of_keys.shape
     of_queries = jnp.max(seen.moments[0].peak.reshape(B, K, -1, H), axis=2)
