@@ -77,7 +77,7 @@ def _full():
     return quick_jit(program)(tiny_model.params(), tiny_model.prompt(2, T))
 
 
-@cases([name for name in BY_NAME if name not in MERGED], fast=("int4",))
+@cases([name for name in BY_NAME if name not in MERGED])
 def test_rewriting_all_is_a_prefill_and_rewriting_none_changes_nothing(name):
     transform = TRANSFORMS[name]
 
@@ -211,7 +211,8 @@ def test_a_tree_of_attached_caches_is_the_flat_prompt_and_counts_once():
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_what_is_attached_takes_the_same_bytes_whatever_the_batch(batch):
     held = jax.eval_shape(lambda p: _prefill(p, methods.full(), tiny_model.prompt(1, 20), [20], 0), tiny_model.params())
-    cache = kvjax.before(held.cache).schedule.before(tiny_model.empty(batch))
+    attach = lambda held: kvjax.before(held).schedule.before(tiny_model.empty(batch))
+    cache = jax.eval_shape(attach, held.cache)
     assert kvjax.nbytes(cache) - 4 * batch == kvjax.nbytes(held.cache) - 4
 
 
@@ -323,6 +324,25 @@ def test_blending_all_tokens_is_a_prefill(ratio):
     np.testing.assert_allclose(blended.staleness[0, :12], 0, atol=1e-6)
     if ratio == 1:
         np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+def test_blocks_are_written_into_any_that_are_empty():
+    """Two blocks that fill at once go into the second and the fourth; the third, between them, stays."""
+    def slots(pos):
+        pos = jnp.broadcast_to(jnp.asarray(pos), (1, 1, len(pos)))
+        x = jnp.broadcast_to(pos[..., None].astype(jnp.float32), (*pos.shape, 4))
+        return kvjax.Segment.of(x, x, pos)
+
+    blocked = kvjax.BlockedSegment(slots([0, 1, 2, 3, 4, 5, -1, -1]), slots([-1, -1]))
+    holed = reuse.without(
+        kvjax.Cache((kvjax.LayerCache((blocked,)),), jnp.array([6])), lambda pos: (pos == 2) | (pos == 3)
+    ).layers[0].segments[0]
+    pos = jnp.array([[6, 7, 8, 9, 10]])
+    x = jnp.broadcast_to(pos[:, None, :, None].astype(jnp.float32), (1, 1, 5, 4))
+    after = holed.append(x, x, pos, None)
+    np.testing.assert_array_equal(after.body.pos[0, 0], [0, 1, 6, 7, 4, 5, 8, 9])
+    np.testing.assert_array_equal(after.body.k[0, 0, :, 0], [0, 1, 6, 7, 4, 5, 8, 9])
+    np.testing.assert_array_equal(after.tail.pos[0, 0], [10, -1])
 
 
 def test_wrong_arguments_are_refused():
