@@ -50,7 +50,7 @@ def prefix_groups(prompts: Sequence[Sequence[int]], *, least: int = 1) -> list[P
         return depth
 
     def best(rows: Sequence[int]) -> list[PrefixGroup]:
-        """The groups of prompts in order; an explicit stack would say the same, and depth is at most their number."""
+        """The groups of prompts that are in order."""
         depth = common(rows, 0)
         together = PrefixGroup(tuple(sorted(rows)), depth if depth >= least and len(rows) > 1 else 0)
         if len(rows) == 1:
