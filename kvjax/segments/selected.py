@@ -11,6 +11,7 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, heads_alike, slot_axis
 from kvjax.rope import Rope, rotate
+from kvjax.segments.edits import Edit
 from kvjax.segments.indices import Chosen, Index, bytes_of
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries, Ranks
 from kvjax.segments.segment import Segment
@@ -74,16 +75,20 @@ class SelectedSegment:
         B, K, S, H = slots.k.shape
         page = self.reading.page
         occupied = (slots.pos >= 0).reshape(B, K, S // page, page)
-        pos = slots.pos.reshape(occupied.shape)
-        first = jnp.min(jnp.where(occupied, pos, jnp.iinfo(jnp.int32).max), axis=-1)
-        span = jnp.stack([first, jnp.max(pos, axis=-1)], axis=-1)
-        span = jnp.where(jnp.any(occupied, axis=-1)[..., None], span, -1)
+        span = _spans(slots.pos, page)
         summary = None
         if self.reading.source != "given":
             keys = slots.k if slots.key_rope == "stored" else rotate(slots.k, slots.pos, self.rope)
             in_pages = lambda x: x.reshape(B, K, S // page, page, H)
             summary = self.index.summarise(in_pages(keys), in_pages(slots.k), occupied[..., None])
         return self.replace(stored=stored, summary=summary, span=span)
+
+    def edited(self, edit: Edit) -> SelectedSegment:
+        """See `AnySegment.edited`; what is remembered of a page stays that of all that was ever in it."""
+        if edit.moves:
+            raise ValueError("Pages under an index cannot be moved: it is of rotated keys where they were.")
+        stored = self.stored.edited(edit)
+        return self.replace(stored=stored, span=_spans(stored.pos, self.reading.page))
 
     def axes(self) -> SelectedSegment:
         """See `AnySegment.axes`."""
@@ -302,3 +307,11 @@ def _emptied(segment: AnySegment, empty: jax.Array) -> AnySegment:
     is_slots = lambda x: isinstance(x, Slots)
     drop = lambda x: x.replace(pos=jnp.where(empty, -1, x.pos)) if is_slots(x) else x
     return jax.tree.map(drop, segment, is_leaf=is_slots)
+
+
+def _spans(pos: jax.Array, page: int) -> jax.Array:
+    """i32[B, K, P, 2]: the first and the last position in every page of i32[B, K, S], -1 where it is empty."""
+    pos = pos.reshape(*pos.shape[:2], -1, page)
+    first = jnp.min(jnp.where(pos >= 0, pos, jnp.iinfo(jnp.int32).max), axis=-1)
+    span = jnp.stack([first, jnp.max(pos, axis=-1)], axis=-1)
+    return jnp.where(jnp.any(pos >= 0, axis=-1)[..., None], span, -1)

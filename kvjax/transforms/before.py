@@ -72,6 +72,8 @@ def _check_fits(cache: Cache, attached: Cache) -> None:
         for segment in layer.segments:
             if segment.key_rope == "rank" and rows != batch:
                 raise ValueError("before: a cache whose tokens are counted by rank has a row for each of the batch.")
+            if getattr(segment, "selects", False) and rows != batch:
+                raise ValueError("before: a cache whose pages queries choose has a row for each of the batch.")
         heads, of = layer.segments[-1].pos.shape[1], own.segments[-1].pos.shape[1]
         if heads != of:
             raise ValueError(f"before: the cache has {heads} KV heads, the decoder {of}.")

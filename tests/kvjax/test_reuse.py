@@ -28,6 +28,8 @@ _CODES = ("int", "kivi", "gear", "fp8", "million", "alisa")
 def _why_not_moved(name):
     if name.startswith(_RINGS):
         return "A ring knows its first tokens"
+    if "quest" in name:
+        return "Pages under an index"
     if name.startswith(_BASES):
         return "Coordinates of rotated keys"
     return "keys that are codes" if name.startswith(_CODES) or "_int" in name else None
