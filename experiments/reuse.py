@@ -220,7 +220,7 @@ def _tasks() -> tuple[str, ...]:
 def run() -> None:
     """The program."""
     ratios, tasks = check_flags(), _tasks()
-    folder = output_folder("results")
+    folder = output_folder("comparison")
     keep_compiled()
     model = load_model(cli.MODEL.value or "smollm2", cli.DTYPE.value or "float32")
     essays = [path.read_text(encoding="utf-8") for path in sorted(assets.fetch(assets.ESSAYS).glob("*.txt"))]
