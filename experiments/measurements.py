@@ -239,6 +239,23 @@ def layer_coverage(model: Model, settings: Settings) -> Calibration:
     return {"coverage": jnp.mean(jnp.stack(found), axis=0)}
 
 
+def channel_strengths(model: Model, settings: Settings) -> Calibration:
+    """`strength`, f32[L, K, H]: the mean |q * k| of rotated queries and keys over a text, summed over query heads."""
+    total = 0.0
+
+    @jax.jit
+    def of_layer(keys, seen):
+        (B, K, T, H), size = keys.k.shape, lambda x: jnp.abs(x.astype(jnp.float32))
+        q = size(seen.queries.rotated).reshape(B, T, K, -1, H)
+        return jnp.einsum("btkgh,bkth->kh", q, size(keys.k)) / (B * T)
+
+    for tokens in _progress(_texts(model, settings)):
+        out = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL))
+        layers = zip(out.cache.layers, out.layers)
+        total = total + jnp.stack([of_layer(layer.segments[0], seen) for layer, seen in layers])
+    return {"strength": total / settings.texts}
+
+
 def key_means(model: Model, settings: Settings) -> Calibration:
     """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
     ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
@@ -287,11 +304,13 @@ def demonstration(model: Model, tokens: int) -> Calibration:
     return {name: jnp.stack(parts) for name, parts in found.items()}
 
 
-_OF_ATTENTION = ("d2o", "duoattention", "headkv", "prefixkv", "razorattention")  # measures nothing of values
+# They measure nothing of values.
+_OF_ATTENTION = ("d2o", "double_sparsity", "duoattention", "headkv", "prefixkv", "razorattention")
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "criticalkv": output_projections,
     "cskv": weight_directions,
     "d2o": layer_variance,
+    "double_sparsity": channel_strengths,
     "duoattention": head_types,
     "headkv": retrieval_heads,
     "kqsvd": attention_directions,

@@ -56,6 +56,8 @@ def calibrate(config: DecoderConfig):
             return gate | {"bias": normal(L, K)}
         if recipe == "prefixkv":  # even attention in the first layer, the root of that in the second, ...
             return {"coverage": jnp.linspace(0.0, 1.0, 257) ** (1 / (1 + jnp.arange(L)[:, None]))}
+        if recipe == "double_sparsity":
+            return {"strength": jnp.float32(rng.uniform(size=(L, K, H)))}
         if recipe == "headkv":
             return {"retrieval": jnp.float32(rng.uniform(size=(L, K)))}
         if recipe == "criticalkv":

@@ -11,6 +11,7 @@ from kvjax.methods.critic import critic
 from kvjax.methods.criticalkv import criticalkv
 from kvjax.methods.cskv import cskv, cskv_trained
 from kvjax.methods.d2o import d2o
+from kvjax.methods.double_sparsity import double_sparsity
 from kvjax.methods.duoattention import duoattention, duoattention_trained
 from kvjax.methods.elasticcache import elasticcache
 from kvjax.methods.ems import ems
@@ -37,6 +38,7 @@ from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
+from kvjax.methods.mpcache import mpcache
 from kvjax.methods.mpcache_static import mpcache_static
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
@@ -44,11 +46,16 @@ from kvjax.methods.quest import quest
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.reasoncache import reasoncache
+from kvjax.methods.rekv import rekv
+from kvjax.methods.retrieval_attention import retrieval_attention
 from kvjax.methods.rkv import rkv
 from kvjax.methods.rotatekv import rotatekv
+from kvjax.methods.shadowkv import shadowkv
 from kvjax.methods.snapkv import snapkv
+from kvjax.methods.sparq import sparq
 from kvjax.methods.streamingllm import streamingllm
 from kvjax.methods.think import think
+from kvjax.methods.tidaldecode import tidaldecode
 from kvjax.methods.tova import tova
 from kvjax.methods.turboquant import turboquant
 from kvjax.methods.windowkv import windowkv
@@ -68,6 +75,7 @@ __all__ = [
     "cskv",
     "cskv_trained",
     "d2o",
+    "double_sparsity",
     "duoattention",
     "duoattention_trained",
     "elasticcache",
@@ -96,18 +104,24 @@ __all__ = [
     "mikv",
     "million",
     "minicache",
+    "mpcache",
     "mpcache_static",
     "prefixkv",
     "pyramidkv",
     "quest",
     "random_eviction",
+    "rekv",
+    "retrieval_attention",
     "rkv",
     "rotatekv",
     "razorattention",
     "reasoncache",
+    "shadowkv",
     "snapkv",
+    "sparq",
     "streamingllm",
     "think",
+    "tidaldecode",
     "tova",
     "windowkv",
     "turboquant",

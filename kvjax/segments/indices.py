@@ -12,6 +12,7 @@ from flax import struct
 
 from kvjax.axes import OF_SLOTS, OF_SLOTS_LAST, P
 from kvjax.segments.protocol import Queries
+from kvjax.segments.slots import without_rounding
 
 __all__ = ["Bounds", "Exact", "Index", "Labels", "MeanKey", "StrongChannels"]
 
@@ -85,10 +86,10 @@ class _OfPages:
 class Bounds(_OfPages):
     """Scores a page by the most that a key inside its bounds can give: `sum_d max(q_d M_d, q_d m_d)`.
 
-    With `blend` below 1 it is `blend * upper + (1 - blend) * lower`, where the lower bound is the least it can give.
+    With `blend` it is `sum_d q_d (blend M_d + (1 - blend) m_d)`, which compares nothing.
     """
 
-    blend: float = struct.field(pytree_node=False, default=1.0)
+    blend: float | None = struct.field(pytree_node=False, default=None)
 
     def summarise(self, keys, raw, occupied):
         """See `Index.summarise`: [B, K, P, 2 H], the largest and the smallest number of every channel."""
@@ -100,33 +101,42 @@ class Bounds(_OfPages):
     def score(self, summary, queries, keys, there):
         """See `Index.score`."""
         q = by_kv_head(queries.rotated, summary.shape[1]).astype(jnp.float32)
-        above, below = jnp.maximum(q, 0), jnp.minimum(q, 0)
-        upper = jnp.concatenate([above, below], axis=-1)
-        if self.blend != 1:
-            upper = self.blend * upper + (1 - self.blend) * jnp.concatenate([below, above], axis=-1)
-        return agreed(_dots(upper, summary), there, self.agree)
+        parts = (jnp.maximum(q, 0), jnp.minimum(q, 0)) if self.blend is None else (self.blend * q, (1 - self.blend) * q)
+        return agreed(_dots(jnp.concatenate(parts, axis=-1), summary), there, self.agree)
 
 
 @struct.dataclass
 class MeanKey(_OfPages):
     """Scores a page by the product of the query and its mean key; with `raw`, of both before their rotation.
 
-    With `all_heads` the KV heads of a layer share one choice: scores are summed over them.
+    With `all_heads` the KV heads of a layer share one choice: scores are summed over them. The `outliers` pages that
+    their mean tells least of, by the lowest cosine of a key with it, come before all others.
     """
 
     raw: bool = struct.field(pytree_node=False, default=False)
     all_heads: bool = struct.field(pytree_node=False, default=False)
+    outliers: int = struct.field(pytree_node=False, default=0)
 
     def summarise(self, keys, raw, occupied):
-        """See `Index.summarise`: [B, K, P, H]."""
+        """See `Index.summarise`: [B, K, P, H], and f32[B, K, P], the lowest cosine, where there are outliers."""
         x = (raw if self.raw else keys).astype(jnp.float32)
         mean = jnp.sum(jnp.where(occupied, x, 0), axis=3) / jnp.maximum(jnp.sum(occupied, axis=3), 1)
-        return mean.astype(keys.dtype)
+        if not self.outliers:
+            return mean.astype(keys.dtype)
+        size = lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1))
+        dots = jnp.sum(x * mean[:, :, :, None], axis=-1)
+        cosine = dots / jnp.maximum(size(x) * size(mean)[..., None], jnp.finfo(jnp.float32).tiny)
+        return mean.astype(keys.dtype), jnp.min(jnp.where(occupied[..., 0], cosine, 1), axis=-1)
 
     def score(self, summary, queries, keys, there):
         """See `Index.score`."""
+        summary, cosine = summary if self.outliers else (summary, None)
         q = by_kv_head(queries.raw if self.raw else queries.rotated, summary.shape[1]).astype(jnp.float32)
         score = agreed(_dots(q, summary) * q.shape[-1] ** -0.5, there, self.agree)
+        if cosine is not None:
+            odd = jnp.where(there, -without_rounding(cosine)[:, None], -jnp.inf)
+            nth = jax.lax.top_k(odd, min(self.outliers, odd.shape[-1]))[0][..., -1:]
+            score = jnp.where(odd >= nth, jnp.inf, score)
         return jnp.broadcast_to(jnp.sum(score, axis=2, keepdims=True), score.shape) if self.all_heads else score
 
 

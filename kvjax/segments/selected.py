@@ -11,7 +11,6 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, heads_alike, slot_axis
 from kvjax.rope import Rope, rotate
-from kvjax.segments.edits import Edit
 from kvjax.segments.indices import Chosen, Index, bytes_of
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries, Ranks
 from kvjax.segments.segment import Segment
@@ -51,12 +50,13 @@ class SelectedSegment:
     The body of a `BlockedSegment`, whose tail is exact and always read. `choose` scores pages for a query, `attend`
     gathers the chosen ones undecoded and attends to those; without a choice it attends to everything.
 
-    Bytes: those of what is stored and of the summary, and 8 a page and KV head.
+    Bytes: those of what is stored and of the summary, and 8 a page and KV head, unless a page is a token or the choice
+    is given.
     """
 
     stored: AnySegment  # S slots
     summary: Any  # of P = S / page pages; None where choices are given
-    span: jax.Array  # i32[B, K, P, 2], positions of the first and the last token of a page, -1 = an empty page
+    span: jax.Array | None  # i32[B, K, P, 2], positions of a page's first and last token, -1 = an empty page
     index: Index
     rope: Rope | None  # rotates keys for the summary that are stored un-rotated
     rows: jax.Array | None  # i32[B], pages that a query of each row reads; None: `reading.count`
@@ -67,28 +67,22 @@ class SelectedSegment:
         cls, slots: Segment, index: Index, reading: Reading, *, rope: Rope | None = None, rows: jax.Array | None = None
     ) -> SelectedSegment:
         """Makes one of dense slots in token order, of whole pages."""
-        return cls(slots, None, slots.pos, index, rope, rows, reading).encode_like(slots)
+        return cls(slots, None, None, index, rope, rows, reading).encode_like(slots)
 
     def encode_like(self, slots: Segment) -> SelectedSegment:
         """Stores other slots the way these are stored, with their summaries."""
         stored = self.stored.encode_like(slots.with_slots(stats={}))
         B, K, S, H = slots.k.shape
         page = self.reading.page
-        occupied = (slots.pos >= 0).reshape(B, K, S // page, page)
-        span = _spans(slots.pos, page)
-        summary = None
+        span = summary = None
         if self.reading.source != "given":
+            pos = slots.pos.reshape(B, K, S // page, page)
+            occupied = pos >= 0
+            span = _spans(pos) if page > 1 else None
             keys = slots.k if slots.key_rope == "stored" else rotate(slots.k, slots.pos, self.rope)
             in_pages = lambda x: x.reshape(B, K, S // page, page, H)
             summary = self.index.summarise(in_pages(keys), in_pages(slots.k), occupied[..., None])
         return self.replace(stored=stored, summary=summary, span=span)
-
-    def edited(self, edit: Edit) -> SelectedSegment:
-        """See `AnySegment.edited`; what is remembered of a page stays that of all that was ever in it."""
-        if edit.moves:
-            raise ValueError("Pages under an index cannot be moved: it is of rotated keys where they were.")
-        stored = self.stored.edited(edit)
-        return self.replace(stored=stored, span=_spans(stored.pos, self.reading.page))
 
     def axes(self) -> SelectedSegment:
         """See `AnySegment.axes`."""
@@ -96,7 +90,8 @@ class SelectedSegment:
         summary = None if self.summary is None else self.index.summary_axes(self.summary)
         rope = jax.tree.map(lambda _: P(), self.rope)
         rows = None if self.rows is None else P("batch")
-        named = self.replace(stored=stored, summary=summary, span=OF_SLOTS, index=index, rope=rope, rows=rows)
+        span = None if self.span is None else OF_SLOTS
+        named = self.replace(stored=stored, summary=summary, span=span, index=index, rope=rope, rows=rows)
         return heads_alike(named, stored)
 
     def fields(self) -> SelectedSegment:
@@ -117,10 +112,15 @@ class SelectedSegment:
 
     selects = True
 
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return self.pos.shape[2] // self.reading.page
+
     def reads_all(self, queries: int) -> bool:
         """Whether a call of so many queries reads everything."""
-        pages, reading = self.span.shape[2], self.reading
-        return queries > reading.each or reading.count is None or reading.count >= pages
+        reading = self.reading
+        return queries > reading.each or reading.count is None or reading.count >= self.pages
 
     def choose(self, queries: Queries, *, window: int | None = None, given: Chosen | None = None) -> Chosen:
         """Chooses the pages that each query reads.
@@ -140,9 +140,10 @@ class SelectedSegment:
             if given is None:
                 raise ValueError("given must be the choice of an earlier layer: this layer has no index of its own.")
             return given
-        first, last = self.span[:, None, ..., 0], self.span[:, None, ..., 1]  # [B, 1, K, P]
+        span = _spans(self.pos[..., None]) if self.span is None else self.span
+        first, last = span[:, None, ..., 0], span[:, None, ..., 1]  # [B, 1, K, P]
         q_pos = queries.pos[:, :, None, None]
-        there = jnp.broadcast_to(first >= 0, (B, T, *self.span.shape[1:3]))
+        there = jnp.broadcast_to(first >= 0, (B, T, *first.shape[2:]))
         if window is not None:
             there &= last > q_pos - window
         scores = without_rounding(self.index.score(self.summary, queries, self._keys, there))
@@ -191,7 +192,7 @@ class SelectedSegment:
 
     def taken(self, pages: jax.Array, valid: jax.Array) -> AnySegment:
         """Gathers pages i32[B, K, n] of every row and head, as they are stored; empty where bool[B, K, n] is false."""
-        segment, count = self.stored, self.span.shape[2]
+        segment, count = self.stored, self.pages
         if getattr(segment, "joint", False):  # heads read other pages of coordinates that they share
             segment = segment.replace(joint=False)
         B, K, _ = pages.shape
@@ -214,7 +215,7 @@ class SelectedSegment:
         """Returns what a shard holds of a choice among the pages of all shards that slots are split over."""
         if chosen.pages is None or not axes:
             return chosen
-        held = self.span.shape[2]
+        held = self.pages
         pages = chosen.pages - sharding.first_on_shard(axes, held)
         here = chosen.valid & (pages >= 0) & (pages < held)
         if pages.shape[-1] > held:
@@ -240,16 +241,17 @@ class SelectedSegment:
             return stored + choosing
         parts = zip(jax.tree.leaves(self.stored), jax.tree.leaves(self.stored.axes()))
         always = sum(bytes_of(x) for x, spec in parts if slot_axis(spec) < 0)
-        read = (stored - always) * self.reading.count // self.span.shape[2]
+        read = (stored - always) * self.reading.count // self.pages
         if getattr(self.stored, "joint", False):  # every head reads its own pages of what they share
-            read *= self.span.shape[1]
+            read *= self.pos.shape[1]
         return always + queries * (read + self._bytes_of_choice())
 
     def _bytes_of_choice(self) -> int:
         if self.reading.source == "given":
             return 0
         keys = bytes_of(getattr(self.stored, "k", self.stored))
-        return bytes_of(self.span) + self.index.bytes_read(self.summary, keys)
+        spans = self.stored.pos if self.span is None else self.span
+        return bytes_of(spans) + self.index.bytes_read(self.summary, keys)
 
     def _keys(self) -> jax.Array:
         slots = self.stored.dense()
@@ -268,7 +270,7 @@ class SelectedSegment:
           ValueError: blocks of the new codes lie across pages.
         """
         stored = self.stored.map_dense(body, body)
-        pages, block = self.span.shape[2], getattr(stored, "block", 1)
+        pages, block = self.pages, getattr(stored, "block", 1)
         entries = [x.shape[a] % pages for x, a in _slot_axes(stored)]
         if self.reading.page % block or any(entries):
             raise ValueError(
@@ -292,9 +294,17 @@ class SelectedSegment:
 
         named = self.axes()
         summary = None if self.summary is None else jax.tree.map(pad, self.summary, named.summary)
-        more = after // self.reading.page - self.span.shape[2]
-        span = jnp.pad(self.span, ((0, 0), (0, 0), (0, more), (0, 0)), constant_values=-1)
+        more = after // self.reading.page - self.pages
+        extra = ((0, 0), (0, 0), (0, more), (0, 0))
+        span = None if self.span is None else jnp.pad(self.span, extra, constant_values=-1)
         return self.replace(stored=stored, summary=summary, span=span)
+
+
+def _spans(pos: jax.Array) -> jax.Array:
+    """i32[B, K, P, 2]: the first and the last position of pages i32[B, K, P, page], -1 where one is empty."""
+    first = jnp.min(jnp.where(pos >= 0, pos, jnp.iinfo(jnp.int32).max), axis=-1)
+    last = jnp.max(pos, axis=-1)
+    return jnp.where((last >= 0)[..., None], jnp.stack([first, last], axis=-1), -1)
 
 
 def _slot_axes(segment: AnySegment) -> list[tuple[jax.Array, int]]:
@@ -307,11 +317,3 @@ def _emptied(segment: AnySegment, empty: jax.Array) -> AnySegment:
     is_slots = lambda x: isinstance(x, Slots)
     drop = lambda x: x.replace(pos=jnp.where(empty, -1, x.pos)) if is_slots(x) else x
     return jax.tree.map(drop, segment, is_leaf=is_slots)
-
-
-def _spans(pos: jax.Array, page: int) -> jax.Array:
-    """i32[B, K, P, 2]: the first and the last position in every page of i32[B, K, S], -1 where it is empty."""
-    pos = pos.reshape(*pos.shape[:2], -1, page)
-    first = jnp.min(jnp.where(pos >= 0, pos, jnp.iinfo(jnp.int32).max), axis=-1)
-    span = jnp.stack([first, jnp.max(pos, axis=-1)], axis=-1)
-    return jnp.where(jnp.any(pos >= 0, axis=-1)[..., None], span, -1)

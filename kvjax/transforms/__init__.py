@@ -32,7 +32,7 @@ from kvjax.transforms.quantize_levels import quantize_levels
 from kvjax.transforms.reindex import reindex
 from kvjax.transforms.ring import ring
 from kvjax.transforms.schedule import Observer, Schedule
-from kvjax.transforms.select import select
+from kvjax.transforms.select import low_rank_keys, select
 from kvjax.transforms.share_basis import share_basis
 from kvjax.transforms.sliding_windows import bounded_layers, respect_windows
 from kvjax.transforms.split_heads import split_heads
@@ -73,6 +73,7 @@ __all__ = [
     "into_runs",
     "into_similar",
     "learned",
+    "low_rank_keys",
     "merge",
     "merge_layers",
     "prefix",

@@ -11,13 +11,16 @@ from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
 from kvjax.rope import Rope
-from kvjax.segments import AnySegment, BlockedSegment, Segment
+from kvjax.segments import AnySegment, BlockedSegment, LatentSegment, Segment
+from kvjax.segments.bases import Matrix
 from kvjax.segments.indices import Index
 from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.segments.selected import Reading, SelectedSegment
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
+from kvjax.transforms.project import check_rank
 from kvjax.transforms.schedule import Schedule
+from kvjax.transforms.share_basis import principal_axes
 
 Indices = Index | Sequence[Index]
 """One for all layers, or one for each."""
@@ -128,6 +131,27 @@ def select(
     needs = "vectors slots room" + " rotated" * (key_rope == "stored") + " whole aligned" * (choose_at is not None)
     order = Order.of(needs=needs, loses="slots whole" + " rotated vectors" * (key_rope != "stored"))
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="select", order=order))
+
+
+def low_rank_keys(rank: int | float) -> Callable[[Segment], LatentSegment]:
+    """Returns an encoder that stores keys in the leading axes of each row's and head's own, and values as they are.
+
+    Args:
+      rank: coordinates of a key, as a count or as a fraction of the channels of a head.
+
+    Raises:
+      ValueError: rank is no count and no fraction (at build), or is more than the channels (where it encodes).
+    """
+    if rank <= 0 or (isinstance(rank, float) and rank > 1):
+        raise ValueError(f"rank must be a count of at least 1 or a fraction in (0, 1], got {rank}.")
+
+    def encode(slots: Segment) -> LatentSegment:
+        B, K, S, H = slots.k.shape
+        keys = jnp.where((slots.pos >= 0)[..., None], slots.k, 0).astype(jnp.float32)
+        axes = principal_axes(keys.reshape(B * K, S, H), check_rank("rank", rank, H))
+        return LatentSegment.of(slots, Matrix(axes.reshape(B, K, H, -1).astype(slots.k.dtype)), None)
+
+    return encode
 
 
 def check_read(read: Budget) -> None:

@@ -100,7 +100,7 @@ def _factors(parts: Sequence[jax.Array], pos: jax.Array, count: int) -> tuple[ja
     x = jnp.stack([part.swapaxes(1, 2) for part in parts], axis=2).astype(jnp.float32)  # [B, S, layers, K, H]
     there = pos[:, 0, :, None] >= 0
     x = jnp.where(there, x.reshape(B, S, width), 0.0)
-    axes = _principal_axes(x, min(count, S))
+    axes = principal_axes(x, min(count, S))
     coordinates = jnp.matmul(x, axes, precision="highest")
     tokens = jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
     size = jnp.sqrt(jnp.sum(coordinates**2, axis=1, keepdims=True) / tokens)  # [B, 1, R]
@@ -111,7 +111,7 @@ def _factors(parts: Sequence[jax.Array], pos: jax.Array, count: int) -> tuple[ja
     return (coordinates / size)[:, None].astype(dtype), [bases[:, i].astype(of_bases) for i in range(len(parts))]
 
 
-def _principal_axes(x: jax.Array, rank: int) -> jax.Array:
+def principal_axes(x: jax.Array, rank: int) -> jax.Array:
     """f32[B, W, R]: orthonormal, spanning the leading right singular vectors of f32[B, S, W].
 
     Subspace iteration from a fixed start: products and thin QR only, which every accelerator runs well.

@@ -29,7 +29,7 @@ def test_a_program_refuses_the_flags_that_its_help_does_not_list_and_no_others(n
     assert "output_dir" in shared and "keep" in shared
     monkeypatch.setattr(program, "run", lambda: print("runs"))
     program.run.__module__ = f"experiments.{name}"
-    values = {"keep": "0.5", "budget": "8", "context": "64", "batch": "2", "dtype": "float32"}
+    values = {"keep": "0.5", "budget": "8", "read": "0.5", "context": "64", "batch": "2", "dtype": "float32"}
     values |= {"gin_file": f"{ROOT}/configs/runs/quickstart.gin"}
     accepted = 0
     for flag in shared:
