@@ -195,6 +195,7 @@ def _config(
     nbytes,
     *bindings: str,
     budget: int | float = 12,
+    read: int | float = 8,
     exact: bool | tuple[str, ...] | Callable[[], kvjax.CacheTransform] = False,
     **promises,
 ) -> Case:
@@ -203,13 +204,13 @@ def _config(
     `exact`: it is when given enough budget, or with these bindings, or what this builds is.
     """
 
-    def build(budget=budget, more=()):
+    def build(budget=budget, read=read, more=()):
         model = dict(calibrate=calibrate(tiny_model.CONFIG), tokenizer=Words())
-        return load_method(name, budget=budget, bindings=(*bindings, *more), **model).transform
+        return load_method(name, budget=budget, read=read, bindings=(*bindings, *more), **model).transform
 
     lossless = exact or None
     if exact is True or isinstance(exact, tuple):
-        lossless = lambda: build(_ALL, () if exact is True else exact)
+        lossless = lambda: build(_ALL, _ALL, () if exact is True else exact)
     return Case(name, build, nbytes, lossless, **promises)
 
 
@@ -324,6 +325,38 @@ def minicache(retain: int):
 
     return nbytes
 
+
+def in_pages(page: int, residual: int, summary: int, budget=None, token: int | None = None, given: int = 0):
+    """Blocks of `residual` slots for the prompt (or the budget) and the room, and an exact tail; what chooses pages.
+
+    Args:
+      page: slots; bounds of positions are stored where they are more than one.
+      residual: slots of a block and of the tail.
+      summary: bytes of a page, or of a slot where a page is one.
+      budget: tokens kept; None: all.
+      token: bytes of a stored slot; None: dense.
+      given: layers that choose nothing.
+    """
+
+    def nbytes(sizes):
+        kept = sizes.prompt if budget is None else budget_slots(budget, sizes.prompt)
+        slots = (-(-kept // residual) + -(-sizes.room // residual)) * residual
+        heads = sizes.batch * sizes.kv_heads
+        per_token = 2 * sizes.head_dim * FLOAT + INDEX if token is None else token
+        index = (sizes.layers - given) * heads * slots // page * (summary + (2 * INDEX if page > 1 else 0))
+        stored = sizes.layers * heads * slots * per_token
+        return stored + index + _dense(residual, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def plus(nbytes, more):
+    """A formula and what it lacks."""
+    return lambda sizes: nbytes(sizes) + more(sizes)
+
+
+_H = tiny_model.CONFIG.head_dim
+_ropes = lambda s: s.layers * FLOAT * s.head_dim // 2
 
 CASES = [
     _config("full", grows(), exact=True),
@@ -582,6 +615,79 @@ CASES = [
         "quantize.key_group = 8",
         "quantize.value_group = 8",
         "quantize.residual = 8",
+    ),
+    _config("quest", in_pages(4, 4, 2 * FLOAT * _H), "quest.page = 4", "quest.dense_layers = ()", exact=True),
+    _config(
+        "quest_int4",
+        in_pages(8, 8, 2 * FLOAT * _H, token=_H + 2 * 2 * 2 * _H // 8 + INDEX),
+        "quest.page = 8",
+        "quest.dense_layers = ()",
+        "kivi.group = 8",
+        "kivi.residual = 8",
+        read=16,
+    ),
+    _config(
+        "snapkv_quest",
+        in_pages(4, 4, 2 * FLOAT * _H, budget=16),
+        "snapkv.window = 4",
+        "quest.page = 4",
+        budget=16,
+        exact=True,
+    ),
+    _config("mpcache", in_pages(4, 4, 2 * FLOAT * _H, budget=16), "mpcache.page = 4", budget=16, exact=True),
+    _config(
+        "tidaldecode",
+        in_pages(1, 16, 0),
+        "tidaldecode.select_at = (0,)",
+        read=20,
+        exact=True,
+    ),
+    _config(
+        "retrieval_attention",
+        in_pages(1, 16, 0),
+        "retrieval_attention.sinks = 2",
+        "retrieval_attention.recent = 2",
+        read=20,
+        exact=True,
+    ),
+    _config(
+        "double_sparsity",
+        plus(in_pages(1, 16, FLOAT * (_H // 4)), lambda s: s.layers * s.kv_heads * s.head_dim // 4 * INDEX),
+        "double_sparsity.dense_layers = ()",
+        read=20,
+        exact=True,
+    ),
+    _config("sparq", in_pages(1, 16, FLOAT * _H), "sparq.r = 4", "sparq.recent = 2", read=20, exact=True),
+    _config(
+        "shadowkv",
+        plus(
+            in_pages(4, 4, FLOAT * _H + FLOAT, token=FLOAT * (_H // 2 + _H) + INDEX),
+            lambda s: s.layers * s.batch * s.kv_heads * FLOAT * s.head_dim**2 // 2 + _ropes(s),
+        ),
+        "shadowkv.page = 4",
+        "shadowkv.outliers = 1",
+        "shadowkv.recent = 2",
+        exact=("shadowkv.rank = 1.0",),
+    ),
+    _config(
+        "shadowkv_int4",
+        plus(
+            in_pages(8, 8, FLOAT * _H + FLOAT, token=(_H + _H) // 2 + 2 * 2 * (_H + _H) // 16 + INDEX),
+            lambda s: s.layers * s.batch * s.kv_heads * FLOAT * s.head_dim**2 + _ropes(s),
+        ),
+        "shadowkv.rank = 1.0",
+        "shadowkv.outliers = 1",
+        "quantize.key_group = 16",
+        "quantize.value_group = 16",
+        read=16,
+    ),
+    _config(
+        "rekv",
+        plus(in_pages(4, 4, FLOAT * _H), _ropes),
+        "rekv.page = 4",
+        "rekv.sinks = 2",
+        "rekv.recent = 2",
+        exact=True,
     ),
     Case(
         "adakv_int4",

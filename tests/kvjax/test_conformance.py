@@ -23,7 +23,9 @@ _NAMED = (
     *("adakv", "alisa", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka"),
     *("mikv", "million", "razor", "xkv"),
 )
-STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in name]
+SELECTING = ["quest", "snapkv_quest", "mpcache", "tidaldecode", "retrieval_attention", "double_sparsity", "sparq"]
+SELECTING += ["shadowkv", "rekv"]
+STRUCTURED = [name for name in EVERY if name.startswith(_NAMED) or "_int" in name or name in SELECTING]
 LOSSLESS = [name for name, case in BY_NAME.items() if case.lossless is not None]
 # The others run in `make test-all`. A way to store slots each, and a way and a time to rewrite them.
 FAST = [
@@ -37,6 +39,7 @@ FAST = [
     "duoattention",  # heads apart
     "cskv",  # joint coordinates in blocks
     "xkv",  # a basis that layers share
+    "quest",  # pages that queries choose
 ]
 # A batch of one is another program for each: one case of every kind of state.
 ALONE = ["int8", "streamingllm", "h2o", "every_4_window_attention"]
@@ -50,6 +53,7 @@ SHARDED = [
     *("chunkkv", "kvcrush", "lagkv", "compactor", "keyformer"),  # scores of neighbours, of the budget, of pairs
     *("elasticcache", "cam"),  # merges by position, into several
     *("matryoshka_pca", "cskv", "duoattention"),  # trained, the same transforms with other arrays
+    *("quest", "quest_int4", "tidaldecode", "double_sparsity", "sparq", "shadowkv"),  # chosen from all shards
 ]
 SHARDED_FAST = ["int4", "streamingllm", "xkv"]
 
