@@ -149,7 +149,7 @@ def few_highest(
       rows: i32[R], how many of each row, at most `count`; None: `count`.
 
     Returns:
-      `(i32[R, K, count], bool[R, K, count])`: indices and which of them are real.
+      `(i32[R, K, count], bool[R, K, count])`: indices, in no promised order, and which of them are real.
     """
     most = jnp.finfo(jnp.float32).max
     x = jnp.clip(jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32)), -most, most / 4)
@@ -159,6 +159,8 @@ def few_highest(
     x = _of_own_heads(jnp.where(pos >= 0, x, -jnp.inf))
     highest, index = jax.lax.top_k(x, count)
     last = highest[..., -1:]
+    if rows is not None:
+        last = jnp.take_along_axis(highest, jnp.maximum(rows - 1, 0)[:, None, None], axis=-1)
     above = jnp.sum(x > last, axis=-1, keepdims=True)
     _, oldest = jax.lax.top_k(jnp.where(x == last, -_of_own_heads(pos).astype(jnp.float32), -jnp.inf), count)
     place = jnp.arange(count)

@@ -942,3 +942,71 @@ class MPCacheStatic:
         score = np.mean([head[:, -self.last :].max(axis=(0, 1)) for head in probability], axis=0)
         score[-1] = np.inf
         return [slots[0][_top(score, self.budget)]] * len(slots)
+
+
+def quest(q: np.ndarray, k: np.ndarray, page: int, count: int) -> np.ndarray:
+    """Quest, one KV head: the pages with the highest bound for any of its query heads.
+
+    Args:
+      q: [G, H], rotated.
+      k: [S, H], rotated, S a multiple of the page.
+      page: tokens.
+      count: pages.
+    """
+    pages = k.reshape(-1, page, k.shape[-1])
+    bound = [np.maximum(head * pages.max(axis=1), head * pages.min(axis=1)).sum(axis=-1) for head in q]
+    return _top(np.max(bound, axis=0), count)
+
+
+def nearest(q: np.ndarray, k: np.ndarray, count: int, sinks: int = 0, recent: int = 0) -> np.ndarray:
+    """RetrievalAttention with an exact index, and a selecting layer of TidalDecode: tokens by their highest logit."""
+    score = (q @ k.T).max(axis=0)
+    score[:sinks] = np.inf
+    score[len(k) - recent :] = np.inf
+    return _top(score, count)
+
+
+def double_sparsity(q: np.ndarray, k: np.ndarray, channels: np.ndarray, count: int) -> np.ndarray:
+    """Double Sparsity: tokens by their logit over some channels."""
+    return _top((q[:, channels] @ k[:, channels].T).max(axis=0), count)
+
+
+def sparq(q: np.ndarray, k: np.ndarray, r: int, count: int) -> np.ndarray:
+    """SparQ, steps 1 and 2, with channels that a group chooses together."""
+    channels = np.argsort(-np.abs(q).sum(axis=0), kind="stable")[:r]
+    approximate = []
+    for head in q:
+        tau = np.sqrt(q.shape[1] * np.abs(head[channels]).sum() / np.abs(head).sum())
+        logits = k[:, channels] @ head[channels] / tau
+        p = np.exp(logits - logits.max())
+        approximate.append(p / p.sum())
+    return _top(np.mean(approximate, axis=0), count)
+
+
+def shadowkv(q: np.ndarray, k: np.ndarray, chunk: int, outliers: int, count: int) -> np.ndarray:
+    """ShadowKV, `ShadowKVCache`: outliers by the lowest cosine with their landmark, others by the softmax of these."""
+    chunks = k.reshape(-1, chunk, k.shape[-1])
+    landmark = chunks.mean(axis=1)
+    size = lambda x: np.sqrt((x**2).sum(axis=-1))
+    cosine = (chunks * landmark[:, None]).sum(axis=-1) / (size(chunks) * size(landmark)[:, None])
+    odd = np.argsort(cosine.min(axis=1), kind="stable")[:outliers]
+    logits = q @ landmark.T / np.sqrt(k.shape[-1])
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    score = (p / p.sum(axis=1, keepdims=True)).max(axis=0)
+    score[odd] = np.inf
+    return _top(score, count)
+
+
+def mpcache_dynamic(q: np.ndarray, k: np.ndarray, page: int, blend: float, count: int) -> np.ndarray:
+    """MPCache, dynamic stage, its last level: the clusters of highest similarity, the first one always."""
+    pages = k.reshape(-1, page, k.shape[-1])
+    score = (q @ (blend * pages.max(axis=1) + (1 - blend) * pages.min(axis=1)).T).sum(axis=0)
+    score[0] = np.inf
+    return _top(score, count)
+
+
+def rekv(q: np.ndarray, k: np.ndarray, page: int, count: int) -> np.ndarray:
+    """ReKV, `_calc_block_topk`: the same blocks in all heads, by un-rotated queries [N, H] and keys [K, S, H]."""
+    K, S, H = k.shape
+    means = np.repeat(k.reshape(K, S // page, page, H).mean(axis=2), len(q) // K, axis=0)  # [N, pages, H]
+    return _top(np.einsum("nh,nph->p", q, means), count)
