@@ -16,8 +16,7 @@ def mpcache_static(budget: Budget = 0.3, last: Budget = 0.2) -> CacheTransform:
 
     Deviations: a budget takes the place of the threshold, which the official code applies to a softmax without scale
     and mask, and tunes for each data set. The largest probability is that of each KV head, then averaged; there, of
-    the average over heads. The dynamic stage, which reads a part of what is kept at every step, is not implemented: it
-    saves no memory.
+    the average over heads. The dynamic stage, which reads a part of what is kept at every step, is that of `mpcache`.
 
     Bytes: 4 a slot beside those of the kept tokens, for the attention that is noted while the prompt arrives.
 

@@ -115,7 +115,12 @@ class SelectedSegment:
     @property
     def pages(self) -> int:
         """How many there are."""
-        return self.pos.shape[2] // self.reading.page
+        return self._positions.shape[2] // self.reading.page
+
+    @property
+    def _positions(self) -> jax.ShapeDtypeStruct:
+        """The shape of `pos`, also where this is made of shapes."""
+        return jax.eval_shape(lambda stored: stored.pos, self.stored)
 
     def reads_all(self, queries: int) -> bool:
         """Whether a call of so many queries reads everything."""
@@ -243,14 +248,14 @@ class SelectedSegment:
         always = sum(bytes_of(x) for x, spec in parts if slot_axis(spec) < 0)
         read = (stored - always) * self.reading.count // self.pages
         if getattr(self.stored, "joint", False):  # every head reads its own pages of what they share
-            read *= self.pos.shape[1]
+            read *= self._positions.shape[1]
         return always + queries * (read + self._bytes_of_choice())
 
     def _bytes_of_choice(self) -> int:
         if self.reading.source == "given":
             return 0
         keys = bytes_of(getattr(self.stored, "k", self.stored))
-        spans = self.stored.pos if self.span is None else self.span
+        spans = self._positions if self.span is None else self.span
         return bytes_of(spans) + self.index.bytes_read(self.summary, keys)
 
     def _keys(self) -> jax.Array:

@@ -207,6 +207,10 @@ def test_bytes_read_are_those_of_the_formula():
     shapes = jax.eval_shape(lambda: cache)
     assert kvjax.bytes_read(shapes) == kvjax.bytes_read(cache)
     assert kvjax.bytes_read(shapes, 9) == 2 * K * (T + tail) * slot  # longer calls read everything
+    cache, _, _ = _cache(methods.shadowkv(12, 0.5, page=page, outliers=1))
+    chosen = 2 * K * count * page * (4 * H // 2 + 4 * H + 4) + pages * (4 * H + 4 + 8) + 2 * K * tail * slot
+    bases = 2 * K * 4 * H * H // 2
+    assert kvjax.bytes_read(jax.eval_shape(lambda: cache)) == kvjax.bytes_read(cache) == chosen + bases
     full, _, _ = _cache(kvjax.identity())
     assert kvjax.bytes_read(full) == kvjax.nbytes(full.layers)
 
