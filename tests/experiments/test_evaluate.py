@@ -403,6 +403,7 @@ BAD = {
     "keep and budget": (["--keep=0.5", "--budget=12"], "--keep and --budget"),
     "context and tasks": (["--context=64"], "--context is for generated tasks and texts"),
     "context of words": (["--context=long"], "--context=long: expected a number of tokens, or several"),
+    "read above one": (["--read=1.5"], "--read must be a fraction in (0, 1] or at least 1 token, got 1.5"),
     "keep above one": (["--keep=1.5"], "--keep must be in (0, 1]"),
     "one keep above one": (["--keep=0.5,1.5"], "--keep must be in (0, 1], got 1.5"),
     "no examples at once": (["--batch=0"], "--batch must be at least 1, got 0"),

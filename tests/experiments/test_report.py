@@ -147,3 +147,29 @@ def test_notes_say_how_often_a_budget_was_not_met_and_what_has_no_score():
     assert "More than the budget was kept on: snapkv 2 of 3 examples." in text
     assert "Examples without an answer, which have no score: a 1." in text
     assert "More than" not in table(summary(), width=400) and "have no score" not in table(summary(), width=400)
+
+
+def test_what_a_step_reads_has_a_column_where_methods_are_told_and_a_row_for_each():
+    rows = [
+        {
+            "method": "quest",
+            "task": "text",
+            "example": 0,
+            "nll": 1.0,
+            "score": None,
+            "read": read,
+            "cache_bytes": 2**20,
+            "full_bytes": 2**20,
+            "read_bytes": int(2**20 * read),
+            "kept_tokens": 64,
+            "prefill_seconds": 1.0,
+            "decode_tokens_per_second": None,
+        }
+        for read in (0.5, 0.25)
+    ]
+    assert list(summarise(rows)) == ["quest read=0.5", "quest read=0.25"]
+    text = table(summarise(rows), width=120)
+    assert cells(text, "quest +0.5")[:5] == "quest 0.5 1.00 MiB 1.0x".split()
+    assert "512 KiB" in text and "256 KiB" in text and "read at a step: what attention reads" in " ".join(text.split())
+    assert list(summarise(rows[:1])) == ["quest"]
+    assert "read at" not in table(summary(), width=120)
