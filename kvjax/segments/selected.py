@@ -11,6 +11,7 @@ from flax import struct
 from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, heads_alike, slot_axis
 from kvjax.rope import Rope, rotate
+from kvjax.segments.edits import Edit
 from kvjax.segments.indices import Chosen, Index, bytes_of
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries, Ranks
 from kvjax.segments.segment import Segment
@@ -83,6 +84,14 @@ class SelectedSegment:
             in_pages = lambda x: x.reshape(B, K, S // page, page, H)
             summary = self.index.summarise(in_pages(keys), in_pages(slots.k), occupied[..., None])
         return self.replace(stored=stored, summary=summary, span=span)
+
+    def edited(self, edit: Edit) -> SelectedSegment:
+        """See `AnySegment.edited`; what is remembered of a page stays that of all that was ever in it."""
+        if edit.moves:
+            raise ValueError("Pages under an index cannot be moved: it is of rotated keys where they were.")
+        stored = self.stored.edited(edit)
+        pages = stored.pos.reshape(*stored.pos.shape[:2], -1, self.reading.page)
+        return self.replace(stored=stored, span=None if self.span is None else _spans(pages))
 
     def axes(self) -> SelectedSegment:
         """See `AnySegment.axes`."""
