@@ -364,7 +364,7 @@ def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
         tokens,
         _positions(run.cache, lengths, tokens.shape[1]),
         run.cache,
-        needs=transform.schedule.needs,
+        needs=transform.schedule.needs._replace(prompt_attention=None),
         last_only=False,
     )
     of_prompt = dict(prompt=run.prompt, prompt_slots=run.room.prompt_slots, first=run.first)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kvjax.prompt_attention import PromptAttention
 from kvjax.segments.protocol import Queries
 from kvjax.segments.slots import without_rounding
 from pallas_kernels.logits import Scale
@@ -43,22 +44,27 @@ class Needs(NamedTuple):
     moments_from: tuple[int, ...] = ()  # the moments of all queries from each of these positions on
     largest_inputs: int = 0  # which tokens own the n largest entries of what a layer reads
     reread: Reread | None = None  # what every token of the prompt receives when the prompt is read again
+    prompt_attention: PromptAttention | None = None  # how a prompt attends to itself; None: to everything before
 
     def union(self, other: Needs) -> Needs:
         """What serves both.
 
         Raises:
-          ValueError: both read the prompt again, but not in the same way.
+          ValueError: both read the prompt again, or both choose how it attends to itself, but not in the same way.
         """
         widest = max(self.queries, other.queries)
         rereads = {n.reread for n in (self, other)} - {None}
         if len(rereads) > 1:
             raise ValueError(f"methods that read a prompt again must do so in the same way, got {sorted(rereads)}.")
+        attentions = {n.prompt_attention for n in (self, other)} - {None}
+        if len(attentions) > 1:
+            raise ValueError(f"a prompt attends to itself in one way, got several: {sorted(map(str, attentions))}.")
         return Needs(
             queries=ALL if ALL in (self.queries, other.queries) else widest,
             moments_from=tuple(sorted({*self.moments_from, *other.moments_from})),
             largest_inputs=max(self.largest_inputs, other.largest_inputs),
             reread=next(iter(rereads), None),
+            prompt_attention=next(iter(attentions), None),
         )
 
 

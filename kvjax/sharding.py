@@ -362,7 +362,9 @@ def _rank_specs(ranks: dict[str, Any], split: dict[str, tuple[str, ...]]) -> dic
     return {name: type(x)(P(batch, heads, slots), P(batch, None, heads)) for name, x in ranks.items()}
 
 
-def attend_new(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, **how: Any) -> Partial:
+def attend_new(
+    q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, *, prompt: Any = None, **how: Any
+) -> Partial:
     """`prefill_attention`; on a mesh each shard has queries of some of the tokens.
 
     Keys and values of a chunk are gathered; those of a long prompt go round in a ring, so that no shard has them all.
@@ -372,21 +374,31 @@ def attend_new(q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, **how: 
       k: [B, K, T, H] keys, rotated.
       v: [B, K, T, H].
       pos: i32[B, T], increasing, -1 = padding, which comes last.
+      prompt: attends in place of `prefill_attention`, see `kvjax.PromptAttention`.
       **how: window and scale.
+
+    Raises:
+      ValueError: a mesh splits the tokens, and `prompt` chooses among all of them.
 
     Source: Liu et al., Ring Attention with Blockwise Transformers (2023), arXiv:2310.01889.
     """
+    attend = prefill_attention if prompt is None else prompt
     if _active() is None:
-        return prefill_attention(q, k, v, pos, **how)
+        return attend(q, k, v, pos, **how)
     split = layout({"batch": q.shape[0], "kv_heads": k.shape[1], "tokens": q.shape[1]})
     batch, heads, tokens = (split[name] or None for name in ("batch", "kv_heads", "tokens"))
     parts = shards(split["tokens"])
+    if prompt is not None and parts > 1:
+        raise ValueError(
+            f"a prompt that reads chosen blocks must not be split, but the mesh splits its tokens in {parts}: use "
+            "rules that do not split tokens."
+        )
 
     def one_shard(q, k, v, pos):
         if parts > 1 and parts * q.shape[1] <= _GATHERED:
             gather = lambda x, axis: jax.lax.all_gather(x, tokens, axis=axis, tiled=True)
             return _attend_blocks(q, gather(k, 2), gather(v, 2), pos, gather(pos, 1), **how)
-        merged = prefill_attention(q, k, v, pos, **how)
+        merged = attend(q, k, v, pos, **how)
 
         def turn(_, carry):
             merged, (k, v, k_pos) = carry

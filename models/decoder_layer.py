@@ -88,7 +88,7 @@ def run_layer(
     """Adds attention and feed-forward, each normalised before, to the residual stream; see `models.decoder.layer`."""
     normed = norm(x, weights.attn_norm, weights.attn_norm_bias, config)
     attended, cache, queries, lse, chosen = _attention(
-        weights, normed, positions, cache, shared, chosen, config, kind, last
+        weights, normed, positions, cache, shared, chosen, config, kind, needs, last
     )
     observed = observe(queries, lse, needs, index, inputs=x, window=kind.window, scale=kind.scale)
     x = x if last is None else take_last(x, positions, last)
@@ -110,6 +110,7 @@ def _attention(
     chosen: Chosen | None,
     config: DecoderConfig,
     kind: Kind,
+    needs: Needs,
     last: int | None,
 ) -> tuple[jax.Array, LayerCache, Queries, jax.Array, Chosen | None]:
     """Attends to the cache and to the new tokens, then appends these to the cache.
@@ -122,7 +123,8 @@ def _attention(
     T = x.shape[1]
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     if last is None:
-        own = sharding.attend_new(queries.rotated, rotate(k, positions[:, None], rope), v, positions, **how)
+        rotated = queries.rotated, rotate(k, positions[:, None], rope)
+        own = sharding.attend_new(*rotated, v, positions, prompt=needs.prompt_attention, **how)
         chosen = cache.choose(queries, window=kind.window, given=chosen)
         attended = cache.attend(queries, shared=shared, new=own, chosen=chosen, **how)
         cache = cache.append(k, v, positions, rope, after=attended)

@@ -1,0 +1,150 @@
+"""How a prompt attends to itself where it does not read every key: blocks of keys for blocks of queries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.logits import Scale
+from pallas_kernels.partial import Partial, fold
+from pallas_kernels.prefill_attention import prefill_attention
+
+
+class Blocks(NamedTuple):
+    """Which blocks of keys the queries of a block read."""
+
+    index: jax.Array  # i32[B, N, I, P], ascending blocks of keys; -1, behind them: no further one
+    cut: jax.Array  # i32[B, N, I], blocks that were chosen and found no place among the P
+
+
+class Choice(Protocol):
+    """Chooses blocks of keys. Hashable by its numbers: decoders are compiled for one."""
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, pos: jax.Array, *, block: int, window: int | None, scale: Scale | None
+    ) -> jax.Array:
+        """Returns f32[B, N, I, I]: what every block of keys is worth to a block of queries; -inf: it is not read.
+
+        What it returns of blocks that lie ahead or hold padding alone does not matter.
+
+        Args:
+          q: [B, I * block, N, H], rotated.
+          k: [B, K, I * block, H], rotated.
+          pos: i32[B, I * block], -1 = padding, which comes last.
+          block: tokens.
+          window: tokens a query looks back over, itself included; None: all.
+          scale: of the layer's dot products, see `pallas_kernels.logits`.
+        """
+
+
+class PromptAttention(NamedTuple):
+    """Attention of a prompt to itself that computes chosen blocks alone.
+
+    Query t of head n sees the keys at or before t that lie in the blocks `Blocks.index[b, n, t // block]`. The choice
+    always holds the block of the query itself, so every query sees itself. Blocks are read one after the other and
+    merged, as many of them as the head that reads most needs: what is not chosen costs no arithmetic.
+
+    A prompt of no more than one block, a question and generated tokens read everything. So do the last tokens in the
+    last layer, where only they go on. Where a prompt comes in chunks, a chunk chooses among its own blocks and reads
+    everything before it: less is saved then, the more chunks there are.
+
+    Attributes:
+      choose: the choice.
+      block: tokens of a block.
+      most: fraction of the blocks of a prompt, at least 2, that a block of queries may read: P of them, those that are
+        worth most. 1.0: all, and nothing is cut; below, the work is bounded, and `Blocks.cut` counts what was lost.
+    """
+
+    choose: Choice
+    block: int = 128
+    most: float = 1.0
+
+    def blocks(
+        self, q: jax.Array, k: jax.Array, pos: jax.Array, *, window: int | None = None, scale: Scale | None = None
+    ) -> Blocks:
+        """Chooses for a prompt: see `Choice` for the arguments, with any number of tokens."""
+        T = q.shape[1]
+        q, k, pos = _whole(q, 1, self.block), _whole(k, 2, self.block), _whole(pos, 1, self.block, fill=-1)
+        count = pos.shape[1] // self.block
+        worth = self.choose(q, k, pos, block=self.block, window=window, scale=scale)
+        there = pos[:, :: self.block] >= 0  # [B, I]
+        at = jnp.arange(count)
+        own = at[:, None] == at
+        possible = (at[:, None] >= at) & (there[:, :, None] & there[:, None])[:, None]  # [B, 1, I, I]
+        worth = jnp.where(possible, jnp.where(own, jnp.inf, worth), -jnp.inf)
+        places = min(count, max(2, round(self.most * -(-T // self.block))))
+        best, index = jax.lax.top_k(worth, places)
+        index = jnp.sort(jnp.where(best > -jnp.inf, index, count), axis=-1)
+        cut = jnp.sum(worth > -jnp.inf, axis=-1) - jnp.sum(index < count, axis=-1)
+        return Blocks(jnp.where(index < count, index, -1).astype(jnp.int32), cut.astype(jnp.int32))
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, *, window=None, scale=None
+    ) -> Partial:
+        """Attends as `prefill_attention` does, over the chosen blocks."""
+        if q.shape[1] <= self.block:
+            return prefill_attention(q, k, v, pos, window=window, scale=scale)
+        chosen = self.blocks(q, k, pos, window=window, scale=scale)
+        return attend_blocks(q, k, v, pos, chosen.index, block=self.block, window=window, scale=scale)
+
+
+def attend_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pos: jax.Array,
+    index: jax.Array,
+    *,
+    block: int,
+    window: int | None = None,
+    scale: Scale | None = None,
+) -> Partial:
+    """Computes causal attention of a prompt over some blocks of its keys.
+
+    Args:
+      q: [B, T, N, H], rotated.
+      k: [B, K, T, H], rotated.
+      v: [B, K, T, H].
+      pos: i32[B, T], increasing, -1 = padding, which comes last.
+      index: i32[B, N, I, P], blocks of keys for each of the I blocks of queries; -1, behind them: no further one.
+      block: tokens of a block; I = ceil(T / block).
+      window: tokens a query looks back over, itself included; None: all.
+      scale: see `prefill_attention`.
+
+    Returns:
+      `Partial(out f32[B, T, N, H], lse f32[B, T, N])`; a query that sees nothing is `(0, -inf)`.
+    """
+    (B, T, N, _), K = q.shape, k.shape[1]
+    q, k, v = _whole(q, 1, block), _whole(k, 2, block), _whole(v, 2, block)
+    pos = _whole(pos, 1, block, fill=-1)
+    count = pos.shape[1] // block
+    in_blocks = lambda x: x.reshape(B, x.shape[1], count, block, -1)  # [B, K, I, block, H]
+    k, v, k_pos = in_blocks(k), in_blocks(v), in_blocks(pos[:, None])
+    queries = lambda x: jnp.moveaxis(x.reshape(B, count, block, *x.shape[2:]), 1, 0)
+
+    def attend(of):
+        q, q_pos, index = of  # [B, block, N, H], [B, block], [B, N, P]
+
+        def part(turn):
+            at = jax.lax.dynamic_index_in_dim(index, turn, axis=2, keepdims=False)  # [B, N]
+            read = jnp.maximum(at, 0)
+            by_head = read.reshape(B, K, N // K, 1, 1)
+            take = lambda x, by: jnp.take_along_axis(x, by, axis=2).reshape(B, N, block, x.shape[-1])
+            slot_pos = take(k_pos, read.reshape(B, 1, N, 1, 1))[..., 0]
+            slot_pos = jnp.where(at[..., None] < 0, -1, slot_pos)
+            return decode_attention(q, take(k, by_head), take(v, by_head), q_pos, slot_pos, window=window, scale=scale)
+
+        return fold(part, jnp.max(jnp.sum(index >= 0, axis=-1)))
+
+    parts = jax.lax.map(attend, (queries(q), queries(pos), jnp.moveaxis(index, 2, 0)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * block, *x.shape[3:])[:, :T], parts)
+
+
+def _whole(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:
+    """Pads an axis of tokens to whole blocks."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths, constant_values=fill)
