@@ -153,8 +153,10 @@ class Method:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether it must read a prompt by itself: in chunks, or with something before it."""
-        return self.prefill_chunk is not None or self.transform.schedule.before is not None
+        """Whether it must read a prompt by itself: in chunks, in chosen blocks, or with something before it."""
+        schedule = self.transform.schedule
+        own = schedule.before, schedule.needs.prompt_attention
+        return self.prefill_chunk is not None or any(x is not None for x in own)
 
 
 @gin.configurable(module="experiments")

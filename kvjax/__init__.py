@@ -11,6 +11,7 @@ from kvjax.cache import Cache, LayerCache, bytes_read, empty_cache, kept_tokens,
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.limits import Limits, Room
 from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
+from kvjax.prompt_attention import PromptAttention
 from kvjax.rope import Rope, re_rotate, rotate
 from kvjax.sampling import Greedy, Sample, row_keys
 from kvjax.saved_runs import load_run, save_run
@@ -39,6 +40,7 @@ from kvjax.transforms import (
     Scorer,
     adaptive,
     at_prefill_end,
+    attend_prompt,
     balance_channels,
     before,
     by_coverage,
@@ -117,6 +119,7 @@ __all__ = [
     "codecs",
     # Attention: its queries, positions and parts.
     "Partial",
+    "PromptAttention",
     "Queries",
     "Rope",
     "combine",
@@ -165,6 +168,7 @@ __all__ = [
     "before",
     "reuse",
     # Transforms that store slots in another form.
+    "attend_prompt",
     "balance_channels",
     "cast",
     "center_keys",

@@ -58,7 +58,9 @@ from kvjax.methods.think import think
 from kvjax.methods.tidaldecode import tidaldecode
 from kvjax.methods.tova import tova
 from kvjax.methods.turboquant import turboquant
+from kvjax.methods.videoxl2 import videoxl2
 from kvjax.methods.windowkv import windowkv
+from kvjax.methods.xattention import xattention
 from kvjax.methods.xkv import xkv
 
 __all__ = [
@@ -123,7 +125,9 @@ __all__ = [
     "think",
     "tidaldecode",
     "tova",
+    "videoxl2",
     "windowkv",
+    "xattention",
     "turboquant",
     "xkv",
 ]

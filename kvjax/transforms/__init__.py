@@ -1,5 +1,6 @@
 """Transforms: pairs of pure functions that rewrite a cache, and when they act."""
 
+from kvjax.transforms.attend_prompt import attend_prompt
 from kvjax.transforms.balance import balance_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.before import before
@@ -48,6 +49,7 @@ __all__ = [
     "Scorer",
     "adaptive",
     "at_prefill_end",
+    "attend_prompt",
     "balance_channels",
     "before",
     "bounded_layers",

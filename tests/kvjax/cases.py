@@ -360,6 +360,22 @@ _ropes = lambda s: s.layers * FLOAT * s.head_dim // 2
 
 CASES = [
     _config("full", grows(), exact=True),
+    _config(
+        "xattention",
+        grows(),
+        "xattention.block = 4",
+        "xattention.stride = 2",
+        "xattention.tau = 0.6",
+        exact=("xattention.tau = 1.0",),
+    ),
+    _config(
+        "videoxl2",
+        grows(),
+        "videoxl2.block = 2",
+        "videoxl2.group = 4",
+        "videoxl2.first = 2",
+        exact=("videoxl2.previous = 16",),
+    ),
     _config("int8", kivi(8, 8, 8), "kivi.group = 8", "kivi.residual = 8"),
     _config("int4", kivi(4, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config("int2", kivi(2, 8, 16), "kivi.group = 8", "kivi.residual = 16"),
@@ -804,7 +820,9 @@ METHODS = {
     "streamingllm": "streamingllm",
     "think": "think",
     "tova": "tova",
+    "videoxl2": "videoxl2",
     "windowkv": "windowkv",
+    "xattention": "xattention",
     "turboquant": "turboquant",
     "xkv": "xkv",
 }
