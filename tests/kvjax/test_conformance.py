@@ -13,10 +13,10 @@ TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
 _TWINS = ("int2", "kivi4", "kivi2", "keydiff_int8")
 EVERY = [name for name in BY_NAME if name not in _TWINS]
 BUDGETED = [name for name, t in TRANSFORMS.items() if t.schedule.budget is not None]
-AT_PREFILL_END = [
-    name for name, t in TRANSFORMS.items() if t.schedule.frees_in_prefill is None and not t.schedule.begins
-]
-FROM_FIRST_CHUNK = [name for name, t in TRANSFORMS.items() if t.schedule.begins]
+# A prompt that chooses what it reads may read more in chunks, which see all chunks before them.
+_READS_ALL = {name: t.schedule for name, t in TRANSFORMS.items() if t.schedule.needs.prompt_attention is None}
+AT_PREFILL_END = [name for name, s in _READS_ALL.items() if s.frees_in_prefill is None and not s.begins]
+FROM_FIRST_CHUNK = [name for name, s in _READS_ALL.items() if s.begins]
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
 _NAMED = (

@@ -88,7 +88,9 @@ def test_antidiagonals_choose_as_the_paper_says_and_only_that_is_read(tau):
     assert read == np.sum(index >= 0) < N * (10 + 6)  # padding chooses nothing
 
 
-@pytest.mark.parametrize("choose", [Antidiagonals(STRIDE, 0.5), Nearby(group=1, previous=0)], ids=["tau", "nearby"])
+@pytest.mark.parametrize(
+    "choose", [Antidiagonals(STRIDE, 0.5), pytest.param(Nearby(group=1, previous=0), marks=pytest.mark.slow)]
+)
 def test_a_padded_row_is_its_own_run_and_every_query_sees_itself(choose):
     q, k, v, pos = _drawn()
     attention = PromptAttention(choose, BLOCK)
@@ -140,10 +142,8 @@ def test_it_composes_and_two_in_a_chain_are_refused():
     tokens, step = tiny_model.prompt(1, 40), tiny_model.bind(tiny_model.params())
     read = lambda transform: kvjax.prefill(step, transform, tokens, jnp.array([40]), tiny_model.empty(1), room=4)
     packed = kvjax.quantize(4, key_group=8, value_group=8, residual=8)
-    sparse = lambda tau: kvjax.chain(methods.xattention(tau, stride=2, block=8), packed)
     dense = read(packed)
-    np.testing.assert_allclose(read(sparse(1.0)).logits, dense.logits, rtol=1e-4, atol=1e-4)  # a code may round apart
-    few = read(sparse(0.1))
+    few = read(kvjax.chain(methods.xattention(0.1, stride=2, block=8), packed))
     assert jax.tree.structure(few.cache) == jax.tree.structure(dense.cache)
     assert np.max(np.abs(few.logits - dense.logits)) > 1e-4
     with pytest.raises(ValueError, match="attends to itself in one way"):
