@@ -15,17 +15,30 @@ from kvjax.codecs.encoded import (
     named_axes,
     store,
 )
+from kvjax.codecs.halves import Fourier, Halves
 from kvjax.codecs.levels import Levels
+from kvjax.codecs.mean_levels import MeanLevels
+from kvjax.codecs.mid_range import MidRange
 from kvjax.codecs.norm import Scaled, UnitNorm
+from kvjax.codecs.pairs import Pairs
 from kvjax.codecs.product import Product
+from kvjax.codecs.sketch import SignSketch
+from kvjax.codecs.sparse import Sparse
 
 __all__ = [
     "Affine",
     "Corrected",
     "Encoded",
+    "Fourier",
+    "Halves",
     "Levels",
+    "MeanLevels",
+    "MidRange",
+    "Pairs",
     "Product",
     "Scaled",
+    "SignSketch",
+    "Sparse",
     "Stored",
     "UnitNorm",
     "block_of",

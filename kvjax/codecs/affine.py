@@ -10,6 +10,7 @@ from flax import struct
 
 from kvjax.axes import OF_SLOTS, OF_SLOTS_LAST
 from pallas_kernels.quantize_pack import WORD_BITS, Axis, Packed, quantize_pack, words_in_row
+from pallas_kernels.words import planes
 
 _IN_ROW = 4
 """Words that fill a row of 32 channels or more."""
@@ -17,7 +18,7 @@ _IN_ROW = 4
 
 @struct.dataclass
 class Affine:
-    """2, 4 or 8 bits a number, in groups over the tokens of a channel (KIVI's keys) or the channels of a token.
+    """2, 3, 4 or 8 bits a number, in groups over the tokens of a channel (KIVI's keys) or the channels of a token.
 
     Groups over tokens are written in whole blocks; groups over channels may be written slot by slot (`tokens=1`).
     Where a head has fewer channels than a TPU has lanes, words of a block lie side by side, see `words_in_row`.
@@ -47,7 +48,7 @@ class Affine:
         """Returns the codec for slots that are written in blocks, or once: few, in blocks that fill rows of words."""
         if self.tokens:
             return self
-        fewest = math.lcm(self.group if self.axis == "channel" else 1, WORD_BITS // self.bits)
+        fewest = math.lcm(self.group if self.axis == "channel" else 1, self._word)
         if block is not None:
             return self.replace(tokens=fewest if block % fewest else block)
         return self.replace(tokens=fewest * math.gcd(-(-slots // fewest), _IN_ROW))
@@ -60,7 +61,12 @@ class Affine:
     @property
     def block(self) -> int:
         """See `Encoded.block`."""
-        return WORD_BITS // self.bits if self.by_slot else self.tokens
+        return self._word if self.by_slot else self.tokens
+
+    @property
+    def _word(self) -> int:
+        """Slots that fill words: of 3 bits, which are planes of 2 and 1, those of the narrower."""
+        return WORD_BITS // min(planes(self.bits))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -71,7 +77,7 @@ class Affine:
         """See `Encoded.like`."""
         H = x.shape[3]
         whole = self.group is None or self.by_slot and H % self.group
-        in_row = 1 if self.by_slot else words_in_row(H, self.tokens * self.bits // WORD_BITS)
+        in_row = 1 if self.by_slot or self.bits == 3 else words_in_row(H, self.tokens * self.bits // WORD_BITS)
         how = dict(bits=self.bits, axis=self.axis, scale_dtype=self.scale_dtype, clip=self.clip, in_row=in_row)
         return self.replace(packed=quantize_pack(x, occupied, group=H if whole else self.group, **how))
 
@@ -86,11 +92,13 @@ class Affine:
     def axes(self) -> Affine:
         """See `Encoded.axes`."""
         affine = OF_SLOTS if self.axis == "channel" else OF_SLOTS_LAST
-        return self.replace(packed=self.packed.replace(words=OF_SLOTS, affine=affine))
+        high = None if self.packed.high is None else OF_SLOTS
+        return self.replace(packed=self.packed.replace(words=OF_SLOTS, affine=affine, high=high))
 
     def fields(self) -> Affine:
         """See `Encoded.fields`."""
-        return self.replace(packed=self.packed.replace(words=self.bits, affine=0))
+        low, *high = planes(self.bits)
+        return self.replace(packed=self.packed.replace(words=low, affine=0, high=high[0] if high else None))
 
     def leaf_and_gain(self):
         """See `Encoded.leaf_and_gain`."""

@@ -39,7 +39,18 @@ class Levels:
         """
         if bits not in (2, 3, 4):
             raise ValueError(f"bits must be 2, 3 or 4, got {bits}.")
-        return cls(levels.Levels((None,) * len(planes(bits)), jnp.asarray(lloyd_max(bits))))
+        return cls.of(jnp.asarray(lloyd_max(bits)))
+
+    @classmethod
+    def of(cls, table: jax.Array) -> Levels:
+        """Makes the codec of levels f32[2 ** bits], rising.
+
+        Raises:
+          ValueError: there are not 4, 8 or 16 of them.
+        """
+        if table.shape not in ((4,), (8,), (16,)):
+            raise ValueError(f"table must be of 4, 8 or 16 levels, got shape {list(table.shape)}.")
+        return cls(levels.Levels((None,) * len(planes(table.shape[0].bit_length() - 1)), table))
 
     @property
     def block(self) -> int:

@@ -28,7 +28,7 @@ def kivi(
     of float16.
 
     Args:
-      bits: 2, 4 or 8.
+      bits: 2, 3, 4 or 8.
       group: tokens of a key channel, and channels of a value, that share a scale.
       residual: tokens of a block; the newest `length mod residual` stay exact.
       key_bits: of the keys; None: `bits`.

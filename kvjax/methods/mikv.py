@@ -34,7 +34,7 @@ def mikv(
     Args:
       budget: important tokens per KV head, as a count or as a fraction of the prompt.
       recent: share of the budget (float) or tokens (int) given to the newest.
-      important_bits: 2, 4 or 8.
+      important_bits: 2, 3, 4 or 8.
       bits: of all other tokens.
       group: channels of a token that share a scale.
       residual: tokens of a block of important ones; the newest `number mod residual` stay exact.

@@ -40,7 +40,7 @@ def rotatekv(
 
     Args:
       calibration: of `experiments.calibrate --method=rotatekv`: `key_mean` f32[L, K, H], of un-rotated keys.
-      bits: 2, 4 or 8.
+      bits: 2, 3, 4 or 8.
       clip: fraction of a group's range that codes span; None: 0.8 for 2 bits, else 1.
       group: channels that share a scale; None: the H of a head (the paper's 128).
       heads: KV heads that are rotated together; None: 4, or 2 or 1 where 4 does not divide K.

@@ -16,6 +16,7 @@ from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.order import Order
 from kvjax.transforms.schedule import Schedule
 from pallas_kernels.quantize_pack import WORD_BITS, Axis
+from pallas_kernels.words import planes
 
 Encode = Callable[[Segment], AnySegment]
 """From dense slots to what stores them encoded."""
@@ -46,7 +47,7 @@ def quantize(
     bits do not (`quantize_levels` after `rotate_channels`, or blocks, do).
 
     Args:
-      bits: 2, 4 or 8 per stored number of a key.
+      bits: 2, 3, 4 or 8 per stored number of a key; kernels read 2, 4 and 8 as they lie.
       value_bits: the same for values; None: `bits`.
       written_bits: the same for the segments before the last, as `split_slots` makes them; None: as the last.
       key_group: tokens of a channel that share a key scale, which divide `residual`; with `key_axis="token"`
@@ -67,8 +68,8 @@ def quantize(
     """
     value_bits = bits if value_bits is None else value_bits
     for name, value in (("bits", bits), ("value_bits", value_bits), ("written_bits", written_bits)):
-        if value not in (2, 4, 8) and (name, value) != ("written_bits", None):
-            raise ValueError(f"{name} must be 2, 4 or 8, got {value}.")
+        if value not in (2, 3, 4, 8) and (name, value) != ("written_bits", None):
+            raise ValueError(f"{name} must be 2, 3, 4 or 8, got {value}.")
     groups = (("key_group", key_group, key_axis), ("value_group", value_group, value_axis))
     for name, value, axis in groups:
         if value is None and axis == "channel":
@@ -99,9 +100,10 @@ def quantize(
 
     one_by_one = tuple(Affine.of_slots(b, group, **how) for b, (group, _) in zip((bits, value_bits), groups))
     written = blocks(*(2 * (written_bits,) if written_bits else (bits, value_bits)), None)
+    narrowest = min((bits, value_bits), key=lambda width: min(planes(width)))  # has the longest words
     if residual:
         for name, (group, axis) in zip(("key_group", "value_group"), groups):
-            check_block(min(bits, value_bits), residual, group if axis == "channel" else 1, group_name=name)
+            check_block(narrowest, residual, group if axis == "channel" else 1, group_name=name)
     body = blocks(bits, value_bits, residual) if residual else None
     return store("quantize", body, residual, written=written, one_by_one=one_by_one)
 
@@ -151,8 +153,9 @@ def check_block(
         raise ValueError(
             f"{group_name} must divide {name}, so that blocks hold whole groups: got {group} and {residual}."
         )
-    if residual * bits % WORD_BITS:
-        raise ValueError(f"{name} must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {residual}.")
+    word = WORD_BITS // min(planes(bits))
+    if residual % word:
+        raise ValueError(f"{name} must be a multiple of {word} for {bits}-bit words, got {residual}.")
 
 
 def store(

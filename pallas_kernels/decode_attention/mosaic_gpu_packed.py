@@ -49,6 +49,8 @@ def _unsupported(q, k: Packed, v: Packed, q_pos, k_pos, bias=None, *, window=Non
     """Why the kernel cannot run these arguments, or None if it can."""
     del q_pos, window, scale
     H, S, bits = q.shape[-1], k_pos.shape[-1], k.bits
+    if bits == 3:
+        return "takes 2, 4 and 8 bits, got 3"
     if v.bits != bits or v.axis != "token":
         return f"takes values of {bits} bits like the keys, packed per token, got {v.bits} per {v.axis}"
     if q.dtype != jnp.bfloat16 or {k.affine.dtype, v.affine.dtype} != {jnp.dtype(jnp.bfloat16)}:

@@ -7,7 +7,7 @@ import jax
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.quantize_pack import mosaic_tpu, reference
 from pallas_kernels.quantize_pack.reference import Axis, Packed
-from pallas_kernels.words import WORD_BITS
+from pallas_kernels.words import WORD_BITS, planes
 
 _OP = Op("quantize_pack", reference.quantize_pack, mosaic_tpu=mosaic_tpu.kernel)
 
@@ -34,7 +34,7 @@ def quantize_pack(
     Args:
       x: [B, K, S, H].
       valid: bool[B, K, S]; empty slots do not touch a group's extremes and get code 0.
-      bits: 2, 4 or 8.
+      bits: 2, 3, 4 or 8.
       group: entries that share one scale: tokens for "channel", channels for "token".
       axis: "channel" has one scale per channel and group of `group` tokens (KIVI's keys); "token" one per
         token and group of `group` channels (KIVI's values).
@@ -55,12 +55,13 @@ def quantize_pack(
     S, H = x.shape[2:]
     if not 0 < clip <= 1:
         raise ValueError(f"clip must be in (0, 1], got {clip}.")
-    if bits not in (2, 4, 8):
-        raise ValueError(f"bits must be 2, 4 or 8, got {bits}.")
-    if S % (WORD_BITS // bits):
-        raise ValueError(f"slots must be a multiple of {WORD_BITS // bits} for {bits}-bit words, got {S}.")
-    if S * bits // WORD_BITS % in_row:
-        raise ValueError(f"in_row must divide the {S * bits // WORD_BITS} words of a channel, got {in_row}.")
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"bits must be 2, 3, 4 or 8, got {bits}.")
+    per, words = WORD_BITS // min(planes(bits)), S * min(planes(bits)) // WORD_BITS
+    if S % per:
+        raise ValueError(f"slots must be a multiple of {per} for {bits}-bit words, got {S}.")
+    if words % in_row:
+        raise ValueError(f"in_row must divide the {words} words of a channel, got {in_row}.")
     length = S if axis == "channel" else H
     if length % group:
         raise ValueError(f"group must divide the {axis} group axis of length {length}, got {group}.")

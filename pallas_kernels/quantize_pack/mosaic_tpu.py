@@ -23,6 +23,8 @@ _BYTES = 2**20  # of float32 in a tile at most; a tile is held several times whi
 def _unsupported(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=1) -> str | None:
     """Why the kernel cannot run these arguments, or None if it can."""
     del valid, clip
+    if bits == 3:
+        return "takes 2, 4 and 8 bits, got 3"
     if 0 in x.shape:
         return f"takes at least one slot, got x {x.shape}"
     if x.dtype not in (jnp.float32, jnp.bfloat16) or jnp.dtype(scale_dtype) not in (jnp.float32, jnp.bfloat16):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels.encoded import cut_slots
-from pallas_kernels.words import WORD_BITS, pack, unpack
+from pallas_kernels.words import WORD_BITS, pack_planes, planes, unpack_planes
 
 Axis = Literal["channel", "token"]
 
@@ -22,24 +22,30 @@ class Packed:
     Codes are packed along slots, low bits first: slot `s` is bits `[bits * j, bits * (j + 1))` of word
     `s // per`, `j = s % per`, `per = 32 / bits`. H stays the minor axis. Where it does not fill the 128 lanes of a
     TPU, `in_row` words lie side by side in a row, and scales beside zeros: tiles carry no padding, and no copy in
-    another layout is made before a kernel.
+    another layout is made before a kernel. Codes of 3 bits are planes of 2 and 1.
     """
 
-    words: jax.Array  # u32[B, K, S * bits / 32 / in_row, in_row * H]
+    words: jax.Array  # u32[B, K, S * bits / 32 / in_row, in_row * H]; of 3 bits the lower 2
     affine: jax.Array  # scales, then zeros: [B, K, S / group, 2 * H] ("channel") or [B, K, 2 * H / group, S] ("token")
-    bits: int = struct.field(pytree_node=False)  # 2, 4 or 8
+    bits: int = struct.field(pytree_node=False)  # 2, 3, 4 or 8
     axis: Axis = struct.field(pytree_node=False)  # along which entries share a scale: see `quantize_pack`
+    high: jax.Array | None = None  # u32[B, K, S / 32 / in_row, in_row * H]: the third of 3 bits
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`(B, K, S, H)`; without slots H is the width of the words' rows."""
         B, K, rows, width = self.words.shape
-        count = rows * width * (WORD_BITS // self.bits)
+        count = rows * width * (WORD_BITS // planes(self.bits)[0])
         if self.axis == "channel":
             H = self.affine.shape[3] // 2
             return B, K, count // H, H
         S = self.affine.shape[3]
         return B, K, S, count // S if S else width
+
+    @property
+    def planes(self) -> tuple[jax.Array, ...]:
+        """Words of the low bits and, of 3, of the high one."""
+        return (self.words,) if self.high is None else (self.words, self.high)
 
     @property
     def in_row(self) -> int:
@@ -56,21 +62,24 @@ class Packed:
     @property
     def block(self) -> int:
         """Slots of whole rows of words and, with scales per channel, of whole groups."""
-        return math.lcm(WORD_BITS // self.bits * self.in_row, self.group if self.axis == "channel" else 1)
+        return math.lcm(WORD_BITS // min(planes(self.bits)) * self.in_row, self.group if self.axis == "channel" else 1)
 
     def cut(self, start: jax.Array | int, size: int) -> Packed:
         """See `Encoded.cut`."""
-        of_row = WORD_BITS // self.bits * self.in_row  # slots
+        of_row = [WORD_BITS // width * self.in_row for width in planes(self.bits)]  # slots
         of_scale, axis = (self.group, 2) if self.axis == "channel" else (1, 3)
+        words, *high = (cut_slots(x, start // n, size // n) for x, n in zip(self.planes, of_row, strict=True))
         return self.replace(
-            words=cut_slots(self.words, start // of_row, size // of_row),
+            words=words,
             affine=cut_slots(self.affine, start // of_scale, size // of_scale, axis=axis),
+            high=high[0] if high else None,
         )
 
     def decode(self, dtype=jnp.float32) -> jax.Array:
         """`scale * code + zero`, computed in float32."""
         B, K, S, H = self.shape
-        code = unpack(self.words.reshape(B, K, -1, H), self.bits).astype(jnp.float32)
+        words = [x.reshape(B, K, -1, H) for x in self.planes]
+        code = unpack_planes(words, self.bits, H).astype(jnp.float32)
         if not S:  # no group says how long it is
             return code.astype(dtype)
         scale, zero = self.scale_and_zero()
@@ -101,8 +110,9 @@ def quantize_pack(x, valid, *, bits, group, axis, scale_dtype, clip=1.0, in_row=
     code = jnp.where(mask, code, 0).reshape(B, K, S, H)
     if axis == "token":  # [B, K, S, H / group] -> slots minor
         scale, zero = scale.swapaxes(2, 3), zero.swapaxes(2, 3)
-    words = pack(code, bits).reshape(B, K, S * bits // WORD_BITS // in_row, in_row * H)
-    return Packed(words, jnp.concatenate([scale, zero], axis=3 if axis == "channel" else 2), bits, axis)
+    words, *high = (x.reshape(B, K, x.shape[2] // in_row, in_row * H) for x in pack_planes(code, bits))
+    both = jnp.concatenate([scale, zero], axis=3 if axis == "channel" else 2)
+    return Packed(words, both, bits, axis, high[0] if high else None)
 
 
 def affine(lo: jax.Array, hi: jax.Array, *, bits: int, scale_dtype, clip: float) -> tuple[jax.Array, jax.Array]:

@@ -411,7 +411,7 @@ BAD = {
     "keep of words": (["--keep=0.5,half"], "--keep=0.5,half: expected a fraction, or several"),
     "unknown task": (["--tasks=needels"], "unknown task 'needels'"),
     "even kernel": (["--methods=snapkv", "--gin_bindings=snapkv.kernel = 4"], "kernel must be odd"),
-    "three bits": (["--methods=int4", "--gin_bindings=kivi.bits = 3"], "bits must be 2, 4 or 8"),
+    "five bits": (["--methods=int4", "--gin_bindings=kivi.bits = 5"], "bits must be 2, 3, 4 or 8"),
     "group does not divide": (["--methods=int4", "--gin_bindings=kivi.group = 24"], "key_group must divide residual"),
     "missing tasks": (["--tasks=no/such.jsonl"], "no/such.jsonl"),
     "missing checkpoint": (["--model=no/such/dir/"], "no/such/dir"),

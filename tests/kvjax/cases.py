@@ -399,6 +399,7 @@ CASES = [
     ),
     _config("keydiff_int8", kivi(8, 8, 8, budget=0.5), "kivi.group = 8", "kivi.residual = 8", budget=0.5),
     _config("kivi4", kivi(4, 8, 16), "kivi.group = 8", "kivi.residual = 16"),
+    _config("kivi3", kivi(3, 16, 32), "kivi.group = 16", "kivi.residual = 32"),
     _config("kivi2", kivi(2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config(
         "gear",

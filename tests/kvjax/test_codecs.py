@@ -10,7 +10,19 @@ import pytest
 
 import kvjax
 from kvjax import Queries, Ring, Rope, Rows, Segment, rotate, sharding
-from kvjax.codecs import Affine, Corrected, Levels, Product, UnitNorm
+from kvjax.codecs import (
+    Affine,
+    Corrected,
+    Fourier,
+    Halves,
+    Levels,
+    MeanLevels,
+    Pairs,
+    Product,
+    SignSketch,
+    Sparse,
+    UnitNorm,
+)
 from kvjax.segments import BlockedSegment, CompensatedSegment, HeadsSegment, LatentSegment, RaggedSegment
 from kvjax.segments.bases import Matrix
 from kvjax.segments.hadamard import Hadamard
@@ -33,8 +45,8 @@ _dense = quick_jit(lambda part: part.dense())
 _append = quick_jit(lambda part, k, v, pos: part.append(k, v, pos, ROPE))
 
 
-def _blocks(bits, axis="channel", group=8):
-    return Affine.of_blocks(bits, group, axis, block=16)
+def _blocks(bits, axis="channel", group=8, block=16):
+    return Affine.of_blocks(bits, group, axis, block=block)
 
 
 def _slotwise(bits, group=8):
@@ -63,12 +75,22 @@ CODECS = {
     "4 bits of levels, int8 values": (UnitNorm(Levels.gaussian(4), None), _slotwise(8)),
     "centroids": (_codebook(1), _codebook(2)),
     "dense keys, int4 values": (WIDE, _slotwise(4)),
+    "int3 slots": (_slotwise(3), _slotwise(3, None)),
     "kivi 4": (_blocks(4), _blocks(4, "token")),
+    "kivi 3": (_blocks(3, block=32), _blocks(3, "token", block=32)),
     "kivi 2, values over tokens": (_blocks(2), _blocks(2)),
     "kivi, 4 bits and 2": (_blocks(4), _blocks(2, "token")),
     "corrected 2 bits": (_corrected("channel"), _corrected("token")),
+    "half of the entries": (Sparse(None, None, 0.5), Sparse(None, None, 0.7, dtype="bfloat16")),
+    "pairs": (Pairs(None, None),) * 2,
+    "sketch, 2 bits": (SignSketch(None, None, None, 2.0, 3, 16), _blocks(2, "token")),
+    "2 bits or 1, three states": (
+        Halves(_blocks(2, block=32), Fourier(MeanLevels(None, None, 2, 8)), 0.25),
+        MeanLevels(None, None, 3, 8),
+    ),
 }
-BLOCKS = {name for name in CODECS if "kivi" in name or "corrected" in name}
+LONG = {"kivi 3", "sketch, 2 bits", "2 bits or 1, three states"}  # words of 32 slots
+BLOCKS = {name for name in CODECS if "kivi" in name or "corrected" in name} | LONG
 
 
 def _slots(seed: int = 0, **static) -> Segment:
@@ -101,7 +123,9 @@ def _pages(slots: Segment, codec: str) -> RaggedSegment:
 LAYOUTS = {
     "rows": _stored,
     "ring": lambda slots, codec: _stored(slots.replace(layout=Ring(2)), codec),
-    "blocks": lambda slots, codec: BlockedSegment.from_dense(slots, lambda x: _stored(x, codec), 16),
+    "blocks": lambda slots, codec: BlockedSegment.from_dense(
+        slots, lambda x: _stored(x, codec), 32 if codec in LONG else 16
+    ),
     "pages": _pages,
     "heads": lambda slots, codec: HeadsSegment.of(
         slots, ((1,), (0,)), lambda part, i: _stored(part, codec) if i else part
@@ -301,10 +325,16 @@ def test_bytes_are_those_of_the_formulas():
         "4 bits of levels, int8 values": H / 2 + 4 + H + scales(8),
         "centroids": 2 * H / 2 / 2,
         "dense keys, int4 values": 4 * H + H / 2 + scales(8),
+        "int3 slots": 2 * 3 * H / 8 + scales(8) + scales(H),
         "kivi 4": H + 2 * scales(8),
+        "kivi 3": 2 * 3 * H / 8 + 2 * scales(8),
         "kivi 2, values over tokens": H / 2 + 2 * scales(8),
         "kivi, 4 bits and 2": H / 2 + H / 4 + 2 * scales(8),
         # rank 2 in float32; a block of 16 has 2 outliers a channel of keys, a token has 2 of values, with their index
+        "half of the entries": 2 * H / 8 + 4 * H / 2 + 2 * (H - int(0.7 * H)),
+        "pairs": 2 * (H / 2 + 2),
+        "sketch, 2 bits": 3 * H / 8 + 2 * 2 + 3 / 16 + H / 4 + scales(8),
+        "2 bits or 1, three states": H / 4 * (1 / 4 + 4 / 8) + 3 * H / 4 * (1 / 8 + 2 / 8) + 4 + 2 * H / 8,
         "corrected 2 bits": H / 2 + 2 * scales(8) + 2 * 2 * 4 * (1 + H / 16) + 5 * (2 * H / 16 + 2),
     }
     shared = {"2 bits of levels": 2 * 16, "3 bits of levels": 2 * 32, "4 bits of levels, int8 values": 64}

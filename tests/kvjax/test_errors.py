@@ -69,7 +69,7 @@ BUILD = {
         "methods that read a prompt again must do so in the same way",
     ),
     "bad pooling": (lambda: methods.snapkv(64, pooling="sum"), "pooling must be 'avg' or 'max', got 'sum'"),
-    "three bits": (lambda: methods.kivi(3), "bits must be 2, 4 or 8, got 3"),
+    "five bits": (lambda: methods.kivi(5), "bits must be 2, 3, 4 or 8, got 5"),
     "no group": (lambda: methods.kivi(4, group=0), "key_group must be a whole number of at least 1, got 0"),
     "no value group": (lambda: quantize(4, value_group=0), "value_group must be a whole number of at least 1, got 0"),
     "chunks of what frees nothing": (lambda: every_chunk(methods.kivi(4)), "quantize frees no slots while the prompt"),
@@ -93,7 +93,7 @@ BUILD = {
     "no cosine": (lambda: methods.kvmerger(threshold=2.0), r"threshold must be a cosine in \[-1, 1\], got 2.0"),
     "kernel without width": (lambda: methods.kvmerger(width=0.0), "width must be above 0, got 0.0"),
     "heavy above the budget": (lambda: methods.kvmerger(heavy=1.2), r"heavy must be a fraction .* got 1.2"),
-    "three written bits": (lambda: quantize(4, written_bits=3), "written_bits must be 2, 4 or 8, got 3"),
+    "five written bits": (lambda: quantize(4, written_bits=5), "written_bits must be 2, 3, 4 or 8, got 5"),
     "keys along nothing": (lambda: quantize(4, key_axis="head"), "key_axis must be 'channel' or 'token', got 'head'"),
     "rank above the block": (
         lambda: methods.gear(2, group=32, block=32, rank=33),
@@ -109,7 +109,7 @@ BUILD = {
         lambda: methods.gear(2, group=8, block=8),
         "block must be a multiple of 16 for 2-bit words, got 8",
     ),
-    "three important bits": (lambda: methods.mikv(8, important_bits=3), "bits must be 2, 4 or 8, got 3"),
+    "five important bits": (lambda: methods.mikv(8, important_bits=5), "bits must be 2, 3, 4 or 8, got 5"),
     "balance of nothing": (lambda: kvjax.balance_channels("head"), "where must be 'tail' or 'written', got 'head'"),
     "balance of what was not split": (
         lambda: chain(methods.snapkv(64), kvjax.balance_channels("written")),

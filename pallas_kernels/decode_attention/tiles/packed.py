@@ -261,6 +261,8 @@ def cost(x: Packed, q: jax.Array, kv_heads: int) -> Cost:
 
 
 def _unsupported(x: Packed, q: jax.Array, kv_heads: int, role: str) -> str | None:
+    if x.bits == 3:
+        return "takes 2, 4 and 8 bits, got 3"
     if role == "values" and x.axis != "token":
         return "takes values that are packed per token"
     if x.axis == "channel":
