@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +28,24 @@ class BlockedSegment:
     The body is any segment with `encode_like(Segment)`. Rows and heads flush each
     on their own, so a row of a padded batch holds what its own run holds. The newest `length mod block`
     tokens are exact.
+
+    Between the two may lie bands of a fixed number of blocks, the newest first: the oldest block of a full band makes
+    room by moving to the next one, or to the body, where it is decoded and encoded again.
     """
 
     body: AnySegment
     tail: Segment  # `block` slots
+    bands: tuple[Segment, ...] = ()
 
     @classmethod
-    def from_dense(cls, slots: Segment, encode, block: int) -> BlockedSegment:
+    def from_dense(cls, slots: Segment, encode, block: int, bands: Sequence[tuple] = ()) -> BlockedSegment:
         """Encodes the whole blocks of each row, in token order; the remainder stays dense.
 
         Args:
           slots: what to store.
           encode: `Segment -> body`, for a number of slots that is a multiple of `block`.
           block: slots of a block, and of the tail.
+          bands: `(encode, blocks)` of each band, the newest first.
         """
         if not slots.layout.grows:
             raise TypeError("BlockedSegment cannot keep a ring: blocks are written once and never overwritten.")
@@ -49,12 +56,24 @@ class BlockedSegment:
         full = occupied // block * block
         in_body = jnp.arange(slots.pos.shape[2]) < full
         tail = slots.resize(max(slots.pos.shape[2], block)).window(full[..., 0], block)
-        return cls(body=encode(slots.drop(~in_body)), tail=tail.replace(replicated=True))
+        younger = []
+        for encode_band, blocks in bands:
+            first = jnp.maximum(full - blocks * block, 0)
+            part = slots.resize(max(slots.pos.shape[2], blocks * block)).window(first[..., 0], blocks * block)
+            part = part.drop(jnp.arange(blocks * block) >= full - first)
+            younger.append(encode_band(part.replace(replicated=True)))
+            full = first
+            in_body = jnp.arange(slots.pos.shape[2]) < full
+        body = slots.drop(~in_body)
+        if bands:
+            fewest = max(S - block * sum(blocks for _, blocks in bands), 0)
+            body = body.first(sharding.whole(fewest, block, batch=B, kv_heads=K))
+        return cls(encode(body), tail.replace(replicated=True), tuple(younger))
 
     def axes(self) -> BlockedSegment:
         """See `AnySegment.axes`; all shards have the tail."""
-        body, tail = self.body.axes(), self.tail.axes()
-        return heads_alike(self.replace(body=body, tail=tail), body, tail)
+        body, tail, bands = self.body.axes(), self.tail.axes(), tuple(band.axes() for band in self.bands)
+        return heads_alike(self.replace(body=body, tail=tail, bands=bands), body, tail, *bands)
 
     @property
     def key_rope(self) -> KeyRope:
@@ -63,8 +82,8 @@ class BlockedSegment:
 
     @property
     def pos(self) -> jax.Array:
-        """i32[B, K, S_body + block]."""
-        return jnp.concatenate([self.body.pos, self.tail.pos], axis=-1)
+        """i32[B, K, S_body + S_bands + block]."""
+        return jnp.concatenate([part.pos for part in self._all()], axis=-1)
 
     @property
     def selects(self) -> bool:
@@ -100,12 +119,12 @@ class BlockedSegment:
         ranks = how.pop("ranks", None)
         if ranks is None:
             return [(part, {}) for part in self._parts()]
-        S = self.body.pos.shape[2]
-        of = [ranks._replace(slots=x) for x in (ranks.slots[..., :S], ranks.slots[..., S:])]
-        return [(p, {"ranks": r}) for p, r in zip((self.body, self.tail), of) if p.pos.shape[2]]
+        ends = list(itertools.accumulate(part.pos.shape[2] for part in self._all()))[:-1]
+        of = [ranks._replace(slots=x) for x in jnp.split(ranks.slots, ends, axis=-1)]
+        return [(p, {"ranks": r}) for p, r in zip(self._all(), of) if p.pos.shape[2]]
 
     def dense(self) -> Segment:
-        """Body and tail as one dense segment, float32."""
+        """Body, bands and tail as one dense segment, float32."""
         join = lambda *x: jnp.concatenate([y.astype(x[0].dtype) for y in x], axis=2)
         return jax.tree.map(join, *(part.dense() for part in self._parts()))
 
@@ -113,7 +132,8 @@ class BlockedSegment:
         """See `AnySegment.map_dense`: the body, which is written in whole blocks; the tail stays exact."""
         # What is written in blocks of the tail is encoded in such blocks.
         body = getattr(body, "in_blocks", lambda tokens: body)(self.tail.pos.shape[2])
-        return self.replace(body=self.body.map_dense(body, body))
+        bands = tuple(band.map_dense(body, body) for band in self.bands)
+        return self.replace(body=self.body.map_dense(body, body), bands=bands)
 
     def edited(self, edit: Edit) -> BlockedSegment:
         """See `AnySegment.edited`. A block is written again when all of it is empty."""
@@ -136,6 +156,12 @@ class BlockedSegment:
         ordered = both.resize(max(block + T, (most + 1) * block)).in_token_order()
         whole = ordered.first(most * block)
         in_body = jnp.arange(most * block) < (flushes * block)[..., None]
+        if self.bands:
+            each = [ordered.window(jnp.full(flushes.shape, j * block), block) for j in range(most)]
+            after = self
+            for j, one in enumerate(each):
+                after = after._descend(one, j < flushes)
+            return after.replace(tail=ordered.window(flushes * block, block))
         blocks = self._encode(whole.drop(~in_body), jnp.any(flushes > 0))
         return self.replace(
             body=self._write(blocks, flushes, most), tail=ordered.window(flushes * block, block)
@@ -145,6 +171,8 @@ class BlockedSegment:
         """`append` of a single token: a tail that fills up is one block, already in order."""
         tail = self.tail.append(k, v, pos, rope)
         full = jnp.all(tail.pos >= 0, axis=-1)  # [B, K]
+        if self.bands:
+            return self._descend(tail, full).replace(tail=tail.drop(full[..., None]))
         blocks = self._encode(tail, jnp.any(full))
         return self.replace(
             body=self._write(blocks, full.astype(jnp.int32), 1), tail=tail.drop(full[..., None])
@@ -169,17 +197,38 @@ class BlockedSegment:
         return [x.shape[a] * block // S for x, a in zip(jax.tree.leaves(self.body), axes) if S and a >= 0]
 
     def _parts(self) -> list[AnySegment]:
-        """Body and tail, or the tail alone where the body has no slots yet."""
-        return [part for part in (self.body, self.tail) if part.pos.shape[2]]
+        """All parts that have slots: a body may have none yet."""
+        return [part for part in self._all() if part.pos.shape[2]]
 
-    def _encode(self, slots: Segment, needed: jax.Array) -> AnySegment:
+    def _all(self) -> tuple[AnySegment, ...]:
+        """The oldest first."""
+        return (self.body, *reversed(self.bands), self.tail)
+
+    def _descend(self, new: Segment, on: jax.Array) -> BlockedSegment:
+        """Moves a block into the first band where bool[B, K] `on`, and what that displaces one band further."""
+        block, bands, B, K = self.tail.pos.shape[2], [], *on.shape
+        for band in self.bands:
+            newest = jnp.max(band.pos.reshape(B, K, -1, block), axis=-1)
+            at = block * jnp.argmin(newest, axis=-1)  # an empty block, or the oldest
+            oldest = lambda band, at=at: band.dense().astype(new.k.dtype).window(at, block).replace(replicated=True)
+            shapes = jax.eval_shape(oldest, band)
+            nothing = lambda _, shapes=shapes: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            displaced = jax.lax.cond(jnp.any(on), oldest, nothing, band)
+            fresh = self._encode(new, jnp.any(on), band).replace(replicated=True)
+            bands.append(write_slots(band, fresh, at, on))
+            new, on = displaced, on & (jnp.min(newest, axis=-1) >= 0)
+        body = self._write(self._encode(new, jnp.any(on)), on.astype(jnp.int32), 1)
+        return self.replace(body=body, bands=tuple(bands))
+
+    def _encode(self, slots: Segment, needed: jax.Array, like: AnySegment | None = None) -> AnySegment:
         """Encodes slots when any are needed. Only the small result crosses the branch, never the body."""
 
         def encode(slots: Segment) -> AnySegment:
-            return sharding.made_on_shards(self.body.encode_like, slots.replace(replicated=False), split_slots=False)
+            encode = (self.body if like is None else like).encode_like
+            return sharding.made_on_shards(encode, slots.replace(replicated=False), split_slots=False)
 
-        like = jax.eval_shape(encode, slots)
-        nothing = lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        shapes = jax.eval_shape(encode, slots)
+        nothing = lambda _: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.cond(needed, encode, nothing, slots)
 
     def _write(self, blocks: AnySegment, flushes: jax.Array, most: int) -> Segment:

@@ -1,7 +1,7 @@
 """Transforms: pairs of pure functions that rewrite a cache, and when they act."""
 
 from kvjax.transforms.attend_prompt import attend_prompt
-from kvjax.transforms.balance import balance_channels
+from kvjax.transforms.balance import balance_channels, order_channels, separate_values, smooth_channels
 from kvjax.transforms.base import CacheTransform, chain, check_step, identity
 from kvjax.transforms.before import before
 from kvjax.transforms.cast import cast
@@ -28,6 +28,7 @@ from kvjax.transforms.project import (
 )
 from kvjax.transforms.protect import protect
 from kvjax.transforms.quantize import quantize, store
+from kvjax.transforms.quantize_by_age import quantize_by_age
 from kvjax.transforms.quantize_corrected import quantize_corrected
 from kvjax.transforms.quantize_levels import quantize_levels
 from kvjax.transforms.reindex import reindex
@@ -78,6 +79,7 @@ __all__ = [
     "low_rank_keys",
     "merge",
     "merge_layers",
+    "order_channels",
     "prefix",
     "product_quantize",
     "project",
@@ -87,6 +89,7 @@ __all__ = [
     "prune_channels",
     "pyramid",
     "quantize",
+    "quantize_by_age",
     "quantize_corrected",
     "quantize_levels",
     "reindex",
@@ -94,7 +97,9 @@ __all__ = [
     "ring",
     "rotate_channels",
     "select",
+    "separate_values",
     "share_basis",
+    "smooth_channels",
     "split_heads",
     "split_slots",
     "store",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -158,11 +159,19 @@ def check_block(
         raise ValueError(f"{name} must be a multiple of {word} for {bits}-bit words, got {residual}.")
 
 
+class Band(NamedTuple):
+    """Blocks between the exact tail and the body, with codes of their own."""
+
+    codecs: Codecs
+    blocks: int  # the most that it holds of a row and head
+
+
 def store(
     name: str,
     body: Codecs | None,
     residual: int,
     *,
+    bands: Sequence[Band] = (),
     written: Codecs | None = None,
     one_by_one: Codecs | None = None,
 ) -> CacheTransform:
@@ -172,6 +181,7 @@ def store(
       name: of the transform.
       body: of whole blocks of slots that tokens are appended to; None: these are encoded one by one.
       residual: tokens of a block, and the most that are kept exact.
+      bands: blocks that are younger than those of the body, from the newest on; what leaves one goes to the next.
       written: of segments that nothing is written to any more; None: `body`.
       one_by_one: of slots that are overwritten or dropped by themselves; None: there is no such code, and rings stay as
         they are.
@@ -180,7 +190,8 @@ def store(
 
     def appended(slots: Segment) -> AnySegment:
         if body is not None and slots.layout.grows:
-            return BlockedSegment.from_dense(slots, Encoder(body), residual)
+            younger = [(Encoder(band.codecs), band.blocks) for band in bands]
+            return BlockedSegment.from_dense(slots, Encoder(body), residual, younger)
         return slots if one_by_one is None else slots.encoded(*one_by_one)
 
     of_layer = jax.jit(lambda layer: layer.map_dense(whole, appended))
