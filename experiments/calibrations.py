@@ -20,6 +20,7 @@ from models import Model
 from models.assets import cache_dir
 
 _LAYER_AXIS = {"rates": None, "key_ranks": 1, "value_ranks": 1}  # of all others it is the first
+_LAYER_AXIS |= {f"{name}_levels{bits}": None for name in ("key", "value") for bits in (2, 3, 4)}
 _VERSION = "v3"  # of what recipes measure: older ones are measured again
 
 TRAINED = {

@@ -267,6 +267,49 @@ def key_means(model: Model, settings: Settings) -> Calibration:
     return {"key_mean": total / settings.texts}
 
 
+def channel_peaks(model: Model, settings: Settings) -> Calibration:
+    """`key_peak`, `value_peak` f32[L, K, H]: the largest magnitudes of channels of rotated keys and of values."""
+    peak = lambda x: jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(0, 2))
+    found = None
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        each = [jnp.stack([peak(x) for x in of]) for of in zip(*((segment.k, segment.v) for segment in segments))]
+        found = each if found is None else [jnp.maximum(a, b) for a, b in zip(found, each)]
+    return {"key_peak": found[0], "value_peak": found[1]}
+
+
+def nonuniform_levels(
+    model: Model, settings: Settings, inside: float = 0.99, samples: int = 65536, bits: Sequence[int] = (2, 3, 4)
+) -> Calibration:
+    """Ranges of un-rotated key channels, and the levels that keys and values within their ranges need.
+
+    `key_low`, `key_high` f32[L, K, H] leave out `(1 - inside) / 2` of the numbers at each end; a value's range is that
+    of its own channels, but for the largest and the smallest. `key_levels2`, `value_levels2`, ... f32[2 ** bits] are
+    k-means of numbers between -1 and 1, of all layers.
+    """
+    ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
+    read = {"key": [], "value": []}  # of each text: [L, K, T, H]
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        keys = [unrotated(*each).k[0] for each in zip(segments, ropes)]
+        for name, parts in (("key", keys), ("value", [segment.v[0] for segment in segments])):
+            read[name].append(np.stack([np.asarray(x, np.float32) for x in parts]))
+    keys, values = (np.concatenate(read[name], axis=2) for name in ("key", "value"))
+    low, high = np.quantile(keys, [(1 - inside) / 2, (1 + inside) / 2], axis=2).astype(np.float32)
+    ordered = np.sort(values, axis=3)[..., 1:-1]
+    ends = {"key": (low[:, :, None], high[:, :, None]), "value": (ordered[..., :1], ordered[..., -1:])}
+    found, rng = {"key_low": jnp.asarray(low), "key_high": jnp.asarray(high)}, np.random.default_rng(settings.seed)
+    for name, x in (("key", keys), ("value", values)):
+        first, last = ends[name]
+        unit = (2 * x - first - last) / np.maximum(last - first, 1e-9)
+        unit = unit[np.abs(unit) <= 1]
+        unit = jnp.asarray(rng.permutation(unit)[:samples, None])
+        for b in bits:
+            fitted = product_codebook(unit, 1, 2**b, jax.random.key(settings.seed), 50)
+            found[f"{name}_levels{b}"] = jnp.sort(fitted[0, :, 0])
+    return found
+
+
 def codebooks(
     model: Model, settings: Settings, width: int = 2, centroids: int = 256, samples: int = 8192
 ) -> Calibration:
@@ -312,8 +355,10 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "d2o": layer_variance,
     "double_sparsity": channel_strengths,
     "duoattention": head_types,
+    "fp8_scaled": channel_peaks,
     "headkv": retrieval_heads,
     "kqsvd": attention_directions,
+    "kvquant": nonuniform_levels,
     "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,
     "prefixkv": layer_coverage,

@@ -75,6 +75,13 @@ def calibrate(config: DecoderConfig):
             return {"key_axes": joint(), "value_axes": joint()}
         if recipe == "d2o":
             return {"variance": jnp.float32(rng.uniform(size=L))}
+        if recipe == "fp8_scaled":
+            return {name: jnp.float32(rng.uniform(3.0, 5.0, (L, K, H))) for name in ("key_peak", "value_peak")}
+        if recipe == "kvquant":
+            ends = {"key_low": -2 - rng.uniform(size=(L, K, H)), "key_high": 2 + rng.uniform(size=(L, K, H))}
+            levels = {b: np.sort(np.tanh(np.linspace(-1.5, 1.5, 2**b))) for b in (2, 3, 4)}
+            ends |= {f"{name}_levels{b}": x for name in ("key", "value") for b, x in levels.items()}
+            return {name: jnp.float32(x) for name, x in ends.items()}
         if recipe == "rotatekv":
             return {"key_mean": normal(L, K, H)}
         if recipe == "million":

@@ -17,6 +17,7 @@ from kvjax.methods.elasticcache import elasticcache
 from kvjax.methods.ems import ems
 from kvjax.methods.expected_attention import expected_attention
 from kvjax.methods.fp8 import fp8
+from kvjax.methods.fp8_scaled import fp8_scaled
 from kvjax.methods.full import full
 from kvjax.methods.gear import gear
 from kvjax.methods.h2o import h2o
@@ -28,6 +29,7 @@ from kvjax.methods.knorm import knorm
 from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.kvcrush import kvcrush
 from kvjax.methods.kvmerger import kvmerger
+from kvjax.methods.kvquant import kvquant
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lagkv import lagkv
 from kvjax.methods.lazyeviction import lazyeviction
@@ -40,9 +42,13 @@ from kvjax.methods.million import million
 from kvjax.methods.minicache import minicache
 from kvjax.methods.mpcache import mpcache
 from kvjax.methods.mpcache_static import mpcache_static
+from kvjax.methods.mustafar import mustafar
+from kvjax.methods.olive import olive
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.quest import quest
+from kvjax.methods.qjl import qjl
+from kvjax.methods.qserve import qserve
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.reasoncache import reasoncache
@@ -51,6 +57,7 @@ from kvjax.methods.retrieval_attention import retrieval_attention
 from kvjax.methods.rkv import rkv
 from kvjax.methods.rotatekv import rotatekv
 from kvjax.methods.shadowkv import shadowkv
+from kvjax.methods.saq import saq
 from kvjax.methods.snapkv import snapkv
 from kvjax.methods.sparq import sparq
 from kvjax.methods.streamingllm import streamingllm
@@ -59,9 +66,11 @@ from kvjax.methods.tidaldecode import tidaldecode
 from kvjax.methods.tova import tova
 from kvjax.methods.turboquant import turboquant
 from kvjax.methods.videoxl2 import videoxl2
+from kvjax.methods.vidkv import vidkv
 from kvjax.methods.windowkv import windowkv
 from kvjax.methods.xattention import xattention
 from kvjax.methods.xkv import xkv
+from kvjax.methods.zipcache import zipcache
 
 __all__ = [
     "adakv_expected",
@@ -84,6 +93,7 @@ __all__ = [
     "ems",
     "expected_attention",
     "fp8",
+    "fp8_scaled",
     "full",
     "gear",
     "h2o",
@@ -94,6 +104,7 @@ __all__ = [
     "knorm",
     "kvcrush",
     "kvmerger",
+    "kvquant",
     "kvzip",
     "lagkv",
     "lazyeviction",
@@ -108,9 +119,13 @@ __all__ = [
     "minicache",
     "mpcache",
     "mpcache_static",
+    "mustafar",
+    "olive",
     "prefixkv",
     "pyramidkv",
     "quest",
+    "qjl",
+    "qserve",
     "random_eviction",
     "rekv",
     "retrieval_attention",
@@ -119,6 +134,7 @@ __all__ = [
     "razorattention",
     "reasoncache",
     "shadowkv",
+    "saq",
     "snapkv",
     "sparq",
     "streamingllm",
@@ -126,8 +142,10 @@ __all__ = [
     "tidaldecode",
     "tova",
     "videoxl2",
+    "vidkv",
     "windowkv",
     "xattention",
     "turboquant",
     "xkv",
+    "zipcache",
 ]

@@ -134,6 +134,57 @@ def turboquant(bits: int):
     return nbytes
 
 
+def staircase(bands, last: int, group: int, residual: int):
+    """Packed blocks in bands of `(bits, blocks)`, of the prompt's tokens beyond them and of the room; an exact tail."""
+
+    def nbytes(sizes):
+        H, heads = sizes.head_dim, sizes.layers * sizes.batch * sizes.kv_heads
+        token = lambda bits: 2 * H * bits / 8 + 2 * 2 * 2 * H / group + INDEX
+        packed = sum(residual * blocks * token(bits) for bits, blocks in bands)
+        left = max(sizes.prompt - residual * sum(blocks for _, blocks in bands), 0)
+        packed += (_round(left, residual) + _round(sizes.room, residual)) * token(last)
+        return int(heads * packed) + _dense(residual, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def zipcache(salient_bits: int, bits: int, group: int, residual: int, budget: int):
+    """Salient tokens in blocks, words for the others, the channels of values in each, and an exact tail."""
+
+    def nbytes(sizes):
+        H, heads = sizes.head_dim, sizes.layers * sizes.batch * sizes.kv_heads
+        token = lambda b: 2 * H * b / 8 + 2 * 2 * H / group + 2 * 2 + INDEX
+        others = _round(sizes.prompt - budget, max(group, 32 // bits))
+        body = _round(budget, residual) + _round(sizes.room, residual)
+        packed = heads * (others * token(bits) + body * token(salient_bits) + 2 * FLOAT * H)
+        return int(packed) + _dense(residual, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def slots_of(token, granule: int = 1, row=0):
+    """Slots that are stored one by one, of `token(H)` bytes beside the position, and `row(H)` a row and head."""
+
+    def nbytes(sizes):
+        heads, H = sizes.layers * sizes.batch * sizes.kv_heads, sizes.head_dim
+        slots = _round(_round(sizes.prompt, granule) + sizes.room, granule)
+        return int(heads * (slots * (token(H) + INDEX) + (row(H) if row else 0))) + INDEX * sizes.batch
+
+    return nbytes
+
+
+def blocks_of(token, residual: int, row=0):
+    """Blocks of slots of `token(H)` bytes beside the position, an exact tail, and `row(H)` a row and head."""
+
+    def nbytes(sizes):
+        heads, H = sizes.layers * sizes.batch * sizes.kv_heads, sizes.head_dim
+        slots = _round(sizes.prompt, residual) + _round(sizes.room, residual)
+        body = heads * (slots * (token(H) + INDEX) + (row(H) if row else 0))
+        return int(body) + _dense(residual, sizes) + INDEX * sizes.batch
+
+    return nbytes
+
+
 def kivi_mixed(key_bits: int, value_bits: int, group: int, residual: int):
     """`kivi` with bits of their own."""
 
@@ -586,6 +637,61 @@ CASES = [
     _config("ems", lambda s: _dense(12 + s.room, s, stats=3) + INDEX * s.batch, "ems.window = 4", exact=True),
     _config("mpcache_static", lambda s: _dense(12 + s.room, s, stats=1) + INDEX * s.batch, exact=True),
     _config("turboquant", turboquant(4)),
+    _config("qserve", slots_of(lambda H: 2 * (H / 2 + 4), 8, row=lambda H: FLOAT * H)),
+    _config(
+        "mustafar",
+        blocks_of(lambda H: 2 * (H / 8 + FLOAT * H / 2), 8),
+        "mustafar.recent = 8",
+        exact=("mustafar.key_sparsity = 0.0", "mustafar.value_sparsity = 0.0"),
+    ),
+    _config("olive", slots_of(lambda H: 2 * (H / 2 + 2))),
+    _config(
+        "qjl",
+        # 2 H + H signs, two norms, two channels of 16 tokens by name; values of 2 bits in one group
+        blocks_of(lambda H: 3 * H / 8 + 2 * 2 + 2 / 16 + H / 4 + 2 * 2 * H / 16, 32),
+        "qjl.group = 16",
+        "qjl.outliers = 2",
+        "qjl.value_bits = 2",
+        "qjl.residual = 32",
+        exact=(f"qjl.residual = {_ALL}",),
+    ),
+    _config(
+        "vidkv",
+        # half of the channels with 2 bits and scale and zero, half with a bit and a mean; five trits a byte
+        blocks_of(lambda H: H / 2 * (3 / 8 + 3 * 2 / 16) + -(-H // 5) + 2 * H / 16, 32, row=lambda H: INDEX * H),
+        "vidkv.group = 16",
+        "vidkv.residual = 32",
+        exact=(f"vidkv.residual = {_ALL}",),
+    ),
+    _config(
+        "saq",
+        # a block of 8 bits, one of 4, and two less of the prompt's in the body of 2, beside the room's
+        staircase(((8, 1), (4, 1)), 2, 8, 16),
+        "saq.bits = (8, 4, 2)",
+        "saq.blocks = (1, 1)",
+        "saq.group = 8",
+        "saq.residual = 16",
+    ),
+    _config(
+        "zipcache",
+        zipcache(4, 2, 8, 8, 8),
+        "zipcache.group = 8",
+        "zipcache.residual = 8",
+        budget=8,
+    ),
+    _config(
+        "fp8_scaled",
+        # a scale for every channel of keys and values, which rows share
+        lambda s: fp8()(s) + 2 * FLOAT * s.layers * s.kv_heads * s.head_dim,
+    ),
+    _config(
+        "kvquant",
+        # two outliers of each vector, ranges of values; levels, factors and means that rows share; a sink
+        lambda s: blocks_of(lambda H: 2 * 3 * H / 8 + 2 * 2 * 3 + 4, 32)(s)
+        + s.layers * (2 * 8 * FLOAT + 2 * FLOAT * s.kv_heads * s.head_dim)
+        + _dense(1, s),
+        exact=(f"kvquant.residual = {_ALL}",),
+    ),
     _config("kivi_k4v2", kivi_mixed(4, 2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config(
         "streamingllm_int4",
@@ -807,6 +913,15 @@ METHODS = {
     "matryoshka_pca": "matryoshka_pca",
     "matryoshka_trained": "matryoshka_trained",
     "mikv": "mikv",
+    "kvquant": "kvquant",
+    "fp8_scaled": "fp8_scaled",
+    "zipcache": "zipcache",
+    "saq": "saq",
+    "vidkv": "vidkv",
+    "qjl": "qjl",
+    "olive": "olive",
+    "mustafar": "mustafar",
+    "qserve": "qserve",
     "million": "million",
     "minicache": "minicache",
     "mpcache_static": "mpcache_static",
