@@ -256,6 +256,25 @@ def channel_strengths(model: Model, settings: Settings) -> Calibration:
     return {"strength": total / settings.texts}
 
 
+def grouped_components(model: Model, settings: Settings, most: int = 4) -> Calibration:
+    """`key_axes`, `value_axes` f32[L, K, H, g * H]: components of un-rotated keys, and of values, of g heads together.
+
+    g is the largest divisor of the KV heads that is at most `most`; the rows of a head are its part of its group's.
+    """
+    K, H = model.config.num_kv_heads, model.config.head_dim
+    g = max(n for n in range(1, most + 1) if K % n == 0)
+    ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
+    together = lambda x: x.reshape(1, K // g, g, -1, H).swapaxes(2, 3).reshape(1, K // g, -1, g * H)
+    sums = None
+    for tokens in _progress(_texts(model, settings)):
+        segments = [layer.segments[0] for layer in _read(model, tokens).cache.layers]
+        keys = (unrotated(*each) for each in zip(segments, ropes))
+        moments = [[Moments.of(together(x), s.pos[:, : K // g]) for x in (k.k, s.v)] for k, s in zip(keys, segments)]
+        sums = moments if sums is None else [[a + b for a, b in zip(*each)] for each in zip(sums, moments)]
+    axes = [jnp.stack([layer[i].principal_components()[0] for layer in sums]) for i in range(2)]
+    return {name: x.reshape(-1, K, H, g * H) for name, x in zip(("key_axes", "value_axes"), axes)}
+
+
 def key_means(model: Model, settings: Settings) -> Calibration:
     """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
     ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
@@ -361,6 +380,7 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "kvquant": nonuniform_levels,
     "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,
+    "palu": grouped_components,
     "prefixkv": layer_coverage,
     "razorattention": head_types,
     "rotatekv": key_means,

@@ -73,6 +73,9 @@ def calibrate(config: DecoderConfig):
         if recipe == "cskv":
             joint = lambda: rotation(L, K * H).reshape(L, K, H, K * H)
             return {"key_axes": joint(), "value_axes": joint()}
+        if recipe == "palu":  # heads in pairs
+            pairs = lambda: rotation(L, K // 2, 2 * H).reshape(L, K, H, 2 * H)
+            return {"key_axes": pairs(), "value_axes": pairs()}
         if recipe == "d2o":
             return {"variance": jnp.float32(rng.uniform(size=L))}
         if recipe == "fp8_scaled":

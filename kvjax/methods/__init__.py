@@ -44,6 +44,7 @@ from kvjax.methods.mpcache import mpcache
 from kvjax.methods.mpcache_static import mpcache_static
 from kvjax.methods.mustafar import mustafar
 from kvjax.methods.olive import olive
+from kvjax.methods.palu import palu
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
 from kvjax.methods.quest import quest
@@ -121,6 +122,7 @@ __all__ = [
     "mpcache_static",
     "mustafar",
     "olive",
+    "palu",
     "prefixkv",
     "pyramidkv",
     "quest",

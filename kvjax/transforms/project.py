@@ -177,6 +177,41 @@ def project_jointly(bases: Sequence[LayerBases], *, window: int = 32) -> CacheTr
     return CacheTransform(init=init, schedule=Schedule(acts_in=(), begins=True, name="project_jointly", order=order))
 
 
+def project_by_group(
+    bases: Sequence[Sequence[LayerBases]], groups: Sequence[tuple[int, ...]]
+) -> CacheTransform:
+    """Stores un-rotated keys, and values, of some heads of a layer together as one vector of coordinates a token.
+
+    Keys are expanded and rotated tile by tile when read; tokens that follow are projected at once.
+
+    Args:
+      bases: of each layer and group; the coordinates of a token are the sum over the heads of the group.
+      groups: the KV heads of each, together all.
+
+    Raises:
+      ValueError: heads are missing or named twice (at build), or the cache has another number of layers or heads.
+    """
+    named = sorted(head for group in groups for head in group)
+    if named != list(range(len(named))):
+        raise ValueError(f"groups must name each head once, got {tuple(groups)}.")
+
+    @jax.jit
+    def compress(layer: LayerCache, seen: LayerObservation, bases: list[LayerBases]) -> LayerCache:
+        slots = unrotated(dense_tail(layer, "project_by_group"), seen.queries.rope)
+        if len(named) != slots.pos.shape[1]:
+            raise ValueError(f"groups are of {len(named)} heads, but the cache has {slots.pos.shape[1]}.")
+        if len(groups) == 1:
+            return layer.with_tail(LatentSegment.of(slots, *bases[0], joint=True))
+        encode = lambda part, index: LatentSegment.of(part, *bases[index], joint=True)
+        return layer.with_tail(HeadsSegment.of(slots, tuple(groups), encode))
+
+    def init(cache: Cache, observation: Observation):
+        return cache.map_layers(compress, observation.layers, _of_all_layers(bases, cache)), ()
+
+    order = Order.of(needs="vectors slots room aligned", loses="vectors slots whole channels rotated")
+    return CacheTransform(init=init, schedule=Schedule(acts_in=(), name="project_by_group", order=order))
+
+
 def prune_channels(prune: float, *, queries: int = 32, recent: int = 32) -> CacheTransform:
     """Drops the key channels that contribute least to the last queries' logits; values stay whole.
 

@@ -692,6 +692,14 @@ CASES = [
         + _dense(1, s),
         exact=(f"kvquant.residual = {_ALL}",),
     ),
+    _config(
+        "palu",
+        # coordinates and a position of every pair of heads, and bases that rows share
+        lambda s: s.layers * (s.kv_heads // 2) * s.batch * (s.prompt + s.room) * (FLOAT * 2 * s.head_dim + INDEX)
+        + FLOAT * s.layers * s.kv_heads * 2 * s.head_dim**2
+        + INDEX * s.batch,
+        exact=("palu.key_rank = 1.0", "palu.value_rank = 1.0"),
+    ),
     _config("kivi_k4v2", kivi_mixed(4, 2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config(
         "streamingllm_int4",
@@ -913,6 +921,7 @@ METHODS = {
     "matryoshka_pca": "matryoshka_pca",
     "matryoshka_trained": "matryoshka_trained",
     "mikv": "mikv",
+    "palu": "palu",
     "kvquant": "kvquant",
     "fp8_scaled": "fp8_scaled",
     "zipcache": "zipcache",

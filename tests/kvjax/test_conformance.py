@@ -10,7 +10,7 @@ from tests.kvjax.cases import CASES, METHODS
 BY_NAME = {case.name: case for case in CASES}
 TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
 # int8, int4 and snapkv_int4 with other numbers: their bytes are checked, and what is asked of some cases only.
-_TWINS = ("int2", "kivi4", "kivi2", "keydiff_int8")
+_TWINS = ("int2", "kivi4", "kivi3", "kivi2", "keydiff_int8")
 EVERY = [name for name in BY_NAME if name not in _TWINS]
 BUDGETED = [name for name, t in TRANSFORMS.items() if t.schedule.budget is not None]
 # A prompt that chooses what it reads may read more in chunks, which see all chunks before them.
@@ -20,8 +20,9 @@ FROM_FIRST_CHUNK = [name for name, s in _READS_ALL.items() if s.begins]
 FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in_decode is not None]
 # Nothing in their caches is a dense segment of occupied slots.
 _NAMED = (
-    *("adakv", "alisa", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvzip", "matryoshka"),
-    *("mikv", "million", "razor", "xkv"),
+    *("adakv", "alisa", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvquant", "kvzip"),
+    *("matryoshka", "mikv", "million", "mustafar", "olive", "palu", "qjl", "qserve", "razor", "saq", "vidkv", "xkv"),
+    "zipcache",
 )
 SELECTING = ["quest", "snapkv_quest", "mpcache", "tidaldecode", "retrieval_attention", "double_sparsity", "sparq"]
 SELECTING += ["shadowkv", "rekv"]
