@@ -275,6 +275,50 @@ def grouped_components(model: Model, settings: Settings, most: int = 4) -> Calib
     return {name: x.reshape(-1, K, H, g * H) for name, x in zip(("key_axes", "value_axes"), axes)}
 
 
+def layer_sharing(
+    model: Model, settings: Settings, most: float = 0.5, similar: float = 0.5, prompt: int = 256
+) -> Calibration:
+    """Which layers may read another one's prompt: `giver` f32[L], itself for none, and `turn` f32[L], its place.
+
+    Pairs are tried by falling distance of their keys and values; one is kept where the last hidden states of tokens
+    that follow a prompt have a mean cosine above `similar` with those of the whole model. Up to four texts are read.
+
+    Args:
+      model: measured.
+      settings: see there.
+      most: fraction of the layers that read others, at which the search ends.
+      similar: least cosine.
+      prompt: tokens that are shared, at most.
+    """
+    config = model.config
+    L, text = config.num_layers, jnp.concatenate(_texts(model, settings)[:4])
+    follow = min(16, text.shape[1] // 4)
+    length = min(prompt, text.shape[1] - follow)
+    question = text[:, length : length + follow]
+    positions = jnp.broadcast_to(length + jnp.arange(follow), question.shape)
+    whole = _read(model, text[:, :length]).cache.reserve(follow).layers
+    states = lambda layers: hidden_states(model.params, config, question, positions, list(layers))[-1]
+    of = lambda x: np.stack([np.asarray(x(layer.segments[0])[:, :, :length], np.float32) for layer in whole])
+    apart = np.zeros((L, L))
+    for x in (of(lambda s: s.k), of(lambda s: s.v)):
+        for layer in range(L):
+            apart[layer] += np.sqrt(np.sum((x - x[layer]) ** 2, axis=(2, 3, 4))).mean(axis=1)
+    deep, shallow = np.tril_indices(L, -1)
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+    exact, giver, turn = unit(states(whole)), np.arange(L), np.full(L, L)
+    for i in _progress(np.argsort(-apart[deep, shallow], kind="stable"), unit="pair"):
+        reader, source = deep[i], shallow[i]
+        if giver[reader] != reader or giver[source] != source or (giver == reader).sum() > 1:
+            continue
+        tried = giver.copy()
+        tried[reader] = source
+        if jnp.mean(jnp.sum(unit(states([whole[j] for j in tried])) * exact, axis=-1)) > similar:
+            giver, turn[reader] = tried, np.sum(giver != np.arange(L))
+        if np.sum(giver != np.arange(L)) >= int(most * L):
+            break
+    return {"giver": jnp.float32(giver), "turn": jnp.float32(turn)}
+
+
 def key_means(model: Model, settings: Settings) -> Calibration:
     """`key_mean`, f32[L, K, H]: the mean of un-rotated keys."""
     ropes = [layer_rope(model.config, index) for index in range(model.config.num_layers)]
@@ -378,6 +422,7 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "headkv": retrieval_heads,
     "kqsvd": attention_directions,
     "kvquant": nonuniform_levels,
+    "kvsharer": layer_sharing,
     "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,
     "palu": grouped_components,

@@ -95,6 +95,7 @@ _TRANSFORMS = (
     "select",
     "separate_values",
     "share_basis",
+    "share_layers",
     "smooth_channels",
     "split_heads",
     "split_slots",

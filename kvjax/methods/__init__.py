@@ -30,6 +30,7 @@ from kvjax.methods.kqsvd import kqsvd
 from kvjax.methods.kvcrush import kvcrush
 from kvjax.methods.kvmerger import kvmerger
 from kvjax.methods.kvquant import kvquant
+from kvjax.methods.kvsharer import kvsharer
 from kvjax.methods.kvzip import kvzip
 from kvjax.methods.lagkv import lagkv
 from kvjax.methods.lazyeviction import lazyeviction
@@ -106,6 +107,7 @@ __all__ = [
     "kvcrush",
     "kvmerger",
     "kvquant",
+    "kvsharer",
     "kvzip",
     "lagkv",
     "lazyeviction",

@@ -13,6 +13,7 @@ from kvjax.segments.segment import Segment
 from kvjax.segments.selected import SelectedSegment
 from kvjax.segments.shared import ScaledView, SharedView
 from kvjax.segments.tempered import TemperedSegment
+from kvjax.segments.shared import ScaledView, SharedView, SlotsView
 
 __all__ = [
     "AnySegment",
@@ -35,4 +36,5 @@ __all__ = [
     "SelectedSegment",
     "SharedView",
     "TemperedSegment",
+    "SlotsView",
 ]

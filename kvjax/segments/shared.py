@@ -46,6 +46,28 @@ class SharedView:
 
 
 @struct.dataclass
+class SlotsView:
+    """Slots of another layer, which are in `Cache.shared`, as they are: a `LayerView`.
+
+    Bytes: none.
+    """
+
+    name: str = struct.field(pytree_node=False)  # in `Cache.shared`
+
+    def inlined(self, shared: dict[str, AnySegment]) -> AnySegment:
+        """See `LayerView.inlined`."""
+        return shared[self.name]
+
+    def axes(self) -> SlotsView:
+        """See `AnySegment.axes`."""
+        return self
+
+    def map_dense(self, body, tail) -> SlotsView:
+        """See `LayerView.map_dense`."""
+        return self
+
+
+@struct.dataclass
 class ScaledView:
     """A layer's lengths of keys and values whose directions several layers share in `Cache.shared`: a `LayerView`.
 

@@ -37,6 +37,7 @@ from kvjax.transforms.ring import ring
 from kvjax.transforms.schedule import Observer, Schedule
 from kvjax.transforms.select import low_rank_keys, select
 from kvjax.transforms.share_basis import share_basis
+from kvjax.transforms.share_layers import share_layers
 from kvjax.transforms.sliding_windows import bounded_layers, respect_windows
 from kvjax.transforms.split_heads import split_heads
 from kvjax.transforms.split_slots import split_slots
@@ -101,6 +102,7 @@ __all__ = [
     "select",
     "separate_values",
     "share_basis",
+    "share_layers",
     "smooth_channels",
     "split_heads",
     "split_slots",

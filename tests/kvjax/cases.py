@@ -700,6 +700,12 @@ CASES = [
         + INDEX * s.batch,
         exact=("palu.key_rank = 1.0", "palu.value_rank = 1.0"),
     ),
+    _config(
+        "kvsharer",
+        lambda s: _dense(s.prompt, s) // 2 + _dense(s.room, s) + INDEX * s.batch,  # the prompt of one of two layers
+        "kvsharer.shared = 1",
+        exact=("kvsharer.shared = 0",),
+    ),
     _config("kivi_k4v2", kivi_mixed(4, 2, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config(
         "streamingllm_int4",
@@ -921,6 +927,7 @@ METHODS = {
     "matryoshka_pca": "matryoshka_pca",
     "matryoshka_trained": "matryoshka_trained",
     "mikv": "mikv",
+    "kvsharer": "kvsharer",
     "palu": "palu",
     "kvquant": "kvquant",
     "fp8_scaled": "fp8_scaled",
