@@ -48,9 +48,9 @@ from kvjax.methods.olive import olive
 from kvjax.methods.palu import palu
 from kvjax.methods.prefixkv import prefixkv
 from kvjax.methods.pyramidkv import pyramidkv
-from kvjax.methods.quest import quest
 from kvjax.methods.qjl import qjl
 from kvjax.methods.qserve import qserve
+from kvjax.methods.quest import quest
 from kvjax.methods.random_eviction import random_eviction
 from kvjax.methods.razorattention import razorattention
 from kvjax.methods.reasoncache import reasoncache
@@ -127,9 +127,9 @@ __all__ = [
     "palu",
     "prefixkv",
     "pyramidkv",
-    "quest",
     "qjl",
     "qserve",
+    "quest",
     "random_eviction",
     "rekv",
     "retrieval_attention",

@@ -11,9 +11,8 @@ from kvjax.segments.protocol import AnySegment, LayerView, Queries, Ranks, Rewri
 from kvjax.segments.ragged import RaggedSegment
 from kvjax.segments.segment import Segment
 from kvjax.segments.selected import SelectedSegment
-from kvjax.segments.shared import ScaledView, SharedView
-from kvjax.segments.tempered import TemperedSegment
 from kvjax.segments.shared import ScaledView, SharedView, SlotsView
+from kvjax.segments.tempered import TemperedSegment
 
 __all__ = [
     "AnySegment",
@@ -35,6 +34,6 @@ __all__ = [
     "Segment",
     "SelectedSegment",
     "SharedView",
-    "TemperedSegment",
     "SlotsView",
+    "TemperedSegment",
 ]
