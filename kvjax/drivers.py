@@ -78,7 +78,7 @@ class Run(NamedTuple):
 _compiled = functools.partial(jax.jit, inline=True)
 
 
-def _positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:
+def next_positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:
     """i32[B, T]: where the next tokens lie, -1 for padding."""
     return _from(cache.length, lengths, T=T)
 
@@ -90,14 +90,14 @@ def _from(first: jax.Array, lengths: jax.Array, *, T: int) -> jax.Array:
 
 
 @_compiled
-def _accepted(right: jax.Array, lengths: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def going_on(right: jax.Array, lengths: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which rows go on, and with how many tokens: one that was refused once stays so."""
     right = right & ~jnp.any(jnp.isnan(logits), axis=-1)
     return right, jnp.where(right, lengths, 0).astype(jnp.int32)
 
 
 @_compiled
-def _logits_after(
+def logits_after(
     logits: jax.Array, before: jax.Array, right: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """f32[B, V] of the next token of every row, and f32[B, T, V] after each token; NaN for rows that were refused."""
@@ -176,7 +176,7 @@ def _check_room(room: int, call_tokens: int) -> None:
 def _prefill(step, transform, tokens, lengths, cache, room, call_tokens, chunk, first) -> Run:
     schedule, T = transform.schedule, tokens.shape[1]
     if chunk is None or chunk >= T:
-        out = step(tokens, _positions(cache, lengths, T), cache, needs=schedule.needs, last_only=True)
+        out = step(tokens, next_positions(cache, lengths, T), cache, needs=schedule.needs, last_only=True)
         seen = Observation(out.layers, new=lengths, prompt=lengths, prompt_slots=T, room=room, first=first)
         return start(transform, out, seen, room=room, call_tokens=call_tokens, step=step, tokens=tokens)
     slots, left = _reserved(schedule, T, room, call_tokens)
@@ -295,7 +295,7 @@ def _prefill_chunks(step, transform, tokens, lengths, cache, chunk, room, first,
         new = jnp.clip(lengths - t * chunk, 0, chunk)
         out = step(
             jax.lax.dynamic_index_in_dim(tokens, t, axis=1, keepdims=False),
-            _positions(cache, new, chunk),
+            next_positions(cache, new, chunk),
             cache,
             needs=needs,
             last_only=True,
@@ -357,12 +357,12 @@ def extend(
 
 
 def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
-    left = _left(run)
+    left = tokens_left(run)
     right = readable(limits_of(step), tokens, lengths, run.cache.length, least=0, left=left)
-    right, lengths = _accepted(right, lengths, run.logits)
+    right, lengths = going_on(right, lengths, run.logits)
     out = step(
         tokens,
-        _positions(run.cache, lengths, tokens.shape[1]),
+        next_positions(run.cache, lengths, tokens.shape[1]),
         run.cache,
         needs=transform.schedule.needs._replace(prompt_attention=None),
         last_only=False,
@@ -371,11 +371,11 @@ def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     seen = Observation(out.layers, new=lengths, phase="decode", **of_prompt)
     cache, state = transform.step(out.cache, run.state, seen)
     cache = cache.constrained()
-    logits, each = _logits_after(out.logits, run.logits, right, lengths)
+    logits, each = logits_after(out.logits, run.logits, right, lengths)
     return run._replace(logits=logits, cache=cache, state=state), each
 
 
-def _left(run: Run) -> jax.Array | None:
+def tokens_left(run: Run) -> jax.Array | None:
     """i32[B]: tokens that each row still has room for; None: any number."""
     total = run.room.total
     read = run.prompt if run.first is None else run.first + run.prompt
@@ -428,7 +428,8 @@ def generate(
         return Generated(*nothing, run)
     # Any ids: what they are is not known yet, only how many may come.
     count = jnp.full((B,), max_new_tokens)
-    readable(Limits(positions=limits_of(step).positions), nothing[0], count, run.cache.length, least=0, left=_left(run))
+    left = tokens_left(run)
+    readable(Limits(positions=limits_of(step).positions), nothing[0], count, run.cache.length, least=0, left=left)
     stops = jnp.asarray(stop_tokens, jnp.int32)
     keys = row_keys(key, B)
 
