@@ -8,6 +8,8 @@ from kvjax import codecs, inspection, methods, reuse, scores, sharding
 from kvjax.bound import BoundMethod, bind
 from kvjax.budget import Budget, Fraction, Tokens
 from kvjax.cache import Cache, LayerCache, bytes_read, empty_cache, kept_tokens, nbytes
+from kvjax.drafters import DraftModel, Jacobi, NGram
+from kvjax.drafts import Draft, commit, peek, truncate
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
 from kvjax.limits import Limits, Room
 from kvjax.observation import ALL, Instruction, LayerObservation, Needs, Observation, Reread
@@ -32,6 +34,7 @@ from kvjax.segments import (
     indices,
 )
 from kvjax.slots import Slots
+from kvjax.speculation import Drafter, Speculated, accepted, speculate
 from kvjax.transforms import (
     CacheTransform,
     MergeRule,
@@ -227,6 +230,18 @@ __all__ = [
     "prefill",
     "row_keys",
     "start",
+    # Drafts: tokens that are read beside a cache, and those of them that are kept.
+    "Draft",
+    "DraftModel",
+    "Drafter",
+    "Jacobi",
+    "NGram",
+    "Speculated",
+    "accepted",
+    "commit",
+    "peek",
+    "speculate",
+    "truncate",
 ]
 
 __version__ = "0.1.0"

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-from kvjax import drivers
+from kvjax import drafts, drivers
 from kvjax.cache import Cache
 from kvjax.drivers import Generated, Run, Step, StepOutput
 from kvjax.observation import Observation
 from kvjax.sampling import Greedy, Sampler
+from kvjax.speculation import Drafter, Speculated, speculate
 from kvjax.transforms.base import CacheTransform
 from kvjax.transforms.sliding_windows import respect_windows
 
@@ -86,6 +87,41 @@ class BoundMethod:
         key = jax.random.key(0) if key is None else key
         how = dict(max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop_tokens=self.stop_tokens)
         return drivers.generate(self.step, self.transform, run, **how)
+
+    def peek(self, run: Run, tokens: jax.Array, lengths: jax.Array | None = None) -> drafts.Draft:
+        """Reads given tokens behind a run and writes nothing; see `kvjax.peek`."""
+        return drafts.peek(self.step, self.transform, run, tokens, lengths)
+
+    def commit(self, run: Run, draft: drafts.Draft, count: jax.Array) -> Run:
+        """Writes the first tokens of a draft; see `kvjax.commit`."""
+        return drafts.commit(self.transform, run, draft, count)
+
+    def truncate(self, run: Run, length: jax.Array, logits: jax.Array) -> Run:
+        """Takes the newest tokens out again, where that is exact; see `kvjax.truncate`."""
+        return drafts.truncate(self.transform, run, length, logits)
+
+    def speculate(
+        self,
+        run: Run,
+        drafter: Drafter,
+        state: Any,
+        max_new_tokens: int,
+        sampler: Sampler = Greedy(),
+        key: jax.Array | None = None,
+    ) -> Speculated:
+        """Draws what `generate` draws, several tokens in a call where guesses are right; see `kvjax.speculate`.
+
+        Args:
+          run: the sequence so far.
+          drafter: guesses.
+          state: `drafter.start` of the text so far.
+          max_new_tokens: at most this many for each row.
+          sampler: draws a token from logits.
+          key: PRNG key; None: `jax.random.key(0)`.
+        """
+        key = jax.random.key(0) if key is None else key
+        how = dict(max_new_tokens=max_new_tokens, sampler=sampler, key=key, stop_tokens=self.stop_tokens)
+        return speculate(self.step, self.transform, run, drafter, state, **how)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the arrays of the decoder: a plain function has none (`jax.tree_util.register_pytree_node_class`)."""
