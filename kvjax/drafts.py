@@ -160,7 +160,8 @@ def truncate(transform: CacheTransform, run: Run, length: jax.Array, logits: jax
     for index, layer in enumerate(run.cache.layers):
         tail = layer.segments[-1]
         if not (getattr(tail, "by_slot", False) and tail.layout.grows and tail.bias is None):
-            found = "a ring" if not getattr(getattr(tail, "layout", None), "grows", True) else f"a {type(tail).__name__}"
+            is_ring = not getattr(getattr(tail, "layout", None), "grows", True)
+            found = "a ring" if is_ring else f"a {type(tail).__name__}"
             raise ValueError(
                 f"truncate needs tokens in slots of their own, but layer {index} writes them into {found}: read with "
                 "peek what may turn out to be wrong."
