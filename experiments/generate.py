@@ -120,6 +120,8 @@ def _write(texts: Sequence[str], batch: int, names: Sequence[str], mesh: jax.sha
                 if shown is not None:
                     _print_title(lines[-1], index, len(prompts))
                 written = writer.write(group, shown)
+                if shown is not None:
+                    shown(written.ids[0], whole=True)
                 lines[-1].written.append(written)
                 for row, ids in enumerate(written.ids):
                     if shown is None:
@@ -127,6 +129,8 @@ def _write(texts: Sequence[str], batch: int, names: Sequence[str], mesh: jax.sha
                         print(model.tokenizer.decode(ids), end="")
                     print("\n", flush=True)
     print(table(lines))
+    if _COMPARE.value:
+        print(_same(lines))
 
 
 def _methods(model: Model, names: Sequence[str]) -> list[Method]:
@@ -158,14 +162,26 @@ def _drafter(model: Model, load, prompts: Sequence[Sequence[int]]) -> kvjax.Draf
     return kvjax.DraftModel(kvjax.bind(other.step, kvjax.methods.full()), **tokens)
 
 
+def _same(lines: Sequence[_Line]) -> str:
+    """Says where drafts changed the text."""
+    texts = lambda line: [ids for each in line.written for ids in each.ids]
+    plain = {line.method: texts(line) for line in lines if not line.draft}
+    differ = {line.method: sum(a != b for a, b in zip(texts(line), plain[line.method])) for line in lines if line.draft}
+    others = [f"{count} of {len(plain[method])} with {method}" for method, count in differ.items() if count]
+    if not others:
+        return "Texts with drafts are the same."
+    return f"Texts with drafts are others: {', '.join(others)} (a method that acts while text comes acts once a call)."
+
+
 class _Shown:
     """Prints what is new of a text; characters whose bytes have not all come yet wait."""
 
     def __init__(self, model: Model):
         self._model, self._printed = model, ""
 
-    def __call__(self, ids: list[int]) -> None:
-        text = self._model.tokenizer.decode(ids).rstrip("\ufffd")
+    def __call__(self, ids: list[int], whole: bool = False) -> None:
+        text = self._model.tokenizer.decode(ids)
+        text = text if whole else text.rstrip("\ufffd")
         if text.startswith(self._printed):
             print(text[len(self._printed) :], end="", flush=True)
             self._printed = text

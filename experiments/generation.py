@@ -166,7 +166,7 @@ class Writer:
     def _drawn(self, lm: kvjax.BoundMethod, carry: tuple[kvjax.Run, Any], drafter: Any, key: jax.Array):
         """One piece: what goes on, tokens, lengths, and i32[3] calls, guesses and those that were right."""
         run, state = carry
-        room = run.room  # checked for all pieces: what one of them spends would make another program of the next
+        room = run.room  # checked for all pieces; what one of them spends would be another program for the next
         size, sampler = self._how.size, self._how.sampler
         if drafter is None:
             out = lm.generate(run, size, sampler, key)

@@ -111,9 +111,12 @@ def speculate(
 ) -> Speculated:
     """Draws the tokens that `generate` draws under the same key, several in a call where guesses are right.
 
-    Every row keeps as many as are right in it. The tokens are those of `generate` whatever the drafter, up to rounding
-    between one query and several in a call; methods that act after every call act less often, as in `extend`. Where
-    no row has a guess the decoder reads one token.
+    Every row keeps as many guesses as are right in it. Where no row has any the decoder reads one token.
+
+    The tokens are those of `generate`, up to rounding between one query and several in a call, whoever guesses: if the
+    method leaves what follows the prompt as it is. One that acts while decoding (`Schedule.acts_in`), keeps the newest
+    tokens in a ring or packs them in blocks does so after every call, here as in `extend`: the queries of a call see
+    what the method would have dropped or rounded between them.
 
     Args:
       step: the decoder.
