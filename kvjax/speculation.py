@@ -174,12 +174,17 @@ def speculate(
         guessed = jnp.where(alive, jnp.clip(guessed, 0, max_new_tokens - lengths - 1), 0).astype(jnp.int32)
         block = jnp.concatenate([token[:, None], guesses], axis=1)
         there = alive.astype(jnp.int32)
-        draft = jax.lax.cond(
+
+        def read(tokens, count):
+            draft = peek(step, transform, run, tokens, count)
+            drawn = draw_after(first, draft.logits)
+            return draft.padded(n + 1), jnp.pad(drawn, ((0, 0), (0, n + 1 - drawn.shape[1])))
+
+        draft, drawn = jax.lax.cond(
             jnp.any(guessed > 0),
-            lambda: peek(step, transform, run, block, there + guessed),
-            lambda: peek(step, transform, run, block[:, :1], there).padded(n + 1),
+            lambda: read(block, there + guessed),
+            lambda: read(block[:, :1], there),
         )
-        drawn = draw_after(first, draft.logits)
         same = accepted(guesses, guessed, drawn[:, :-1])
         count = jnp.where(alive, 1 + same, 0)
         ends = is_stop(block) & (jnp.arange(n + 1) < count[:, None])
