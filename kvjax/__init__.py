@@ -8,6 +8,7 @@ from kvjax import codecs, inspection, methods, reuse, scores, sharding
 from kvjax.bound import BoundMethod, bind
 from kvjax.budget import Budget, Fraction, Tokens
 from kvjax.cache import Cache, LayerCache, bytes_read, empty_cache, kept_tokens, nbytes
+from kvjax.cache_store import CacheStore, Entry
 from kvjax.drafters import DraftModel, Jacobi, NGram
 from kvjax.drafts import Draft, commit, peek, truncate
 from kvjax.drivers import Generated, Run, Step, StepOutput, extend, generate, prefill, start
@@ -102,6 +103,8 @@ from pallas_kernels.partial import Partial, combine
 __all__ = [
     # Caches: what is stored, and what it takes.
     "Cache",
+    "CacheStore",
+    "Entry",
     "LayerCache",
     "bytes_read",
     "empty_cache",

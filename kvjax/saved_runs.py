@@ -26,14 +26,7 @@ def save_run(folder: str | os.PathLike[str], run: Run, about: dict[str, Any] | N
       run: what `prefill`, `extend` or `generate` returned, outside of jit.
       about: said by `load_run` where it refuses: the model, the method, the text.
     """
-    described = {
-        "version": _VERSION,
-        "about": about or {},
-        "leaves": {path: [str(x.dtype), *x.shape] for path, x in _leaves(run).items()},
-        "static": _static(run._replace(room=None)),
-        "room": dataclasses.asdict(run.room),
-    }
-    orbax_folder.save(pathlib.Path(folder).absolute(), run, FILE, described)
+    orbax_folder.save(pathlib.Path(folder).absolute(), run, FILE, describe(run, about))
 
 
 def load_run(folder: str | os.PathLike[str], like: Run) -> Run:
@@ -52,26 +45,49 @@ def load_run(folder: str | os.PathLike[str], like: Run) -> Run:
     folder = pathlib.Path(folder).absolute()
     try:
         described = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if described["version"] != _VERSION:
-            raise ValueError(f"it is of version {described['version']}, expected {_VERSION}")
-        there = {path: _shape(leaf) for path, leaf in described["leaves"].items()} | described["static"]
-        room = Room(**described["room"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        room = check_described(described, like, str(folder))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: {FILE} cannot be used ({error}).") from error
-    wanted = {path: _shape((x.dtype, *x.shape)) for path, x in _leaves(like).items()}
+    return orbax_folder.load(folder, like.placed())._replace(room=room)
+
+
+def describe(run: Run, about: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what a run is beside its arrays, as JSON can write it: see `check_described`."""
+    return {
+        "version": _VERSION,
+        "about": about or {},
+        "leaves": {path: [str(x.dtype), *x.shape] for path, x in leaves_of(run).items()},
+        "static": _static(run._replace(room=None)),
+        "room": dataclasses.asdict(run.room),
+    }
+
+
+def check_described(described: dict[str, Any], like: Run, where: str) -> Room:
+    """Checks that what `describe` returned is a run like another, and returns the room that it has.
+
+    Raises:
+      ValueError: it is not: names the first leaf or static field that differs.
+      KeyError: something is missing, or (TypeError) of another kind.
+    """
+    if described["version"] != _VERSION:
+        raise ValueError(f"{where} is of version {described['version']}, expected {_VERSION}.")
+    there = {path: _shape(leaf) for path, leaf in described["leaves"].items()} | described["static"]
+    room = Room(**described["room"])
+    wanted = {path: _shape((x.dtype, *x.shape)) for path, x in leaves_of(like).items()}
     wanted |= _static(like._replace(room=None))
     there[".room.method"], wanted[".room.method"] = room.method, like.room.method
     for path in sorted(there.keys() | wanted.keys()):
         if there.get(path) != wanted.get(path):
             said = ", ".join(f"{name} {value}" for name, value in described["about"].items())
             raise ValueError(
-                f"{folder} holds another run{f' ({said})' if said else ''}: {path} is {there.get(path, 'missing')}, "
+                f"{where} holds another run{f' ({said})' if said else ''}: {path} is {there.get(path, 'missing')}, "
                 f"expected {wanted.get(path, 'none')}."
             )
-    return orbax_folder.load(folder, like.placed())._replace(room=room)
+    return room
 
 
-def _leaves(run: Run) -> dict[str, Any]:
+def leaves_of(run: Run) -> dict[str, Any]:
+    """Returns the arrays of a run by their paths."""
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(run)}
 
 
