@@ -57,7 +57,7 @@ class Written:
     Attributes:
       ids: tokens of each text, without the stop token.
       prompt_tokens: of all prompts.
-      tokens: that were drawn, stop tokens included.
+      tokens: that were drawn, stop tokens and what the last piece has too many included.
       prefill_seconds: reading and compressing the prompts.
       decode_seconds: writing, drafts included.
       cache_bytes: all arrays of the cache, room for the text included.
@@ -95,9 +95,10 @@ class Writer:
         self._model, self._method, self._how, self._drafter = model, method, how, drafter
         self._lm = kvjax.bind(model.step, method.transform, stop_tokens=tuple(model.tokenizer.eos_ids))
         call_tokens = 1 if drafter is None else drafter.tokens + 1
-        room = dict(room=how.room, call_tokens=min(call_tokens, how.room), chunk=method.prefill_chunk)
+        self._room = max(how.room, call_tokens)
+        room = dict(room=self._room, call_tokens=call_tokens, chunk=method.prefill_chunk)
         self._read = _Compiled(lambda lm, tokens, lengths: lm.prefill(tokens, lengths, **room))
-        self._start = _Compiled(lambda drafter, tokens, lengths: drafter.start(tokens, lengths, room=how.room))
+        self._start = _Compiled(lambda drafter, tokens, lengths: drafter.start(tokens, lengths, room=self._room))
         self._draw = _Compiled(self._drawn, donate=1)
         self._full = kvjax.bind(model.step, kvjax.methods.full(), empty_cache=self._half_precision)
 
@@ -113,15 +114,15 @@ class Writer:
         """
         how, config = self._how, self._model.config
         longest, positions = max(map(len, prompts)), self._model.step.limits.positions
-        if positions is not None and longest + how.room > positions:
+        if positions is not None and longest + self._room > positions:
             raise ValueError(
-                f"a prompt of {longest} tokens with {how.room} new ones is more than the {positions} positions of "
+                f"a prompt of {longest} tokens with {self._room} new ones is more than the {positions} positions of "
                 f"{config.name}: lower --max_new_tokens."
             )
         slots = padded_length(longest)
-        slots = slots if positions is None else min(slots, positions - how.room)
+        slots = slots if positions is None else min(slots, positions - self._room)
         tokens, lengths = reading.padded(prompts, slots), reading.row_lengths(prompts)
-        full = jax.eval_shape(lambda lm, *of: lm.prefill(*of, room=how.room), self._full, tokens, lengths)
+        full = jax.eval_shape(lambda lm, *of: lm.prefill(*of, room=self._room), self._full, tokens, lengths)
         key = jax.random.key(how.seed)
         self._read.compile(self._lm, tokens, lengths)
         prefill, run = _timed(lambda: self._read(self._lm, tokens, lengths))
@@ -152,7 +153,7 @@ class Writer:
         return Written(
             ids=[self._text(row) for row in rows],
             prompt_tokens=sum(map(len, prompts)),
-            tokens=sum(min(len(row), how.max_new_tokens) for row in rows),
+            tokens=sum(map(len, rows)),
             prefill_seconds=prefill,
             decode_seconds=decode,
             cache_bytes=size,
@@ -170,7 +171,8 @@ class Writer:
         size, sampler = self._how.size, self._how.sampler
         if drafter is None:
             out = lm.generate(run, size, sampler, key)
-            return (out.run._replace(room=room), state), out.tokens, out.lengths, jnp.stack([jnp.max(out.lengths), 0, 0])
+            counts = jnp.stack([jnp.max(out.lengths), 0, 0])
+            return (out.run._replace(room=room), state), out.tokens, out.lengths, counts
         out = lm.speculate(run, drafter, state, size, sampler, key)
         counts = jnp.stack([out.calls, jnp.sum(out.drafted), jnp.sum(out.accepted)])
         return (out.run._replace(room=room), out.drafts), out.tokens, out.lengths, counts

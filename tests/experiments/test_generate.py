@@ -53,6 +53,8 @@ def test_a_batch_of_prompts_and_a_model_that_drafts_for_itself(run, checkpoint, 
     drafted = {title.replace(f", drafts of {checkpoint}", ""): text for title, text in _texts(two).items()}
     assert drafted == _texts(one) and len(drafted) == 6
     assert " 94%" in two.splitlines()[-2]  # full, of the same weights: all but guesses behind a stop token
+    code, _, err = run("--prompt=ab", "--methods=h2o", "--budget=8", "--draft=jacobi", "--max_new_tokens=1")
+    assert code == 0, err
     code, other, err = run(*flags[:2], "--methods=h2o", "--budget=8", "--draft=jacobi", "--compare")
     assert code == 0 and "Texts with drafts are " in other.splitlines()[-1], err
 
