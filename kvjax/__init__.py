@@ -247,4 +247,4 @@ __all__ = [
     "truncate",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

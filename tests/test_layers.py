@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = ("pallas_kernels", "kvjax", "models", "experiments")  # each may import those before it
 LIBRARY = LAYERS[:-1]
+EXTRAS = {"models": ["models"], "experiments": ["models", "experiments", "peer"]}  # what each may import besides
 PROGRAMS_ONLY = ("gin", "absl.app", "absl.flags")
 CATCH_ALL_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
 
@@ -128,11 +129,12 @@ def test_the_library_imports_neither_gin_nor_flags(package):
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_every_imported_distribution_is_declared(package):
-    """Nothing works only because a dependency of a dependency happens to be installed."""
+    """Nothing works only because a dependency of a dependency, or what another package needs, happens to be there."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    declared_text = setup["options"]["install_requires"] + setup["options.extras_require"]["peer"]
-    declared = {_normalized(Requirement(line).name) for line in declared_text.split("\n") if line}
+    extras = setup["options.extras_require"]
+    texts = [setup["options"]["install_requires"], *(extras[name] for name in EXTRAS.get(package, ()))]
+    declared = {_normalized(Requirement(line).name) for text in texts for line in text.split("\n") if line}
     distributions = importlib.metadata.packages_distributions()
 
     undeclared = []

@@ -4,17 +4,23 @@ import ast
 import configparser
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 
 import pytest
 import setuptools
 from packaging.requirements import Requirement
 
+import kvjax
+from kvjax.extras import require
+
 DATA = {".gin", ".json", ".typed"}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+INSTALLED_BY_USERS = ("models", "experiments", "tpu", "cuda", "docs", "peer")
 PACKAGES = {"kvjax", "pallas_kernels", "models", "experiments", "configs"}
 
 
@@ -26,7 +32,9 @@ def setup_cfg() -> configparser.ConfigParser:
 
 
 def requirements(text: str) -> list[Requirement]:
-    return [Requirement(line) for line in text.split("\n") if line and not line.startswith("#")]
+    """Those of other distributions; an extra may contain another one of ours."""
+    found = [Requirement(line) for line in text.split("\n") if line and not line.startswith("#")]
+    return [requirement for requirement in found if requirement.name != "kvjax"]
 
 
 def test_the_top_level_holds_what_the_design_prescribes():
@@ -38,7 +46,7 @@ def test_the_top_level_holds_what_the_design_prescribes():
 
 def test_setup_cfg_holds_the_metadata(setup_cfg):
     assert setup_cfg["metadata"]["name"] == "kvjax"
-    assert setup_cfg["metadata"]["version"]
+    assert setup_cfg["metadata"]["version"] == kvjax.__version__
     assert setup_cfg["metadata"]["license"] == "Apache-2.0"
     assert setup_cfg["options"]["python_requires"] == ">=3.11"
     (call,) = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if _is_setup(node)]
@@ -136,13 +144,63 @@ def test_make_leaves_the_platform_alone_where_there_is_an_accelerator(device, tm
 
 
 def test_every_requirement_has_both_bounds(setup_cfg):
-    text = setup_cfg["options"]["install_requires"] + setup_cfg["options.extras_require"]["peer"]
-    for requirement in requirements(text):
+    extras = setup_cfg["options.extras_require"]
+    texts = [setup_cfg["options"]["install_requires"], *(extras[name] for name in INSTALLED_BY_USERS)]
+    for requirement in (requirement for text in texts for requirement in requirements(text)):
         assert {spec.operator for spec in requirement.specifier} == {">=", "<"}, requirement
 
 
 def test_jax_has_the_same_range_wherever_it_is_named(setup_cfg):
     texts = [setup_cfg["options"]["install_requires"], *setup_cfg["options.extras_require"].values()]
     ranges = [r.specifier for text in texts for r in requirements(text) if r.name == "jax"]
-    assert len(ranges) == 2
-    assert ranges[0] == ranges[1]
+    assert len(ranges) == 4 and len(set(ranges)) == 1
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    require("models", "models", "numpy")
+    with pytest.raises(ImportError, match=r"^models needs no_such_module: pip install 'kvjax\[models\]'.$"):
+        require("models", "models", "numpy", "no_such_module")
+
+
+WITHOUT = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == {missing!r} else find(name, *more)
+"""
+
+
+def test_a_program_without_its_extra_ends_in_one_line(tmp_path):
+    program = WITHOUT.format(missing="gguf") + "import models"
+    of_import = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert of_import.stderr.splitlines()[-1] == "ImportError: models needs gguf: pip install 'kvjax[models]'."
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing="matplotlib"))
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.evaluate", "--help"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert ran.returncode == 1 and ran.stderr == "experiments needs matplotlib: pip install 'kvjax[experiments]'.\n"
+
+
+@pytest.mark.slow
+def test_the_wheel_and_the_wheel_of_the_sdist_hold_the_same_and_run_in_a_fresh_environment(tmp_path):
+    """The environment has what `pip install kvjax` brings, without extras; packages come from pip's index."""
+    clone = tmp_path / "clone"
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone / name)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run = lambda *words, **how: subprocess.run([python, *words], check=True, capture_output=True, text=True, **how)
+    run("-m", "pip", "install", "--quiet", "build")
+    run("-m", "build", "--outdir", tmp_path / "dist", clone)  # the sdist, and the wheel from it
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "direct", clone)
+    (built,), (direct,) = (list((tmp_path / folder).glob("*.whl")) for folder in ("dist", "direct"))
+    assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(direct).namelist())
+    assert any(name.endswith("snapkv.gin") for name in zipfile.ZipFile(built).namelist())
+    run("-m", "pip", "install", "--quiet", built)
+    program = "import kvjax; print(kvjax.__version__, kvjax.methods.snapkv(budget=0.5).schedule.name)"
+    assert run("-c", program, cwd=tmp_path).stdout.split() == [kvjax.__version__, "evict"]
+    failed = subprocess.run([python, "-m", "experiments.evaluate"], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert re.fullmatch(r"experiments needs .*matplotlib.*: pip install 'kvjax\[experiments\]'.\n", failed.stderr)
