@@ -22,6 +22,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed-test
 LINT_INSTALLED := $(VENV)/.installed-lint
+DOCS_INSTALLED := $(VENV)/.installed-docs
 # Present while an install runs, so that the next make knows one was cut short.
 INSTALLING := $(VENV)/.installing
 
@@ -31,7 +32,7 @@ STALE := $(shell test -x $(VENV_PYTHON) -a ! -e $(INSTALLING) || echo stale)
 # The interpreter goes first: a removal that is cut short must not leave something that looks whole.
 REMOVE_VENV = rm -f $(VENV_PYTHON) && rm -rf $(VENV)
 
-.PHONY: help run test test-all lint clean stale
+.PHONY: help run test test-all lint docs clean stale
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +50,9 @@ test-all: $(INSTALLED) ## Run all tests: every method with every check, mesh, ge
 
 lint: $(LINT_INSTALLED) ## Check the style of the sources with flake8
 	$(VENV_PYTHON) -m flake8 $(ARGS)
+
+docs: $(DOCS_INSTALLED) ## Build the documentation into out/docs; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build $(ARGS)
 
 clean: ## Remove the virtual environment, build output and caches; results in out/ stay
 	$(REMOVE_VENV)
@@ -77,6 +81,6 @@ $(INSTALLED): setup.cfg pyproject.toml setup.py $(NATIVE) $(STALE)
 	@rm $(INSTALLING)
 	@echo "Installed in $(VENV)."
 
-$(LINT_INSTALLED): $(INSTALLED)
-	@$(call PIP_INSTALL,lint)
-	@touch $(LINT_INSTALLED)
+$(LINT_INSTALLED) $(DOCS_INSTALLED): $(VENV)/.installed-%: $(INSTALLED)
+	@$(call PIP_INSTALL,$*)
+	@touch $@
