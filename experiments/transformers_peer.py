@@ -23,32 +23,12 @@ class TransformersPeer:
     """
 
     def __init__(self, model: Model, threads: int):
-        config = model.config
-        if config != DecoderConfig(*dataclasses.astuple(config)[:_LLAMA_FIELDS]):
-            raise ValueError(f"{config.name} is not a plain Llama, the one family that this peer runs.")
+        self._model = llama(model)
         import torch
         import transformers
 
         self._torch, self._new_cache = torch, transformers.DynamicCache
         torch.set_num_threads(threads)
-        self._model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=config.ffn_width,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                rope_theta=config.rope_base,
-                rms_norm_eps=config.norm_eps,
-                max_position_embeddings=config.max_positions,
-                tie_word_embeddings=config.tied_embeddings,
-                attn_implementation="sdpa",
-            )
-        ).eval()
-        state = {name: torch.from_numpy(np.array(value)) for name, value in huggingface_tensors(model).items()}
-        self._model.load_state_dict(state)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """f32[V] after the prompt."""
@@ -73,6 +53,40 @@ class TransformersPeer:
             prefill, token = seconds(lambda: step(prompt))
             decode, _ = seconds(lambda: write(token))
         return prefill, decode, tuple(tokens)
+
+
+def llama(model: Model):
+    """Returns transformers' LlamaForCausalLM with the weights of a model, float32.
+
+    Raises:
+      ImportError: torch or transformers is not installed.
+      ValueError: the model is not a plain Llama.
+    """
+    config = model.config
+    if config != DecoderConfig(*dataclasses.astuple(config)[:_LLAMA_FIELDS]):
+        raise ValueError(f"{config.name} is not a plain Llama, the one family that this peer runs.")
+    import torch
+    import transformers
+
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.ffn_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rope_theta=config.rope_base,
+            rms_norm_eps=config.norm_eps,
+            max_position_embeddings=config.max_positions,
+            tie_word_embeddings=config.tied_embeddings,
+            attn_implementation="sdpa",
+        )
+    ).eval()
+    state = {name: torch.from_numpy(np.array(value)) for name, value in huggingface_tensors(model).items()}
+    peer.load_state_dict(state)
+    return peer
 
 
 def huggingface_tensors(model: Model) -> dict[str, np.ndarray]:
