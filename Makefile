@@ -32,7 +32,7 @@ STALE := $(shell test -x $(VENV_PYTHON) -a ! -e $(INSTALLING) || echo stale)
 # The interpreter goes first: a removal that is cut short must not leave something that looks whole.
 REMOVE_VENV = rm -f $(VENV_PYTHON) && rm -rf $(VENV)
 
-.PHONY: help run test test-all lint docs clean stale
+.PHONY: help run test test-all lint docs figures clean stale
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ lint: $(LINT_INSTALLED) ## Check the style of the sources with flake8
 
 docs: $(DOCS_INSTALLED) ## Build the documentation into out/docs; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build $(ARGS)
+
+figures: $(INSTALLED) ## Run what README and docs mark as figures, and put in what is printed; ARGS="half fixed" selects
+	$(VENV_PYTHON) -m experiments.figures $(ARGS)
 
 clean: ## Remove the virtual environment, build output and caches; results in out/ stay
 	$(REMOVE_VENV)
