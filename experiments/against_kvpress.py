@@ -78,7 +78,7 @@ _SNAPKV = dict(window=64, kernel=5)
 PAIRS = {
     "knorm": Pair(lambda m, n, f: kvjax.methods.knorm(n), lambda k, r: k.KnormPress(r)),
     "keydiff": Pair(lambda m, n, f: kvjax.methods.keydiff(n), lambda k, r: k.KeyDiffPress(r)),
-    "lagkv": Pair(lambda m, n, f: kvjax.methods.lagkv(n), lambda k, r: k.LagKVPress(r)),
+    "lagkv": Pair(lambda m, n, f: kvjax.methods.lagkv(n, lag=32), lambda k, r: k.LagKVPress(r, lag_size=32)),
     "streamingllm": Pair(lambda m, n, f: _first_and_newest(n), lambda k, r: k.StreamingLLMPress(r)),
     "snapkv": Pair(lambda m, n, f: kvjax.methods.snapkv(n, **_SNAPKV), lambda k, r: k.SnapKVPress(r)),
     "tova": Pair(

@@ -14,8 +14,6 @@ from experiments import interrupts
 if __name__ == "__main__":
     interrupts.quit_in_one_line()  # the imports below take seconds
 
-import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -34,8 +32,7 @@ from experiments.calibrations import Calibrations, fingerprint
 from experiments.evaluation import Padding, Settings
 from experiments.evaluator import Evaluator
 from experiments.methods import Method, load_method
-from kvjax import sharding
-from models import Model, load_model
+from models import Model
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "tasks", "output_dir", "overwrite"):
     flags.declare_key_flag(_name)
@@ -116,14 +113,11 @@ def run() -> None:
     """The program."""
     settings = read_settings()
     configured = gin.operative_config_str()
-    mesh = None if settings.mesh is None else sharding.make_mesh(settings.mesh)
-    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
-        _run(settings, configured, mesh)
+    with evaluation.loaded(settings) as model:
+        _run(settings, configured, model)
 
 
-def _run(settings: Settings, configured: str, mesh: jax.sharding.Mesh | None) -> None:
-    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
-    model = load_model(settings.model, settings.dtype, int8=settings.int8_weights, shardings=shardings)
+def _run(settings: Settings, configured: str, model: Model) -> None:
     methods = load_methods(settings, model)
     cli.check_reached([configured, *(method.config for method in methods)])
     every = evaluation.load_examples(settings, model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +16,9 @@ from experiments import results, tasks
 from experiments.benchmarks import sources as task_sources
 from experiments.evaluator import Asked, Evaluator, Score
 from experiments.methods import Method, check_method_names, method_names
+from kvjax import sharding
 from kvjax.budget import budget_slots
-from models import Model
+from models import Model, load_model
 
 _ROUNDING = 0.5  # of a token: what rounding the shares of heads adds to the mean at most
 _DTYPES = ("float32", "bfloat16")
@@ -113,6 +116,15 @@ class Settings:
         for name in ("methods", "keep", "budget", "read", "length", "max_examples", "examples", "batch"):
             del fields[name]
         return fields | {"tasks": task_sources.files(self.tasks)}
+
+
+@contextlib.contextmanager
+def loaded(settings: Settings) -> Iterator[Model]:
+    """Loads the model of an evaluation, on its mesh, in whose scope all that follows then runs."""
+    mesh = None if settings.mesh is None else sharding.make_mesh(settings.mesh)
+    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
+        shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
+        yield load_model(settings.model, settings.dtype, int8=settings.int8_weights, shardings=shardings)
 
 
 def load_examples(settings: Settings, model: Model) -> list[tasks.Example]:

@@ -36,9 +36,9 @@ from experiments.calibrations import Calibrations, fingerprint
 from experiments.compositions import compose_configs, has_budget, keep_for_ratio
 from experiments.evaluator import Evaluator
 from experiments.methods import METHODS_DIR, Method, check_method_names, load_method
-from models import Model, load_model
+from models import Model
 
-for _name in ("model", "tasks", "output_dir", "overwrite"):
+for _name in ("model", "tasks", "dtype", "batch", "mesh", "output_dir", "overwrite"):
     flags.declare_key_flag(_name)
 _RATIO = flags.DEFINE_float("target_ratio", 8.0, "How many times smaller than the full cache.")
 _SELECT = flags.DEFINE_list(
@@ -128,8 +128,13 @@ def run() -> None:
         examples=_EXAMPLES.value,
         max_examples=_EXAMPLES.value,
         seed=_SEED.value,
+        **{flag.name: flag.value for flag in (cli.DTYPE, cli.BATCH, cli.MESH) if flag.value is not None},
     )
-    model = load_model(settings.model, settings.dtype)
+    with evaluation.loaded(settings) as model:
+        _run(settings, model)
+
+
+def _run(settings: evaluation.Settings, model: Model) -> None:
     full = load_method("full", budget=0.5)
     every = evaluation.load_examples(settings, model)
     examples = tasks.first_of_each(every, settings.max_examples)

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import compositions, search
+from experiments import compositions, evaluator, search
 from experiments.methods import load_method
 from tests.experiments import in_process, tiny_checkpoint
+from tests.quick_jit import quick_jit
 
 
 def test_a_composition_is_the_chain_of_its_parts():
@@ -73,6 +74,24 @@ def test_search_writes_configs_that_keep_their_promise(tmp_path):
     assert f"The winner at 1.7 times fewer bytes: {winner}," in out
     text = (tmp_path / "out" / "front" / f"{winner}.gin").read_text()
     assert "%budget" not in text and load_method(winner, budget=1, text=text).name == winner
+
+
+@pytest.mark.slow
+def test_a_search_on_a_mesh_finds_what_one_device_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator.Evaluator, "jit", staticmethod(quick_jit))
+    model = tiny_checkpoint.write(tmp_path / "model")
+    draw = lambda n: np.random.default_rng(n).integers(3, 250, size=n).tolist()
+    tasks = tmp_path / "tasks.jsonl"
+    lines = [{"task": "a", "context_ids": draw(96), "question_ids": draw(2), "answer_ids": draw(3)}] * 2
+    tasks.write_text("\n".join(json.dumps(line | {"id": i}) for i, line in enumerate(lines)))
+    found = {}
+    for name, more in {"one": [], "mesh": ["--mesh=data:2,seq:2,model:2", "--batch=2"]}.items():
+        flags = [f"--model={model}", "--target_ratio=1.7", f"--tasks={tasks}", f"--output_dir={tmp_path / name}"]
+        code, _, err = in_process.call(search, *flags, *more, "--examples=2", "--select=keydiff", "--store=int8")
+        assert code == 0, err
+        summary = json.loads((tmp_path / name / "summary.json").read_text())["methods"]
+        found[name] = {method: entry["mean"]["nll"] for method, entry in summary.items()}
+    assert found["mesh"] == pytest.approx(found["one"], abs=1e-3)
 
 
 def test_search_refuses_what_it_cannot_do(tmp_path):
