@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int32
 
 from kvjax import sharding
 from kvjax.rope import Rope
@@ -88,7 +89,13 @@ class LayerCache:
         )
 
     def append(
-        self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope, *, after: Partial | None = None
+        self,
+        k: Float[Array, "B K T H"],
+        v: Float[Array, "B K T H"],
+        pos: Int32[Array, "B T"],
+        rope: Rope,
+        *,
+        after: Partial | None = None,
     ) -> LayerCache:
         """Writes T new tokens into the last segment.
 
@@ -138,7 +145,7 @@ class Cache:
     """Layer caches, what layers share, and how far each sequence has come."""
 
     layers: tuple[LayerCache, ...]
-    length: jax.Array  # i32[B], tokens seen; the position of the next token
+    length: Int32[Array, " B"]  # tokens seen; the position of the next token
     shared: Shared = struct.field(default_factory=dict)
 
     def map_layers(self, fn, *rest) -> Cache:
@@ -242,7 +249,7 @@ def _selects(segment: AnySegment) -> bool:
     return getattr(segment, "selects", False)
 
 
-def kept_tokens(cache: Cache) -> jax.Array:
+def kept_tokens(cache: Cache) -> Float32[Array, " B"]:
     """f32[B]: occupied slots per KV head, averaged over layers and heads."""
     per_layer = [
         sum(jnp.sum(s.pos >= 0, axis=(1, 2)) for s in layer.segments) / layer.segments[-1].pos.shape[1]

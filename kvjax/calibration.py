@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32
 
 from kvjax.observation import LayerObservation
 from kvjax.segments import Segment
@@ -22,7 +23,7 @@ class Moments(NamedTuple):
     """Sums over the tokens of one layer's keys or values, per KV head."""
 
     count: jax.Array  # f32[]
-    second: jax.Array  # f32[K, H, H]
+    second: Float32[Array, "K H H"]
 
     @classmethod
     def of(cls, x: jax.Array, pos: jax.Array) -> Moments:
@@ -47,7 +48,9 @@ class Moments(NamedTuple):
         return axes.at[:, :, -1].multiply(sign[:, None]), jnp.maximum(power, 0.0)
 
 
-def weighted_components(second: jax.Array, metric: jax.Array) -> tuple[jax.Array, jax.Array]:
+def weighted_components(
+    second: Float32[Array, "... H H"], metric: Float32[Array, "... H H"]
+) -> tuple[jax.Array, jax.Array]:
     """Directions to keep of a vector x whose errors e cost `e^T M e`: `x ~ X C^T x`, C and X cut to R columns.
 
     With `M = S S` and eigenvectors W of `S E[x x^T] S`, `C = S W`, `X = S^-1 W`; no other map of rank R has a smaller
@@ -109,7 +112,9 @@ def greedy_ranks(
     return found
 
 
-def activation_aware_svd(weight: jax.Array, mean_abs: jax.Array, power: float = 0.5) -> tuple[jax.Array, jax.Array]:
+def activation_aware_svd(
+    weight: Float32[Array, "D n"], mean_abs: Float32[Array, " D"], power: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
     """Right singular vectors of `diag(mean_abs ** power) W`: the directions of `x W` that activations use.
 
     `x W` projected on the first R of them is the rank-R approximation that ASVD makes of the layer.
@@ -129,7 +134,9 @@ def activation_aware_svd(weight: jax.Array, mean_abs: jax.Array, power: float = 
     return right.T, values
 
 
-def product_codebook(x: jax.Array, width: int, centroids: int, key: jax.Array, iterations: int = 12) -> jax.Array:
+def product_codebook(
+    x: Float32[Array, "n H"], width: int, centroids: int, key: jax.Array, iterations: int = 12
+) -> Float32[Array, "H/width C width"]:
     """Centroids of the sub-vectors of x, by Lloyd's algorithm from k-means++ seeds.
 
     A seed is one of 4 C vectors at even distances in x, drawn with probability proportional to its squared distance
@@ -208,8 +215,8 @@ def copying_scores(keys: Segment, seen: LayerObservation, period: int) -> tuple[
 
 
 def retrieval_scores(
-    keys: Segment, seen: LayerObservation, needle_at: jax.Array, query_at: jax.Array
-) -> jax.Array:
+    keys: Segment, seen: LayerObservation, needle_at: Int32[Array, " m"], query_at: Int32[Array, " n"]
+) -> Float32[Array, " K"]:
     """f32[K]: how much of the attention of queries that quote a needle goes to it, among what they attend to most.
 
     For each query, the probabilities of those of its m most attended tokens that lie in the needle, over m; averaged
@@ -253,7 +260,7 @@ def attention_variance(keys: Segment, seen: LayerObservation) -> jax.Array:
     return jnp.mean((variance - low) / jnp.maximum(high - low, 1e-12))
 
 
-def attention_coverage(keys: Segment, seen: LayerObservation, points: int = 256) -> jax.Array:
+def attention_coverage(keys: Segment, seen: LayerObservation, points: int = 256) -> Float32[Array, " points+1"]:
     """f32[points + 1]: the share of attention that the fraction `i / points` of tokens received, the highest first.
 
     Attention is summed over the queries of a text and averaged over heads.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from kvjax.bound import BoundMethod
 from kvjax.drivers import Run, extend
@@ -22,8 +23,8 @@ def _check_tokens(tokens: int) -> None:
 class Text(NamedTuple):
     """Rows of text that grow."""
 
-    tokens: jax.Array  # i32[B, S]
-    length: jax.Array  # i32[B]
+    tokens: Int32[Array, "B S"]
+    length: Int32[Array, " B"]
 
 
 @jax.tree_util.register_static

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32
 
 from kvjax.drivers import Run, Step, going_on, logits_after, next_positions, tokens_left
 from kvjax.limits import can_be_seen, check_tokens, limits_of, longest_row, readable
@@ -25,11 +26,11 @@ from kvjax.transforms.base import CacheTransform
 class Draft(NamedTuple):
     """Tokens that a decoder has read behind a run, and what `commit` needs to write any number of them."""
 
-    logits: jax.Array  # f32[B, T, V], after each of them; NaN in rows that were refused
+    logits: Float32[Array, "B T V"]  # after each of them; NaN in rows that were refused
     new: tuple[DraftedTokens, ...]  # of each layer
     layers: tuple[LayerObservation, ...]  # of all T queries, where the method looks at any
-    first: jax.Array  # i32[B], position of the first
-    lengths: jax.Array  # i32[B], tokens of each row
+    first: Int32[Array, " B"]  # position of the first
+    lengths: Int32[Array, " B"]  # tokens of each row
 
     def padded(self, tokens: int) -> Draft:
         """Adds padding up to so many tokens."""
@@ -47,7 +48,11 @@ class Draft(NamedTuple):
 
 
 def peek(
-    step: Step, transform: CacheTransform, run: Run, tokens: jax.Array, lengths: jax.Array | None = None
+    step: Step,
+    transform: CacheTransform,
+    run: Run,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"] | None = None,
 ) -> Draft:
     """Reads T given tokens behind a run, in one call, and writes nothing: the run stays as it is.
 
@@ -80,7 +85,7 @@ def peek(
     return Draft(jnp.where(right[:, None, None], out.logits, jnp.nan), new, out.layers, run.cache.length, lengths)
 
 
-def commit(transform: CacheTransform, run: Run, draft: Draft, count: jax.Array) -> Run:
+def commit(transform: CacheTransform, run: Run, draft: Draft, count: Int32[Array, " B"]) -> Run:
     """Writes the first tokens of a draft into the cache, each row its own number; the method acts on exactly these.
 
     All of them are what `kvjax.extend` would have made of the run, and none change nothing.
@@ -135,7 +140,7 @@ def committed(transform: CacheTransform, run: Run, draft: Draft, count: jax.Arra
     return run._replace(logits=logits, cache=cache.constrained(), state=state)
 
 
-def truncate(transform: CacheTransform, run: Run, length: jax.Array, logits: jax.Array) -> Run:
+def truncate(transform: CacheTransform, run: Run, length: Int32[Array, " B"], logits: Float32[Array, "B V"]) -> Run:
     """Takes the newest tokens out of a run again; their room is free again.
 
     This is exact where nothing was lost when they came: the method does not act on later tokens, and every layer

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32, Int32
 
 from kvjax import query_window, sharding
 from kvjax.budget import budget_slots
@@ -26,7 +27,7 @@ from kvjax.transforms.base import CacheTransform
 class StepOutput(NamedTuple):
     """What one call of a decoder returns."""
 
-    logits: jax.Array  # f32[B, T, V], or f32[B, 1, V] of the last real token
+    logits: Float32[Array, "B T V"]  # or f32[B, 1, V] of the last real token
     cache: Cache
     layers: tuple[LayerObservation, ...]
 
@@ -55,12 +56,12 @@ class Step(Protocol):
 class Run(NamedTuple):
     """A sequence in progress: what the next call needs."""
 
-    logits: jax.Array  # f32[B, V], of the next token
+    logits: Float32[Array, "B V"]  # of the next token
     cache: Cache
     state: Any  # of the transform
-    prompt: jax.Array  # i32[B], length of the prompt; fractions of it are budgets
+    prompt: Int32[Array, " B"]  # length of the prompt; fractions of it are budgets
     room: Room  # static: the prompt's slots, and what may follow
-    first: jax.Array | None = None  # i32[B], position of its first token, behind what was attached; None: 0
+    first: Int32[Array, " B"] | None = None  # position of its first token, behind what was attached; None: 0
 
     def specs(self) -> Run:
         """For every leaf, the `PartitionSpec` over the axes of the mesh in use."""
@@ -78,7 +79,7 @@ class Run(NamedTuple):
 _compiled = functools.partial(jax.jit, inline=True)
 
 
-def next_positions(cache: Cache, lengths: jax.Array, T: int) -> jax.Array:
+def next_positions(cache: Cache, lengths: jax.Array, T: int) -> Int32[Array, "B T"]:
     """i32[B, T]: where the next tokens lie, -1 for padding."""
     return _from(cache.length, lengths, T=T)
 
@@ -110,8 +111,8 @@ def logits_after(
 def prefill(
     step: Step,
     transform: CacheTransform,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
     cache: Cache,
     *,
     room: int,
@@ -195,7 +196,7 @@ def start(
     room: int,
     call_tokens: int = 1,
     step: Step | None = None,
-    tokens: jax.Array | None = None,
+    tokens: Int32[Array, "B T"] | None = None,
 ) -> Run:
     """Compresses a prompt that a decoder has read, and makes room for what follows: the end of `prefill`.
 
@@ -331,8 +332,8 @@ def extend(
     step: Step,
     transform: CacheTransform,
     run: Run,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
 ) -> tuple[Run, jax.Array]:
     """Feeds T given tokens in one call: a question, a forced answer.
 
@@ -375,7 +376,7 @@ def _extend(step, transform, run, tokens, lengths) -> tuple[Run, jax.Array]:
     return run._replace(logits=logits, cache=cache, state=state), each
 
 
-def tokens_left(run: Run) -> jax.Array | None:
+def tokens_left(run: Run) -> Int32[Array, " B"] | None:
     """i32[B]: tokens that each row still has room for; None: any number."""
     total = run.room.total
     read = run.prompt if run.first is None else run.first + run.prompt
@@ -385,8 +386,8 @@ def tokens_left(run: Run) -> jax.Array | None:
 class Generated(NamedTuple):
     """Tokens drawn by `generate`."""
 
-    tokens: jax.Array  # i32[B, max_new_tokens]; after a stop token, the stop token again; -1: there were no logits
-    lengths: jax.Array  # i32[B], tokens before and including the stop token
+    tokens: Int32[Array, "B max_new_tokens"]  # after a stop token, the stop token again; -1: there were no logits
+    lengths: Int32[Array, " B"]  # tokens before and including the stop token
     run: Run
 
 

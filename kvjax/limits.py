@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
+from jaxtyping import Array, Bool, Int32
 
 from kvjax.cache import Cache
 
@@ -155,12 +156,12 @@ _BEYOND = "; bind(..., max_positions=...) of `models` goes beyond what a model w
 
 def readable(
     limits: Limits,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    first: jax.Array,
+    tokens: Int32[Array, "B T"],
+    lengths: Int32[Array, " B"],
+    first: Int32[Array, " B"],
     *,
     least: int,
-    left: jax.Array | None = None,
+    left: Int32[Array, " B"] | None = None,
 ) -> jax.Array:
     """Returns bool[B]: the rows that the decoder can read and the cache can hold.
 
@@ -205,8 +206,8 @@ class _Rule(NamedTuple):
     """What must hold of every row."""
 
     said: str
-    right: jax.Array  # bool[B]
-    value: jax.Array  # i32[B], what each row came with
+    right: Bool[Array, " B"]
+    value: Int32[Array, " B"]  # what each row came with
     advice: str = ""
 
     def first(self) -> dict[str, jax.Array]:

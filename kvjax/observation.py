@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kvjax.prompt_attention import PromptAttention
 from kvjax.segments.protocol import Queries
@@ -71,10 +72,10 @@ class Needs(NamedTuple):
 class QueryMoments(NamedTuple):
     """Sums over the un-rotated queries of a row, and how large the rotated ones become; two calls can be joined."""
 
-    count: jax.Array  # f32[B]
-    first: jax.Array  # f32[B, N, H]
-    second: jax.Array  # f32[B, N, H, H]
-    peak: jax.Array  # f32[B, N, H], the largest |q| of every rotated channel
+    count: Float32[Array, " B"]
+    first: Float32[Array, "B N H"]
+    second: Float32[Array, "B N H H"]
+    peak: Float32[Array, "B N H"]  # the largest |q| of every rotated channel
 
     @classmethod
     def of(cls, queries: Queries, start: int) -> QueryMoments:
@@ -96,8 +97,8 @@ class LargestInputs(NamedTuple):
     A token may own several; where there are fewer entries the rest are 0 and -1.
     """
 
-    size: jax.Array  # f32[B, n]
-    pos: jax.Array  # i32[B, n], token positions
+    size: Float32[Array, "B n"]
+    pos: Int32[Array, "B n"]  # token positions
 
     @classmethod
     def of(cls, inputs: jax.Array, pos: jax.Array, count: int) -> LargestInputs:
@@ -127,8 +128,8 @@ class LargestInputs(NamedTuple):
 class Quota(NamedTuple):
     """What a selection of slots will keep, for scorers whose scores depend on it."""
 
-    rows: jax.Array  # i32[B], slots that each head of a row may keep
-    protected: jax.Array  # bool[B, K, S], those among them that are kept in any case
+    rows: Int32[Array, " B"]  # slots that each head of a row may keep
+    protected: Bool[Array, "B K S"]  # those among them that are kept in any case
 
     def free(self, share: float = 1.0) -> jax.Array:
         """Returns i32[B, K]: how many slots beside the protected may stay, or a share of them."""
@@ -141,20 +142,20 @@ class LayerObservation:
     """What one layer saw in the last call of the decoder."""
 
     queries: Queries  # W of them, un-rotated; padding (pos -1) where a row has fewer
-    lse: jax.Array  # f32[B, W, N], over everything each query attended to
+    lse: Float32[Array, "B W N"]  # over everything each query attended to
     layer: jax.Array  # i32[], its index
     moments: dict[int, QueryMoments] = struct.field(default_factory=dict)  # of the call, or of the prompt at its end
     largest: LargestInputs | None = None  # of the call, or of the prompt at its end
-    reread: jax.Array | None = None  # f32[B, K, S], by token: the largest probability while the prompt was reread
+    reread: Float32[Array, "B K S"] | None = None  # by token: the largest probability while the prompt was reread
     learned: Any = None  # the layer's arrays of a trained scorer; see `kvjax.transforms.learned`
-    prompt: jax.Array | None = None  # i32[B], tokens of the whole prompt, where a transform passes them on
-    first: jax.Array | None = None  # i32[B], position of the prompt's first token; None: 0
+    prompt: Int32[Array, " B"] | None = None  # tokens of the whole prompt, where a transform passes them on
+    first: Int32[Array, " B"] | None = None  # position of the prompt's first token; None: 0
     quota: Quota | None = None  # what the scores are for, where every head of a row keeps the same number of slots
     window: int | None = struct.field(pytree_node=False, default=None)
     scale: Scale | None = struct.field(pytree_node=False, default=None)
 
     @property
-    def prompt_end(self) -> jax.Array:
+    def prompt_end(self) -> Int32[Array, " B"]:
         """i32[B], position of the first token behind the prompt."""
         return self.prompt if self.first is None else self.first + self.prompt
 
@@ -178,10 +179,10 @@ class Observation:
     """
 
     layers: tuple[LayerObservation, ...]
-    new: jax.Array  # i32[B], tokens of this call
-    prompt: jax.Array  # i32[B], tokens of the whole prompt
+    new: Int32[Array, " B"]  # tokens of this call
+    prompt: Int32[Array, " B"]  # tokens of the whole prompt
     prompt_slots: int = struct.field(pytree_node=False)  # the longest prompt of the batch, static
-    first: jax.Array | None = None  # i32[B], position of the prompt's first token; None: 0
+    first: Int32[Array, " B"] | None = None  # position of the prompt's first token; None: 0
     phase: Phase = struct.field(pytree_node=False, default="prefill")
     room: int | None = struct.field(pytree_node=False, default=None)  # tokens that will follow the prompt, if known
     grows: bool = struct.field(pytree_node=False, default=False)  # the cache makes room for each of them by itself
@@ -203,7 +204,13 @@ class Observation:
 
 
 def observe(
-    queries: Queries, lse: jax.Array, needs: Needs, layer: jax.Array, *, inputs: jax.Array | None = None, **how
+    queries: Queries,
+    lse: Float32[Array, "B T N"],
+    needs: Needs,
+    layer: jax.Array,
+    *,
+    inputs: Float[Array, "B T D"] | None = None,
+    **how,
 ) -> LayerObservation:
     """What a decoder reports of one layer.
 
@@ -225,7 +232,7 @@ def observe(
     return LayerObservation(*picked, layer=layer, moments=moments, largest=largest, **how)
 
 
-def last_queries(queries: Queries, lse: jax.Array, count: int) -> tuple[Queries, jax.Array]:
+def last_queries(queries: Queries, lse: Float32[Array, "B T N"], count: int) -> tuple[Queries, jax.Array]:
     """The last `count` real queries of every row (all of them for ALL), in order, right-aligned.
 
     Args:
@@ -243,7 +250,9 @@ def last_queries(queries: Queries, lse: jax.Array, count: int) -> tuple[Queries,
     return Queries(take(queries.raw), take(queries.pos, fill=-1), queries.rope), take(lse)
 
 
-def take_last(x: jax.Array, pos: jax.Array, count: int, *, fill: int | None = None) -> jax.Array:
+def take_last(
+    x: Float[Array, "B T ..."], pos: Int32[Array, "B T"], count: int, *, fill: int | None = None
+) -> Float[Array, "B count ..."]:
     """The entries of the last `count` real tokens of every row, in order, right-aligned.
 
     Args:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.logits import Scale
@@ -16,8 +17,8 @@ from pallas_kernels.prefill_attention import prefill_attention
 class Blocks(NamedTuple):
     """Which blocks of keys the queries of a block read."""
 
-    index: jax.Array  # i32[B, N, I, P], ascending blocks of keys; -1, behind them: no further one
-    cut: jax.Array  # i32[B, N, I], blocks that were chosen and found no place among the P
+    index: Int32[Array, "B N I P"]  # ascending blocks of keys; -1, behind them: no further one
+    cut: Int32[Array, "B N I"]  # blocks that were chosen and found no place among the P
 
 
 class Choice(Protocol):
@@ -92,11 +93,11 @@ class PromptAttention(NamedTuple):
 
 
 def attend_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pos: jax.Array,
-    index: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    pos: Int32[Array, "B T"],
+    index: Int32[Array, "B N I P"],
     *,
     block: int,
     window: int | None = None,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
@@ -15,8 +16,8 @@ from kvjax.segments import Queries
 class LayerWindow(NamedTuple):
     """One layer's last W queries, un-rotated, oldest first; padding (-1) where there were fewer."""
 
-    raw: jax.Array  # [B, W, N, H]
-    pos: jax.Array  # i32[B, W]
+    raw: Float[Array, "B W N H"]
+    pos: Int32[Array, "B W"]
 
 
 QueryWindow = tuple[LayerWindow, ...]

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32
 
 from kvjax import sharding
 from kvjax.cache import Cache, LayerCache
@@ -15,7 +16,7 @@ from kvjax.segments.segment import Segment, dense_tail
 from pallas_kernels.partial import combine
 
 
-def reread(step, how: Reread, tokens: jax.Array, cache: Cache, observation: Observation) -> Observation:
+def reread(step, how: Reread, tokens: Int32[Array, "B T"], cache: Cache, observation: Observation) -> Observation:
     """Adds to the observation, for every slot, the largest probability that it receives while it is repeated.
 
     The prompt is cut into chunks. For each, the decoder reads the instruction and the chunk behind the whole cache,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import rotary
 
@@ -13,7 +14,7 @@ from pallas_kernels import rotary
 class Rope:
     """The angular frequencies of a rotary embedding: `angle(pos, i) = pos * inv_freq[i]`."""
 
-    inv_freq: jax.Array  # f32[H / 2], radians per token
+    inv_freq: Float32[Array, " H/2"]  # radians per token
 
     @classmethod
     def from_base(cls, base: float, head_dim: int) -> Rope:
@@ -22,7 +23,7 @@ class Rope:
         return cls(inv_freq=base**-exponent)
 
 
-def rotate(x: jax.Array, pos: jax.Array, rope: Rope | None) -> jax.Array:
+def rotate(x: Float[Array, "... H"], pos: jax.Array, rope: Rope | None) -> Float[Array, "... H"]:
     """Rotates each pair `(x[i], x[i + H/2])` by `pos * inv_freq[i]`.
 
     Args:
@@ -38,7 +39,7 @@ def rotate(x: jax.Array, pos: jax.Array, rope: Rope | None) -> jax.Array:
     return rotary.rotate(x, pos, rope.inv_freq)
 
 
-def re_rotate(x: jax.Array, delta: jax.Array, rope: Rope) -> jax.Array:
+def re_rotate(x: Float[Array, "... H"], delta: jax.Array, rope: Rope) -> Float[Array, "... H"]:
     """Moves rotated keys by `delta` tokens: `R(delta) R(pos) k = R(pos + delta) k`.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kvjax import sharding
 from kvjax.observation import ALL, LayerObservation, Needs, Reread, newest
@@ -330,7 +331,9 @@ def retaining_heads() -> Scorer:
     return Scorer(score=score, needs=Needs(queries=ALL), stats=(name,), observe=observe)
 
 
-def retaining_scores(head: Mapping[str, jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def retaining_scores(
+    head: Mapping[str, jax.Array], q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
+) -> jax.Array:
     """`silu(concat(q, k, v) hidden) out`, f32[B, K, T].
 
     Args:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int32
 
 from kvjax.slots import Slots
 from pallas_kernels.decode_attention import decode_attention
@@ -363,7 +364,13 @@ def _rank_specs(ranks: dict[str, Any], split: dict[str, tuple[str, ...]]) -> dic
 
 
 def attend_new(
-    q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, *, prompt: Any = None, **how: Any
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    pos: Int32[Array, "B T"],
+    *,
+    prompt: Any = None,
+    **how: Any,
 ) -> Partial:
     """`prefill_attention`; on a mesh each shard has queries of some of the tokens.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float32, Int32
 
 
 @struct.dataclass
@@ -14,12 +15,12 @@ class Slots:
     Bytes: `B * K * S * (4 + 4 * len(stats) + (4 if bias))`.
     """
 
-    pos: jax.Array  # i32[B, K, S], token position, -1 = empty (any number below 0)
-    bias: jax.Array | None = None  # f32[B, K, S], log of how many tokens the slot stands for
+    pos: Int32[Array, "B K S"]  # token position, -1 = empty (any number below 0)
+    bias: Float32[Array, "B K S"] | None = None  # log of how many tokens the slot stands for
     stats: dict[str, jax.Array] = struct.field(default_factory=dict)  # each f32[B, K, S]
 
     @property
-    def occupied(self) -> jax.Array:
+    def occupied(self) -> Bool[Array, "B K S"]:
         """bool[B, K, S]."""
         return self.pos >= 0
 

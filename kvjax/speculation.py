@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from kvjax.drafts import committed, peek
 from kvjax.drivers import Run, Step, tokens_left
@@ -32,7 +33,7 @@ class Drafter(Protocol):
     def start(self, tokens: jax.Array, lengths: jax.Array, *, room: int) -> State:
         """Reads the text so far, i32[B, T] of i32[B] tokens, which up to `room` more will follow."""
 
-    def propose(self, state: State, token: jax.Array, draw: Draw) -> tuple[jax.Array, jax.Array]:
+    def propose(self, state: State, token: Int32[Array, " B"], draw: Draw) -> tuple[jax.Array, jax.Array]:
         """Guesses what follows the text and one more token.
 
         Args:
@@ -44,7 +45,9 @@ class Drafter(Protocol):
           i32[B, n] tokens, and i32[B], how many of them each row proposes.
         """
 
-    def keep(self, state: State, tokens: jax.Array, count: jax.Array, drawn: jax.Array) -> State:
+    def keep(
+        self, state: State, tokens: Int32[Array, "B 1+n"], count: Int32[Array, " B"], drawn: Int32[Array, "B 1+n"]
+    ) -> State:
         """Takes tokens into the text.
 
         Args:
@@ -68,16 +71,16 @@ def written(buffer: jax.Array, at: jax.Array, values: jax.Array, count: jax.Arra
 class Speculated(NamedTuple):
     """Tokens drawn by `speculate`."""
 
-    tokens: jax.Array  # i32[B, max_new_tokens], as in `Generated`
-    lengths: jax.Array  # i32[B], tokens before and including the stop token
+    tokens: Int32[Array, "B max_new_tokens"]  # as in `Generated`
+    lengths: Int32[Array, " B"]  # tokens before and including the stop token
     run: Run
     drafts: State  # of the drafter, for the next call
     calls: jax.Array  # i32[], of the decoder
-    drafted: jax.Array  # i32[B], guesses that were read
-    accepted: jax.Array  # i32[B], those that were right
+    drafted: Int32[Array, " B"]  # guesses that were read
+    accepted: Int32[Array, " B"]  # those that were right
 
 
-def accepted(guesses: jax.Array, lengths: jax.Array, drawn: jax.Array) -> jax.Array:
+def accepted(guesses: Int32[Array, "B n"], lengths: Int32[Array, " B"], drawn: Int32[Array, "B n"]) -> jax.Array:
     """Counts the guesses that the decoder draws itself: i32[B], up to the first that it does not.
 
     `drawn` are draws from the decoder's own distribution p behind each guess, whatever was guessed, so that what is

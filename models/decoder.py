@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from kvjax import sharding
 from kvjax.cache import Cache, LayerCache, empty_cache
@@ -33,13 +34,15 @@ from models.params import DecoderParams
 class LayerOutput(NamedTuple):
     """What a layer returns."""
 
-    x: jax.Array  # [B, T, D], the residual stream after it; of the last tokens alone where only they went on
+    x: Float[Array, "B T D"]  # the residual stream after it; of the last tokens alone where only they went on
     cache: LayerCache  # with the new tokens in it
     observed: LayerObservation
     chosen: Chosen | None  # what its queries read of the cache, for the layers after it
 
 
-def embed(params: DecoderParams, config: DecoderConfig, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+def embed(
+    params: DecoderParams, config: DecoderConfig, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"]
+) -> jax.Array:
     """Looks tokens up: [B, T, D], the residual stream that the first layer reads.
 
     Args:
@@ -56,8 +59,8 @@ def layer(
     params: DecoderParams,
     config: DecoderConfig,
     index: int,
-    x: jax.Array,
-    positions: jax.Array,
+    x: Float[Array, "B T D"],
+    positions: Int32[Array, "B T"],
     cache: LayerCache,
     shared=None,
     chosen: Chosen | None = None,
@@ -94,7 +97,7 @@ def layer(
 
 
 def unembed(
-    params: DecoderParams, config: DecoderConfig, x: jax.Array, count: jax.Array | None = None
+    params: DecoderParams, config: DecoderConfig, x: Float[Array, "B T D"], count: Int32[Array, " B"] | None = None
 ) -> jax.Array:
     """Turns the residual stream after any layer into logits of the next token, f32[B, T, V].
 
@@ -111,7 +114,7 @@ def unembed(
 def run_layers(
     params: DecoderParams,
     config: DecoderConfig,
-    x: jax.Array,
+    x: Float[Array, "B T D"],
     positions: jax.Array,
     caches: Sequence[LayerCache],
     shared=None,
@@ -155,8 +158,8 @@ def run_layers(
 def step(
     params: DecoderParams,
     config: DecoderConfig,
-    tokens: jax.Array,
-    positions: jax.Array,
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
     cache: Cache,
     *,
     needs: Needs,
@@ -204,8 +207,8 @@ def forward(
 def hidden_states(
     params: DecoderParams,
     config: DecoderConfig,
-    start: jax.Array,
-    positions: jax.Array,
+    start: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
     layers: Sequence[LayerCache],
     *,
     remat: bool = False,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 
 class Partial(NamedTuple):
@@ -15,8 +16,8 @@ class Partial(NamedTuple):
     `p` is normalised within the part. A query that sees nothing has `out = 0` and `lse = -inf`.
     """
 
-    out: jax.Array  # f32[B, T, N, H]
-    lse: jax.Array  # f32[B, T, N]
+    out: Float32[Array, "B T N H"]
+    lse: Float32[Array, "B T N"]
 
 
 def combine(partials: Sequence[Partial]) -> Partial:
@@ -69,7 +70,7 @@ def combine_shards(partial: Partial, axes: Sequence[str]) -> Partial:
 
 
 def combine_by_owner(
-    partial: Partial, owner: jax.Array, owners: int, *, only: jax.Array | None = None
+    partial: Partial, owner: Int32[Array, "B P"], owners: int, *, only: Bool[Array, "B P"] | None = None
 ) -> Partial:
     """Merges the parts that belong together when that is data: pages of a ragged cache into its heads.
 
@@ -101,7 +102,7 @@ def combine_by_owner(
     return Partial(out=merged(summed), lse=merged(m + jnp.log(total)))
 
 
-def spread_to_owned(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+def spread_to_owned(x: jax.Array, owner: jax.Array, owners: int) -> Float[Array, "B T K*G ..."]:
     """[B, T, K * G, ...] -> [B, T, P * G, ...]: to each of P parts what belongs to its owner i32[B, P] of K."""
     B, T, N = x.shape[:3]
     grouped = x.reshape(B, T, owners, N // owners, *x.shape[3:])

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from kvjax.axes import OF_SLOTS
 from pallas_kernels import encoded
@@ -23,7 +24,7 @@ class Encoded(encoded.Encoded, Protocol):
     def for_slots(self, slots: int, block: int | None = None) -> Encoded:
         """Returns the codec that suits a number of slots that are written once, or in blocks; mostly itself."""
 
-    def like(self, x: jax.Array, occupied: jax.Array) -> Encoded:
+    def like(self, x: Float[Array, "B K n H"], occupied: Bool[Array, "B K n"]) -> Encoded:
         """Encodes other slots with the same codec.
 
         Args:

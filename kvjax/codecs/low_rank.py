@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 _OUTER = 4  # ranks up to which outer products are faster than products of thin matrices
 
@@ -13,11 +14,11 @@ _OUTER = 4  # ranks up to which outer products are faster than products of thin 
 class Factors(NamedTuple):
     """Rank-R approximation of every block of tokens of every head: `x[block] ~ tokens[block]^T channels[block]`."""
 
-    tokens: jax.Array  # [B, K, R, S]
-    channels: jax.Array  # [B, K, S / block * R, H]
+    tokens: Float[Array, "B K R S"]
+    channels: Float[Array, "B K S/block*R H"]
 
 
-def factorize(x: jax.Array, *, rank: int, block: int, loops: int, dtype) -> Factors:
+def factorize(x: Float32[Array, "B K S H"], *, rank: int, block: int, loops: int, dtype) -> Factors:
     """The `rank` strongest directions of every block, by power iteration from a fixed random start.
 
     With E a block: `loops` times `P = E A`, `A = E^T P`, columns made orthonormal before each product; then
@@ -42,7 +43,7 @@ def factorize(x: jax.Array, *, rank: int, block: int, loops: int, dtype) -> Fact
     return Factors(tokens, a.astype(dtype).swapaxes(3, 4).reshape(B, K, -1, H))
 
 
-def start(channels: int, rank: int) -> jax.Array:
+def start(channels: int, rank: int) -> Float32[Array, "channels rank"]:
     """f32[channels, rank] normal numbers, the same for every block: what power iteration starts from."""
     return jax.random.normal(jax.random.key(0), (channels, rank))
 

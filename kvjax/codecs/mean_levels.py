@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, UInt32
 
 from kvjax.axes import OF_SLOTS, cut_slots
 from pallas_kernels.words import WORD_BITS, pack, unpack
@@ -27,8 +28,8 @@ class MeanLevels:
     Source: Tao et al., VidKV (2025), arXiv:2503.16257, sections 3.2 and 3.3.
     """
 
-    codes: jax.Array | None  # u32[B, K, S / 32, H], or u8[B, K, S, ceil(H / 5)]
-    scale: jax.Array | None  # [B, K, S / group, H]
+    codes: UInt32[Array, "B K S/32 H"] | None  # or u8[B, K, S, ceil(H / 5)]
+    scale: Float[Array, "B K S/group H"] | None
     states: int = struct.field(pytree_node=False)  # 2 or 3
     group: int = struct.field(pytree_node=False)  # tokens
     scale_dtype: str = struct.field(pytree_node=False, default="bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 from kvjax.axes import OF_SLOTS
 from kvjax.codecs.encoded import Encoded
@@ -19,8 +20,8 @@ class MidRange:
     """
 
     inner: Encoded
-    middle: jax.Array | None  # [B, K, S]
-    half: jax.Array | None  # [B, K, S]
+    middle: Float[Array, "B K S"] | None
+    half: Float[Array, "B K S"] | None
     dtype: str = struct.field(pytree_node=False, default="bfloat16")
 
     @property

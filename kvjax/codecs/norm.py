@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float32
 
 from kvjax.axes import OF_SLOTS
 from kvjax.codecs.encoded import (
@@ -29,7 +30,7 @@ class Scaled:
     """
 
     inner: Stored
-    gain: jax.Array | None  # f32[B, K, S]
+    gain: Float32[Array, "B K S"] | None
 
     @property
     def by_slot(self) -> bool:

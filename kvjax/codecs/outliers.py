@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from pallas_kernels.quantize_pack import Axis
 
@@ -27,7 +28,9 @@ def count_outliers(fraction: float, length: int) -> int:
     return max(1, math.floor(fraction * length / 2 + 0.5)) if fraction else 0
 
 
-def find_outliers(x: jax.Array, occupied: jax.Array, count: int, *, axis: Axis, block: int) -> jax.Array:
+def find_outliers(
+    x: Float32[Array, "B K S H"], occupied: Bool[Array, "B K S"], count: int, *, axis: Axis, block: int
+) -> Int32[Array, "... 2*count"]:
     """The `count` largest and the `count` smallest entries of every vector.
 
     Args:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, UInt8
 
 from kvjax.axes import OF_SLOTS, cut_slots
 
@@ -31,8 +32,8 @@ class Pairs:
     Source: Guo et al., OliVe (2023), arXiv:2304.07493, section 3.
     """
 
-    codes: jax.Array | None  # u8[B, K, S, H / 2], the first of a pair in the low bits
-    scale: jax.Array | None  # [B, K, S]
+    codes: UInt8[Array, "B K S H/2"] | None  # the first of a pair in the low bits
+    scale: Float[Array, "B K S"] | None
     dtype: str = struct.field(pytree_node=False, default="bfloat16")  # of scales
 
     by_slot, block = True, 1

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, UInt8
 
 from kvjax.axes import OF_SLOTS, cut_slots
 from pallas_kernels.words import WORD_BITS, pack, unpack
@@ -29,7 +30,7 @@ class SignSketch:
 
     signs: tuple[jax.Array, ...] | None  # u32[B, K, S / 32, m], and of the outliers u32[B, K, S / 32, H]
     norms: tuple[jax.Array, ...] | None  # [B, K, S] each
-    index: jax.Array | None  # u8[B, K, S / group, outliers], channels
+    index: UInt8[Array, "B K S/group outliers"] | None  # channels
     width: float = struct.field(pytree_node=False)  # m / H
     outliers: int = struct.field(pytree_node=False, default=8)
     group: int = struct.field(pytree_node=False, default=32)

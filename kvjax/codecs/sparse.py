@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, UInt8
 
 from kvjax.axes import OF_SLOTS, cut_slots
 
@@ -20,8 +21,8 @@ class Sparse:
     Source: Joo et al., Mustafar (2025), arXiv:2505.22913.
     """
 
-    bitmap: jax.Array | None  # u8[B, K, S, ceil(H / 8)]
-    values: jax.Array | None  # [B, K, S, n], in the order of channels
+    bitmap: UInt8[Array, "B K S ceil(H/8)"] | None
+    values: Float[Array, "B K S n"] | None  # in the order of channels
     sparsity: float = struct.field(pytree_node=False)
     channels: int = struct.field(pytree_node=False, default=0)  # [H]; 0 without slots
     dtype: str | None = struct.field(pytree_node=False, default=None)  # of the values; None: as they come

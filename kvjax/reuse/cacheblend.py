@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.drivers import Step
@@ -21,8 +22,8 @@ class Blended(NamedTuple):
     """Texts that were read apart, blended."""
 
     cache: Cache
-    positions: jax.Array  # i32[B, n], of the tokens that were read again, in order
-    staleness: jax.Array  # f32[B, T]
+    positions: Int32[Array, "B n"]  # of the tokens that were read again, in order
+    staleness: Float32[Array, "B T"]
 
 
 def staleness(fresh: LayerCache, held: LayerCache, tokens: int) -> jax.Array:
@@ -38,7 +39,13 @@ def staleness(fresh: LayerCache, held: LayerCache, tokens: int) -> jax.Array:
 
 
 def cacheblend(
-    step: Step, first_layers: Step, cache: Cache, tokens: jax.Array, *, ratio: float = 0.16, room: int | None = None
+    step: Step,
+    first_layers: Step,
+    cache: Cache,
+    tokens: Int32[Array, "B T"],
+    *,
+    ratio: float = 0.16,
+    room: int | None = None,
 ) -> Blended:
     """Reads those tokens again whose values at the check layer differ most from what reading all together gives.
 

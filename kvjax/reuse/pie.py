@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from kvjax.drivers import Run, Step
 from kvjax.reuse.material import moved, without
@@ -17,7 +17,7 @@ from kvjax.rope import Rope
 
 
 def pie(
-    step: Step, run: Run, start: int, stop: int, tokens: jax.Array, ropes: Rope | Sequence[Rope]
+    step: Step, run: Run, start: int, stop: int, tokens: Int32[Array, "B m"], ropes: Rope | Sequence[Rope]
 ) -> Run:
     """Replaces the tokens at positions `start .. stop - 1` of every row by m others, and reads only these.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32
 
 from kvjax.cache import Cache
 from kvjax.drivers import Run, Step, StepOutput
@@ -14,7 +15,7 @@ from kvjax.reuse.material import without
 
 
 def rewritten(
-    step: Step, cache: Cache, tokens: jax.Array, positions: jax.Array, *, room: int | None = None
+    step: Step, cache: Cache, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], *, room: int | None = None
 ) -> StepOutput:
     """Reads given tokens again where they are, or reads others there: their old slots are emptied first.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Float32, Int32
 
 from kvjax.axes import P
 
@@ -16,18 +17,18 @@ from kvjax.axes import P
 class Basis(Protocol):
     """A linear map between the H channels of a KV head and R coordinates."""
 
-    mean: jax.Array | None  # [K, H], or of each row [B, K, H]; subtracted before and added after
+    mean: Float[Array, "K H"] | None  # or of each row [B, K, H]; subtracted before and added after
     mixes_heads: bool  # coordinates of a head depend on other heads: only expanded vectors can be read
     selects: bool  # coordinates are some of the channels: of keys alone, or values would lose the others
-    columns: jax.Array | None  # [1 or B, K, H, R], of which an expanded vector is the weighted sum; None: structured
+    columns: Float[Array, "#B K H R"] | None  # of which an expanded vector is the weighted sum; None: structured
 
-    def coordinates(self, x: jax.Array) -> jax.Array:
+    def coordinates(self, x: jax.Array) -> Float[Array, "B K n H"]:
         """[B, K, n, H] -> [B, K, n, R], without the mean."""
 
-    def expand(self, c: jax.Array) -> jax.Array:
+    def expand(self, c: jax.Array) -> Float[Array, " B #K n R"]:
         """[B, K or 1, n, R] -> [B, K, n, H], without the mean."""
 
-    def coordinates_of_queries(self, q: jax.Array) -> jax.Array:
+    def coordinates_of_queries(self, q: jax.Array) -> Float[Array, "B K n H"]:
         """[B, K, n, H] -> [B, K, n, R], the transpose of `expand`: `<q, expand(c)> = <result, c>`."""
 
     def axes(self) -> Basis:
@@ -41,9 +42,9 @@ class Matrix:
     Without `inverse` that is the matrix itself, whose columns are orthonormal then.
     """
 
-    matrix: jax.Array  # [1 or B, K, H, R]
+    matrix: Float[Array, "#B K H R"]
     mean: jax.Array | None = None
-    inverse: jax.Array | None = None  # [1 or B, K, H, R], of which `matrix^T inverse` is the identity
+    inverse: Float[Array, "#B K H R"] | None = None  # of which `matrix^T inverse` is the identity
     mixes_heads = selects = False
 
     def coordinates(self, x: jax.Array) -> jax.Array:
@@ -74,7 +75,7 @@ class Matrix:
         )
 
     @property
-    def columns(self) -> jax.Array:
+    def columns(self) -> Float[Array, "#B K H R"]:
         """[1 or B, K, H, R], of which an expanded vector is the weighted sum."""
         return self.matrix if self.inverse is None else self.inverse
 
@@ -83,7 +84,7 @@ class Matrix:
 class Channels:
     """Coordinates are some of the channels, each row's own."""
 
-    index: jax.Array  # i32[B, K, R]
+    index: Int32[Array, "B K R"]
     channels: int = struct.field(pytree_node=False)  # [H]
     mean: jax.Array | None = None
     mixes_heads = False
@@ -111,7 +112,7 @@ class Channels:
 class Offset:
     """Coordinates are the channels less their mean: an offset that all slots share is stored once, in float32."""
 
-    mean: jax.Array  # f32[B, K, H]
+    mean: Float32[Array, "B K H"]
     mixes_heads = selects = False
     columns = None
 
@@ -130,7 +131,7 @@ class Offset:
 class Scales:
     """Coordinates are the channels, each multiplied by a positive number: queries are divided by it."""
 
-    factor: jax.Array  # f32[B, K, H]
+    factor: Float32[Array, "B K H"]
     mean: jax.Array | None = None
     mixes_heads = selects = False
     columns = None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax import sharding
 from kvjax.axes import cut_slots, heads_alike, slot_axis
@@ -81,7 +82,7 @@ class BlockedSegment:
         return self.body.key_rope
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S_body+S_bands+block"]:
         """i32[B, K, S_body + S_bands + block]."""
         return jnp.concatenate([part.pos for part in self._all()], axis=-1)
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax import sharding
 from kvjax.axes import rename
@@ -61,7 +62,7 @@ class CompensatedSegment:
         return self.ring.key_rope
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S]."""
         return jnp.concatenate([self.ring.pos, self.mean.pos], axis=-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Int32
 
 from kvjax.rope import Rope
 from kvjax.segments.protocol import KeyRope
@@ -18,9 +19,9 @@ class DraftedTokens:
     the tokens: keys before their rotation and values in the decoder's dtype, positions, and the rotation.
     """
 
-    k: jax.Array | None  # [B, K, T, H], un-rotated; None: nothing was read yet
-    v: jax.Array | None  # [B, K, T, H]
-    token_pos: jax.Array  # i32[B, T], -1 is padding
+    k: Float[Array, "B K T H"] | None  # un-rotated; None: nothing was read yet
+    v: Float[Array, "B K T H"] | None
+    token_pos: Int32[Array, "B T"]  # -1 is padding
     rope: Rope | None
     key_rope: KeyRope = struct.field(pytree_node=False, default="at_attend")
 
@@ -30,7 +31,7 @@ class DraftedTokens:
         return cls(None, None, jnp.zeros((batch, 0), jnp.int32), None)
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B 1 T"]:
         """i32[B, 1, T]: the same in every head."""
         return self.token_pos[:, None]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float32, Int32
 
 from kvjax.axes import P
 
@@ -46,15 +47,15 @@ class Hadamard:
     Bytes: `8 * K * H` with an order, else none: the matrix is a constant of the program.
     """
 
-    order: jax.Array | None = None  # i32[K * H]: which rotated channel each coordinate is
-    back: jax.Array | None = None  # i32[K * H], its inverse
+    order: Int32[Array, " K*H"] | None = None  # which rotated channel each coordinate is
+    back: Int32[Array, " K*H"] | None = None  # its inverse
     heads: int = struct.field(pytree_node=False, default=1)
     seed: int | None = struct.field(pytree_node=False, default=None)  # of the signs; None: all are +1
     mean = columns = None
     selects = False
 
     @classmethod
-    def sorted_by(cls, mean: jax.Array, heads: int) -> Hadamard:
+    def sorted_by(cls, mean: Float32[Array, "K H"], heads: int) -> Hadamard:
         """Orders the coordinates by their mean, lowest first.
 
         Args:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax import sharding
 from kvjax.axes import rename
@@ -45,7 +46,7 @@ class HeadsSegment:
         return self.parts[0].key_rope
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S], S of the longest part; what shorter parts lack is empty."""
         return self._join([part.pos for part in self.parts], axis=1, fill=-1)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kvjax.axes import OF_SLOTS, OF_SLOTS_LAST, P
 from kvjax.segments.protocol import Queries
@@ -27,8 +28,8 @@ Keys = Callable[[], jax.Array]
 class Chosen(NamedTuple):
     """Pages that queries read; `pages` None: all of them. Layers hand it on."""
 
-    pages: jax.Array | None = None  # i32[B, K, T, n]
-    valid: jax.Array | None = None  # bool[B, K, T, n]
+    pages: Int32[Array, "B K T n"] | None = None
+    valid: Bool[Array, "B K T n"] | None = None
 
     def specs(self, batch, heads) -> Chosen:
         """The axes of the mesh that each array is split over: all shards know all choices of their heads."""
@@ -41,7 +42,9 @@ class Index(Protocol):
     A score says in which order pages are read, no more.
     """
 
-    def summarise(self, keys: jax.Array, raw: jax.Array, occupied: jax.Array) -> Any:
+    def summarise(
+        self, keys: Float[Array, "B K P page H"], raw: jax.Array, occupied: Bool[Array, "B K P page 1"]
+    ) -> Any:
         """Returns what is remembered of pages: a tree of [B, K, P, ...], finite also where nothing is.
 
         Args:
@@ -50,7 +53,7 @@ class Index(Protocol):
           occupied: bool[B, K, P, page, 1].
         """
 
-    def score(self, summary: Any, queries: Queries, keys: Keys, there: jax.Array) -> jax.Array:
+    def score(self, summary: Any, queries: Queries, keys: Keys, there: jax.Array) -> Float32[Array, "B T K P"]:
         """f32[B, T, K, P] for T queries, of pages that bool[B, T, K, P] says are there."""
 
     def summary_axes(self, summary: Any) -> Any:
@@ -147,7 +150,7 @@ class Labels(_OfPages):
     Meant for pages of one token.
     """
 
-    channels: jax.Array | None = None  # i32[K, r]
+    channels: Int32[Array, "K r"] | None = None
 
     def summarise(self, keys, raw, occupied):
         """See `Index.summarise`: [B, K, P, page, r]."""
@@ -230,7 +233,7 @@ def bytes_of(tree: Any) -> int:
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def by_kv_head(x: jax.Array, kv_heads: int) -> jax.Array:
+def by_kv_head(x: jax.Array, kv_heads: int) -> Float[Array, "B T N H"]:
     """[B, T, N, H] -> [B, K, T, G, H]."""
     B, T, N, H = x.shape
     return x.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 1, 3, 4)
@@ -242,7 +245,7 @@ def _dots(q: jax.Array, k: jax.Array) -> jax.Array:
     return dots.transpose(0, 2, 1, 3, 4)
 
 
-def agreed(scores: jax.Array, there: jax.Array, agree: Agree) -> jax.Array:
+def agreed(scores: jax.Array, there: jax.Array, agree: Agree) -> Float32[Array, "B T K P"]:
     """f32[B, T, K, P] of the scores [B, T, K, G, P] of every query head: see `Agree`."""
     if agree.startswith("softmax"):
         scores = jax.nn.softmax(jnp.where(there[:, :, :, None], scores, -1e30), axis=-1)

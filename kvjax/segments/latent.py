@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax import codecs
 from kvjax.axes import rename
@@ -132,7 +133,7 @@ class LatentSegment:
         return named
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S]."""
         pos = self.latent.pos
         return jnp.broadcast_to(pos, (pos.shape[0], self._heads, pos.shape[2]))

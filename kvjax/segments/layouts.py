@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
 
 from kvjax.segments.slots import CLOSED, LAST
 
@@ -16,7 +17,7 @@ class Rows:
 
     grows = True
 
-    def order(self, pos: jax.Array) -> jax.Array:
+    def order(self, pos: jax.Array) -> Int32[Array, "... S"]:
         """i32[..., S]: slots are taken lowest first."""
         return pos
 
@@ -28,7 +29,7 @@ class Ring:
     sinks: int = 0
     grows = False
 
-    def is_sink(self, pos: jax.Array) -> jax.Array:
+    def is_sink(self, pos: jax.Array) -> Bool[Array, "... S"]:
         """bool[..., S]."""
         return (pos >= 0) & (pos < self.sinks)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, rename, slot_axis
@@ -59,7 +60,7 @@ def joined(first: Any, second: Any) -> Any:
     return jax.tree.map(join, first, second, first.axes())
 
 
-def write_slots(old: Any, new: Any, start: jax.Array, on: jax.Array) -> Any:
+def write_slots(old: Any, new: Any, start: Int32[Array, "B K"], on: Bool[Array, "B K"]) -> Any:
     """Writes the n slots of one segment over slots `start .. start + n` of every row and head of another, in place.
 
     Args:
@@ -250,7 +251,9 @@ def _split(named, segment):
     return split, split.get("slots", ())
 
 
-def write_windows(old: jax.Array, new: jax.Array, start: jax.Array, on: jax.Array, axis: int = 2) -> jax.Array:
+def write_windows(
+    old: Float[Array, "B K ..."], new: jax.Array, start: Int32[Array, "B K"], on: Bool[Array, "B K"], axis: int = 2
+) -> jax.Array:
     """Writes `new` over a window of every row and head, where `on` is true.
 
     The rest of `old` is not touched, so XLA updates a donated buffer in place.

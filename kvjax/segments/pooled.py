@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax.axes import P
 from kvjax.rope import Rope
@@ -25,8 +26,8 @@ class PooledSegment:
     """
 
     pool: RaggedSegment  # P pages of all layers; owners are KV heads of their layers
-    first: jax.Array  # i32[B], the layer's first page
-    count: jax.Array  # i32[B], how many it has
+    first: Int32[Array, " B"]  # the layer's first page
+    count: Int32[Array, " B"]  # how many it has
 
     def axes(self) -> PooledSegment:
         """See `AnySegment.axes`."""
@@ -44,7 +45,7 @@ class PooledSegment:
         return self.pool.key_rope
 
     @property
-    def owner(self) -> jax.Array:
+    def owner(self) -> Int32[Array, "B P"]:
         """i32[B, P], KV head of every page."""
         return self.pool.owner
 
@@ -99,8 +100,8 @@ class PoolView:
 
     shares_keys: ClassVar[bool] = True
 
-    first: jax.Array  # i32[B], the layer's first page
-    count: jax.Array  # i32[B], how many it has
+    first: Int32[Array, " B"]  # the layer's first page
+    count: Int32[Array, " B"]  # how many it has
     name: str = struct.field(pytree_node=False, default="pool")  # in `Cache.shared`
     of_pool = True  # a part of the pool, which all views together read once
 

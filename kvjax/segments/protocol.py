@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from kvjax.rope import Rope, rotate
 from kvjax.segments.edits import Edit
@@ -30,13 +31,13 @@ window: what "rank" gives in a ring whose newest tokens follow each other, of ke
 class Queries(NamedTuple):
     """Queries before their rotation, with what is needed to rotate them any way a segment wants."""
 
-    raw: jax.Array  # [B, T, N, H], un-rotated
-    pos: jax.Array  # i32[B, T], -1 = padding
+    raw: Float[Array, "B T N H"]  # un-rotated
+    pos: Int32[Array, "B T"]  # -1 = padding
     rope: Rope
     ahead: jax.Array | int = 0  # i32[B, T]: tokens before the query that no slot holds yet
 
     @property
-    def rotated(self) -> jax.Array:
+    def rotated(self) -> Float[Array, "B T N H"]:
         """[B, T, N, H], rotated at the token positions."""
         return rotate(self.raw, self.pos[..., None], self.rope)
 
@@ -51,8 +52,8 @@ class KeyBasis(Protocol):
 class Ranks(NamedTuple):
     """Positions that count only what the layer cache holds."""
 
-    slots: jax.Array  # i32[B, K, S], this segment's slots among all occupied slots of the layer
-    queries: jax.Array  # i32[B, T, K]
+    slots: Int32[Array, "B K S"]  # this segment's slots among all occupied slots of the layer
+    queries: Int32[Array, "B T K"]
 
     @classmethod
     def of(cls, pos: jax.Array, queries: Queries) -> Ranks:
@@ -61,7 +62,7 @@ class Ranks(NamedTuple):
         ahead = jnp.broadcast_to(queries.ahead, queries.pos.shape)[..., None]
         return cls(jnp.argsort(token_order(pos), axis=-1), jnp.sum(earlier, axis=-1) + ahead)
 
-    def rotated_queries(self, queries: Queries) -> jax.Array:
+    def rotated_queries(self, queries: Queries) -> Float[Array, "B T N H"]:
         """[B, T, N, H], each query head rotated at its rank in the cache of its KV head."""
         B, T, N, H = queries.raw.shape
         K = self.queries.shape[-1]
@@ -79,7 +80,7 @@ class AnySegment(Protocol):
     key_rope: KeyRope
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S], token position of every slot, -1 = empty."""
 
     def axes(self) -> AnySegment:
@@ -118,7 +119,7 @@ class AnySegment(Protocol):
         scale: Scale | None,
         ranks: Ranks | None = None,
         reduce: Reduce = "sum",
-    ) -> jax.Array:
+    ) -> Float32[Array, "B N S"]:
         """f32[B, N, S]: probability each slot received, given the queries' lse over the whole layer.
 
         Summed over the queries, or what else `reduce` asks for.

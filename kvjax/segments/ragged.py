@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Int32
 
 from kvjax import sharding
 from kvjax.axes import P, rename
@@ -23,7 +24,7 @@ class SlotList(NamedTuple):
     """Slots of several heads in one list."""
 
     slots: Segment  # [B, 1, M, ...]
-    owner: jax.Array  # i32[B, M], their heads
+    owner: Int32[Array, "B M"]  # their heads
 
     @classmethod
     def of(cls, segment: Segment, first: jax.Array | int = 0) -> SlotList:
@@ -56,11 +57,13 @@ class RaggedSegment:
     """
 
     stored: Segment  # [B, 1, P * page, ...]
-    owner: jax.Array  # i32[B, P], KV head of every page
+    owner: Int32[Array, "B P"]  # KV head of every page
     kv_heads: int = struct.field(pytree_node=False)
 
     @classmethod
-    def of_list(cls, held: SlotList, keep: jax.Array, *, kv_heads: int, page: int, pages: int) -> RaggedSegment:
+    def of_list(
+        cls, held: SlotList, keep: Bool[Array, "B M"], *, kv_heads: int, page: int, pages: int
+    ) -> RaggedSegment:
         """Gathers the kept ones of M slots into pages, those of a head together, in token order.
 
         Args:
@@ -118,7 +121,7 @@ class RaggedSegment:
         return self.stored.key_rope
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B 1 P*page"]:
         """i32[B, 1, P * page]."""
         return self.stored.pos
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float32, Int32
 
 from kvjax import codecs, sharding
 from kvjax.axes import OF_SLOTS, replicated_slots, slot_axis
@@ -61,12 +62,12 @@ class Segment:
         return cls.of(zeros(), zeros() if own_values else None, jnp.full(shape, -1, jnp.int32), **static)
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S], token position of every slot, -1 = empty."""
         return self.slots.pos
 
     @property
-    def bias(self) -> jax.Array | None:
+    def bias(self) -> Float32[Array, "B K S"] | None:
         """f32[B, K, S], see `Slots`."""
         return self.slots.bias
 

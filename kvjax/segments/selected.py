@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, heads_alike, slot_axis
@@ -57,10 +58,10 @@ class SelectedSegment:
 
     stored: AnySegment  # S slots
     summary: Any  # of P = S / page pages; None where choices are given
-    span: jax.Array | None  # i32[B, K, P, 2], positions of a page's first and last token, -1 = an empty page
+    span: Int32[Array, "B K P 2"] | None  # positions of a page's first and last token, -1 = an empty page
     index: Index
     rope: Rope | None  # rotates keys for the summary that are stored un-rotated
-    rows: jax.Array | None  # i32[B], pages that a query of each row reads; None: `reading.count`
+    rows: Int32[Array, " B"] | None  # pages that a query of each row reads; None: `reading.count`
     reading: Reading = struct.field(pytree_node=False)
 
     @classmethod
@@ -108,7 +109,7 @@ class SelectedSegment:
         return jax.tree.map(lambda _: 0, self).replace(stored=self.stored.fields())
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S]."""
         return self.stored.pos
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float32
 
 from kvjax.axes import OF_SLOTS
 from kvjax.codecs import Scaled
@@ -78,7 +79,7 @@ class ScaledView:
 
     shares_keys: ClassVar[bool] = True
 
-    key_length: jax.Array  # f32[B, K, S], or of fewer slots: packed directions may have more, which are empty
+    key_length: Float32[Array, "B K S"]  # or of fewer slots: packed directions may have more, which are empty
     value_length: jax.Array  # the same
     name: str = struct.field(pytree_node=False)  # in `Cache.shared`
 

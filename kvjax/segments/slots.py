@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from kvjax import sharding
 
@@ -26,7 +27,9 @@ def without_rounding(scores: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=14)
 
 
-def priority(scores: jax.Array, pos: jax.Array, protected: jax.Array | None = None) -> jax.Array:
+def priority(
+    scores: Float32[Array, "... S"], pos: Int32[Array, "... S"], protected: Bool[Array, "... S"] | None = None
+) -> jax.Array:
     """Ranks slots by score: i32[..., S], of which only the order means anything; the highest are kept.
 
     Protected slots lie above every score, infinity too, the newest first; NaN counts as -inf; empty slots come last.
@@ -47,12 +50,12 @@ def priority(scores: jax.Array, pos: jax.Array, protected: jax.Array | None = No
     return jnp.where(pos >= 0, order, _EMPTY)
 
 
-def highest_first(priority: jax.Array, pos: jax.Array) -> jax.Array:
+def highest_first(priority: jax.Array, pos: jax.Array) -> Int32[Array, "... S"]:
     """i32[..., S]: the slots, from the highest priority to the lowest; of a tie the oldest first, empty ones last."""
     return _sorted(~jnp.where(pos >= 0, priority, _EMPTY), pos)
 
 
-def lowest_first(priority: jax.Array, pos: jax.Array) -> jax.Array:
+def lowest_first(priority: jax.Array, pos: jax.Array) -> Int32[Array, "... S"]:
     """i32[..., S]: the slots, from the lowest priority to the highest; of a tie the newest first, empty ones last."""
     return _sorted(*_empty_last(priority, pos))
 
@@ -67,7 +70,7 @@ def _empty_last(priority: jax.Array, pos: jax.Array) -> tuple[jax.Array, jax.Arr
     return tuple(jnp.where(pos >= 0, x, LAST) for x in (priority, ~pos))
 
 
-def places(order: jax.Array) -> jax.Array:
+def places(order: jax.Array) -> Int32[Array, "... S"]:
     """i32[..., S]: where each slot is in an order of slots, i32[..., S]."""
     return jnp.argsort(order, axis=-1)
 
@@ -90,13 +93,13 @@ def highest_slot(x: jax.Array, pos: jax.Array) -> tuple[jax.Array, jax.Array]:
     return highest, slot
 
 
-def lowest_slot(priority: jax.Array, pos: jax.Array) -> jax.Array:
+def lowest_slot(priority: jax.Array, pos: jax.Array) -> Int32[Array, " ..."]:
     """i32[...]: the occupied slot of lowest priority; of a tie the newest."""
     keys, then = (_of_own_heads(x) if x.ndim == 3 else x for x in _empty_last(priority, pos))
     return highest_slot(~keys, then)[1]
 
 
-def lowest(priority: jax.Array, pos: jax.Array, count: jax.Array) -> jax.Array:
+def lowest(priority: jax.Array, pos: jax.Array, count: jax.Array) -> Bool[Array, "B K S"]:
     """bool[B, K, S]: the `count` (i32[B, K]) slots of lowest priority of each head; of a tie the newest."""
     S = pos.shape[-1]
 
@@ -111,7 +114,7 @@ def lowest(priority: jax.Array, pos: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def keep_highest(
-    priority: jax.Array, pos: jax.Array, slots: int, count: jax.Array | None = None
+    priority: Int32[Array, "B K S"], pos: Int32[Array, "B K S"], slots: int, count: Int32[Array, " B"] | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses which slots survive: those of highest priority, returned in slot order; of a tie the oldest.
 
@@ -133,11 +136,11 @@ def keep_highest(
 
 
 def few_highest(
-    scores: jax.Array,
-    pos: jax.Array,
+    scores: Float32[Array, "R K P"],
+    pos: Int32[Array, "R K P"],
     count: int,
-    protected: jax.Array | None = None,
-    rows: jax.Array | None = None,
+    protected: Bool[Array, "R K P"] | None = None,
+    rows: Int32[Array, " R"] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses few of many, the highest scores first; of a tie the oldest. Nothing is sorted: cheap enough for a step.
 
@@ -176,7 +179,7 @@ def _of_own_heads(x: jax.Array) -> jax.Array:
     return sharding.constrain(x, "batch", "kv_heads", None)
 
 
-def token_order(pos: jax.Array) -> jax.Array:
+def token_order(pos: jax.Array) -> Int32[Array, "B K S"]:
     """i32[B, K, S]: the slots sorted by position, empty ones last."""
     return jnp.argsort(_of_own_heads(jnp.where(pos < 0, LAST, pos)), axis=-1, stable=True)
 
@@ -186,17 +189,17 @@ def ranks(x: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1)
 
 
-def counts_by_owner(chosen: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+def counts_by_owner(chosen: jax.Array, owner: jax.Array, owners: int) -> Int32[Array, "B owners"]:
     """i32[B, owners]: how many of the chosen (bool[B, M]) belong to each owner (i32[B, M])."""
     return sums_by_owner(chosen.astype(jnp.int32), owner, owners)
 
 
-def sums_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+def sums_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> Float[Array, "B owners"]:
     """[B, owners]: sums of x[B, M] over what belongs to each owner (i32[B, M])."""
     return jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=owners))(x, owner)
 
 
-def ranks_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
+def ranks_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> Int32[Array, "B M"]:
     """i32[B, M]: the place of each number among those of its owner, 0 = lowest; ties in their order."""
     order = jnp.lexsort((x, owner), axis=-1)
     held = counts_by_owner(jnp.ones(owner.shape, bool), owner, owners)
@@ -206,7 +209,7 @@ def ranks_by_owner(x: jax.Array, owner: jax.Array, owners: int) -> jax.Array:
     return jnp.take_along_axis(place, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def marked(index: jax.Array, valid: jax.Array, slots: int) -> jax.Array:
+def marked(index: jax.Array, valid: jax.Array, slots: int) -> Bool[Array, "B K slots"]:
     """bool[B, K, slots]: which slots i32[B, K, n] names where bool[B, K, n] is true."""
     if index.shape[2] == 1:  # a token of a decoding step: no scatter
         return valid & (index == jnp.arange(slots))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int32
 
 from kvjax import sharding
 from kvjax.rope import Rope
@@ -38,7 +39,7 @@ class TemperedSegment:
         return self.segments[0].key_rope
 
     @property
-    def pos(self) -> jax.Array:
+    def pos(self) -> Int32[Array, "B K S"]:
         """i32[B, K, S] of all slots."""
         return jnp.concatenate([segment.pos for segment in self.segments], axis=-1)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
@@ -109,7 +110,9 @@ def convolve(
     )
 
 
-def mixing_weights(conv: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, there: jax.Array) -> jax.Array:
+def mixing_weights(
+    conv: Mapping[str, jax.Array], k: Float[Array, "B K P H"], v: Float[Array, "B K P H"], there: Bool[Array, "B K P"]
+) -> jax.Array:
     """`softmax_p(relu(conv(concat(k, v))))`, f32[B, K, C, P]: how much of each slot goes into each of C new ones.
 
     Args:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from kvjax.budget import Budget, check_budget
 from kvjax.cache import Cache, LayerCache
@@ -45,8 +46,8 @@ class Scorer(NamedTuple):
 class Told(NamedTuple):
     """The scores of one layer's slots, for the tokens of another."""
 
-    scores: jax.Array  # f32[B, K, S]
-    pos: jax.Array  # i32[B, K, S]
+    scores: Float32[Array, "B K S"]
+    pos: Int32[Array, "B K S"]
 
     def of(self, pos: jax.Array) -> jax.Array:
         """Returns f32[B, K, n], the scores of the tokens at i32[B, K, n]; -inf for those that the layer lacks."""
@@ -185,7 +186,9 @@ def check_protected(budget: Budget, sinks: int, recent: Budget) -> int:
     return sinks + count
 
 
-def is_protected(pos: jax.Array, rows: jax.Array, sinks: int, recent: Budget) -> jax.Array:
+def is_protected(
+    pos: Int32[Array, "B K S"], rows: Int32[Array, " B"], sinks: int, recent: Budget
+) -> Bool[Array, "B K S"]:
     """bool[B, K, S]: the slots that are always kept.
 
     Args:
@@ -258,6 +261,6 @@ def slot_scores(scorer: Scorer, segment: Segment, seen: LayerObservation) -> jax
 
 def worth_keeping(
     scorer: Scorer, segment: Segment, seen: LayerObservation, protected: jax.Array
-) -> jax.Array:
+) -> Int32[Array, "B K S"]:
     """i32[B, K, S]: the order of the scores, with the protected slots (bool[B, K, S]) above all others."""
     return priority(slot_scores(scorer, segment, seen), segment.pos, protected)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache
@@ -120,7 +121,7 @@ def evict_across_layers(
     )
 
 
-def proportional(weights: jax.Array) -> HeadBudgets:
+def proportional(weights: Float32[Array, "B L"]) -> HeadBudgets:
     """Splits a budget over layers by weight; the heads of a layer get the same.
 
     `n_l = floor(w_l / sum w * L n)`, at most what the layer has; what that leaves over is spread evenly over the

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from kvjax.budget import Budget, budget_rows, budget_slots
 from kvjax.cache import Cache, LayerCache
@@ -158,7 +159,7 @@ def evict_by_head(
     )
 
 
-def first_scores(scorer: Scorer, segment: Segment, seen: LayerObservation) -> jax.Array:
+def first_scores(scorer: Scorer, segment: Segment, seen: LayerObservation) -> Float32[Array, "B K S"]:
     """f32[B, K, S]: what a scorer that has seen nothing before makes of a whole prompt; `-inf` for empty slots only."""
     stats = {name: jnp.zeros(segment.pos.shape, jnp.float32) for name in scorer.stats}
     segment = scorer.observe(segment.with_slots(stats=stats), seen)
@@ -166,7 +167,7 @@ def first_scores(scorer: Scorer, segment: Segment, seen: LayerObservation) -> ja
     return jnp.where(segment.pos >= 0, finite, -jnp.inf)
 
 
-def scores_by_head(scorer: Scorer, held: SlotList, kv_heads: int, seen: LayerObservation) -> jax.Array:
+def scores_by_head(scorer: Scorer, held: SlotList, kv_heads: int, seen: LayerObservation) -> Float32[Array, "B M"]:
     """f32[B, M]: the same for slots in one list, a head after the other."""
     score = lambda head: first_scores(scorer, held.of_head(head), of_head(seen, head, kv_heads))[:, 0]
     each = jax.lax.map(score, jnp.arange(kv_heads))  # [K, B, M]
@@ -174,14 +175,14 @@ def scores_by_head(scorer: Scorer, held: SlotList, kv_heads: int, seen: LayerObs
 
 
 def choose(
-    scores: jax.Array,
+    scores: Float32[Array, "B M"],
     held: SlotList,
-    rows: jax.Array,
+    rows: Int32[Array, " B"],
     heads: HeadBudgets,
     count: int,
     sinks: int,
     recent: Budget,
-) -> jax.Array:
+) -> Bool[Array, "B M"]:
     """bool[B, M]: the slots that stay, when heads share `count` times the budgets i32[B] `rows`.
 
     Args:

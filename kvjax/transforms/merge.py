@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
 
 from kvjax.budget import Budget
 from kvjax.cache import Cache, LayerCache
@@ -36,19 +37,19 @@ class Ranked(NamedTuple):
     """Slots of a layer with what each is worth, for a rule to decide what becomes of them."""
 
     segment: Segment
-    scores: jax.Array  # f32[B, K, S], what the scorer says of each slot
-    worth: jax.Array  # i32[B, K, S], of which only the order means anything; protected slots above all others
-    protected: jax.Array  # bool[B, K, S], always kept
-    rows: jax.Array  # i32[B], slots that may stay
+    scores: Float32[Array, "B K S"]  # what the scorer says of each slot
+    worth: Int32[Array, "B K S"]  # of which only the order means anything; protected slots above all others
+    protected: Bool[Array, "B K S"]  # always kept
+    rows: Int32[Array, " B"]  # slots that may stay
     most: int  # [E], no head of any row gives up more than this
 
     @property
-    def occupied(self) -> jax.Array:
+    def occupied(self) -> Bool[Array, "B K S"]:
         """bool[B, K, S]."""
         return self.segment.pos >= 0
 
     @property
-    def excess(self) -> jax.Array:
+    def excess(self) -> Int32[Array, "B K"]:
         """i32[B, K], slots to give up."""
         return jnp.maximum(jnp.sum(self.occupied, axis=-1) - self.rows[:, None], 0)
 
@@ -65,11 +66,11 @@ class Ranked(NamedTuple):
 class Moves(NamedTuple):
     """Which slots are given up, and which slots take them up."""
 
-    slots: jax.Array  # i32[B, K, E]
-    real: jax.Array  # bool[B, K, E], false where a head gives up fewer than E
-    into: jax.Array  # i32[B, K, F], the slot that takes one up; S: none, its token is dropped
-    weight: jax.Array  # f32[B, K, F], beside the weight 1 of the slot that takes it up
-    source: jax.Array | None = None  # i32[B, K, F], which of the E is taken up; None: each by one slot, F = E
+    slots: Int32[Array, "B K E"]
+    real: Bool[Array, "B K E"]  # false where a head gives up fewer than E
+    into: Int32[Array, "B K F"]  # the slot that takes one up; S: none, its token is dropped
+    weight: Float32[Array, "B K F"]  # beside the weight 1 of the slot that takes it up
+    source: Int32[Array, "B K F"] | None = None  # which of the E is taken up; None: each by one slot, F = E
 
 
 class MergeRule(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32
 
 from kvjax.cache import Cache, LayerCache
 from kvjax.observation import LayerObservation, Observation
@@ -111,7 +112,7 @@ def _factors(parts: Sequence[jax.Array], pos: jax.Array, count: int) -> tuple[ja
     return (coordinates / size)[:, None].astype(dtype), [bases[:, i].astype(of_bases) for i in range(len(parts))]
 
 
-def principal_axes(x: jax.Array, rank: int) -> jax.Array:
+def principal_axes(x: jax.Array, rank: int) -> Float32[Array, "B W R"]:
     """f32[B, W, R]: orthonormal, spanning the leading right singular vectors of f32[B, S, W].
 
     Subspace iteration from a fixed start: products and thin QR only, which every accelerator runs well.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import jax
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_mass import mosaic_tpu, reference
 from pallas_kernels.dispatch import Implementation, Op
@@ -17,18 +17,18 @@ _OP = Op("attention_mass", reference.attention_mass, mosaic_tpu=mosaic_tpu.kerne
 
 
 def attention_mass(
-    q: jax.Array,
-    k: jax.Array,
-    q_pos: jax.Array,
-    k_pos: jax.Array,
-    lse: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    q_pos: Int32[Array, "B T"],
+    k_pos: Int32[Array, "B K S"],
+    lse: Float32[Array, "B T N"],
     *,
-    bias: jax.Array | None = None,
+    bias: Float32[Array, "B K S"] | None = None,
     window: int | None = None,
     scale: Scale | None = None,
     reduce: Reduce = "sum",
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float32[Array, "B N S"]:
     """The attention probability that every slot received from the given queries, summed over them.
 
     `mass[b, n, s] = sum_t p[b, t, n, s]` with `p = exp(logit[b, t, n, s] - lse[b, t, n])`, over the queries that see

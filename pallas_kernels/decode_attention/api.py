@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.decode_attention import mosaic_gpu, mosaic_tpu, native_cpu, reference
 from pallas_kernels.decode_attention.pages import Pages
@@ -22,14 +23,14 @@ _OP = Op(
 
 
 def decode_attention(
-    q: jax.Array,
+    q: Float[Array, "B T N H"],
     k: jax.Array | Encoded,
     v: jax.Array | Encoded | None,
-    q_pos: jax.Array,
-    k_pos: jax.Array,
+    q_pos: Int32[Array, "B T"],
+    k_pos: Int32[Array, " B #K S"],
     *,
-    bias: jax.Array | None = None,
-    k_gain: jax.Array | None = None,
+    bias: Float32[Array, " B #K S"] | None = None,
+    k_gain: Float32[Array, " B #K S"] | None = None,
     v_gain: jax.Array | None = None,
     rotation: Rotation | None = None,
     pages: Pages | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.logits import Scale
@@ -13,10 +13,10 @@ _OP = Op("prefill_attention", reference.prefill_attention, mosaic_tpu=mosaic_tpu
 
 
 def prefill_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pos: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    pos: Int32[Array, "B T"],
     *,
     window: int | None = None,
     scale: Scale | None = None,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import jax
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.product_quantize import reference
 from pallas_kernels.product_quantize.reference import Codes
 from pallas_kernels.words import WORD_BITS, planes
 
 
-def product_quantize(x: jax.Array, valid: jax.Array, codebook: jax.Array) -> Codes:
+def product_quantize(
+    x: Float[Array, "B K S H"], valid: Bool[Array, "B K S"], codebook: Float[Array, "M C H/M"]
+) -> Codes:
     """Replaces each of M sub-vectors by the index of its nearest centroid, and packs the indices.
 
     `code[m] = argmin_c |x_m - codebook[m, c]|^2` in float32, ties to the lower index.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.quantize_pack import mosaic_tpu, reference
@@ -13,8 +13,8 @@ _OP = Op("quantize_pack", reference.quantize_pack, mosaic_tpu=mosaic_tpu.kernel)
 
 
 def quantize_pack(
-    x: jax.Array,
-    valid: jax.Array,
+    x: Float[Array, "B K S H"],
+    valid: Bool[Array, "B K S"],
     *,
     bits: int,
     group: int,
