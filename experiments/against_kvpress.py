@@ -36,9 +36,8 @@ from models import Model, load_model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind
 
-for _name in ("model", "methods", "keep", "context", "output_dir"):
+for _name in ("model", "methods", "keep", "context", "following", "output_dir"):
     flags.declare_key_flag(_name)
-_TOKENS = flags.DEFINE_integer("following", 64, "Tokens that are fed behind the context.")
 
 _CONTEXT, _KEEP = 1024, (0.5, 0.25)
 
@@ -206,8 +205,8 @@ def run() -> None:
             raise ValueError(f"--methods: both have {', '.join(PAIRS)}, got {name!r}.")
     keeps = cli.KEEP.value or _KEEP
     context = cli.only(cli.CONTEXT, _CONTEXT)
-    if _TOKENS.value < 2 or context < 2:
-        raise ValueError(f"--following and --context must be at least 2 tokens, got {_TOKENS.value} and {context}.")
+    if cli.FOLLOWING.value < 2 or context < 2:
+        raise ValueError(f"--following and --context must be at least 2 tokens, got {cli.FOLLOWING.value} and {context}.")
     if min(int(context * keep + 1e-9) for keep in keeps) < 1:
         raise ValueError(f"--keep must leave at least one token of {context}, got {min(keeps)}.")
     if cli.OUTPUT_DIR.value is not None:
@@ -219,13 +218,13 @@ def run() -> None:
     except ImportError as error:
         raise ValueError(str(error)) from error
     text = (fetch(ESSAYS) / "worked.txt").read_text(encoding="utf-8")
-    ids = [*model.tokenizer.opening, *model.tokenizer.encode(text)][: context + _TOKENS.value]
-    if len(ids) < context + _TOKENS.value:
+    ids = [*model.tokenizer.opening, *model.tokenizer.encode(text)][: context + cli.FOLLOWING.value]
+    if len(ids) < context + cli.FOLLOWING.value:
         raise ValueError(f"--context and --following must be at most {len(ids)} tokens together, those of the text.")
     if len(ids) > model.config.max_positions:
         raise ValueError(f"--context and --following must be at most {model.config.max_positions} together.")
     print(
-        f"{model.config.name}, float32, {context} tokens of an essay, {_TOKENS.value} that follow; kvpress "
+        f"{model.config.name}, float32, {context} tokens of an essay, {cli.FOLLOWING.value} that follow; kvpress "
         f"{peer.version}\n\n{_HEADER}",
         flush=True,
     )

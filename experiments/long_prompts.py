@@ -28,10 +28,9 @@ from kvjax.prompt_attention import PromptAttention, attend_blocks
 from models import Model, load_model
 from models.decoder import bind
 
-for _name in ("gin_file", "gin_bindings", "model", "context"):
+for _name in ("gin_file", "gin_bindings", "model", "context", "following"):
     flags.declare_key_flag(_name)
 _TAUS = flags.DEFINE_list("taus", ["0.95", "0.8", "0.5"], "Shares of the attention that xattention reads.")
-_FOLLOWING = flags.DEFINE_integer("following", 64, "Tokens of the text behind the prompt that are scored.")
 _TOKENS = 4096  # of the prompt, without --context
 
 
@@ -76,7 +75,7 @@ def scored(model: Model, transform: kvjax.CacheTransform, ids: list[int], follow
 
 def run() -> None:
     """Prints a line for the dense prompt and for every tau."""
-    model, count = load_model(cli.MODEL.value or "smollm2"), _FOLLOWING.value
+    model, count = load_model(cli.MODEL.value or "smollm2"), cli.FOLLOWING.value
     ids, _ = read_prompt(model, [cli.only(cli.CONTEXT, _TOKENS) + count], 1)
     if not 1 <= count < len(ids):
         raise ValueError(f"--following must be from 1 to {len(ids) - 1} tokens, got {count}.")

@@ -35,15 +35,12 @@ from kvjax import methods, reuse
 from models import Model, assets, keep_compiled, load_model
 from models.decoder import bind, first_layers, layer_rope
 
-for _name in ("model", "tasks", "output_dir", "replace", "dtype"):
+for _name in ("model", "tasks", "examples", "task_seed", "output_dir", "replace", "dtype"):
     flags.declare_key_flag(_name)
 _RATIOS = cli.define_numbers("ratios", float, "a fraction", "Parts of the tokens that cacheblend reads again.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 4, "Documents of an example.")
 _DOCUMENT_TOKENS = flags.DEFINE_integer("document_tokens", 64, "Tokens of a document.")
-_EXAMPLES = flags.DEFINE_integer("examples", 32, "Examples of each task.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the examples.")
-for _name in ("ratios", "documents", "document_tokens", "examples", "seed"):
-    flags.declare_key_flag(_name)
+_MOST = 32  # examples of each task, without --examples
 
 _EVERY_RATIO = (0.05, 0.15, 0.3, 0.5, 1.0)
 _CHECKED = 2  # layers that cacheblend runs on all tokens
@@ -203,8 +200,8 @@ def check_flags() -> tuple[float, ...]:
     for ratio in ratios:
         if not 0 <= ratio <= 1:
             raise ValueError(f"--ratios must be from 0 to 1, got {ratio:g}.")
-    for flag, least in ((_DOCUMENTS, 2), (_DOCUMENT_TOKENS, 16), (_EXAMPLES, 1)):
-        if flag.value < least:
+    for flag, least in ((_DOCUMENTS, 2), (_DOCUMENT_TOKENS, 16), (cli.EXAMPLES, 1)):
+        if flag.value is not None and flag.value < least:
             raise ValueError(f"--{flag.name} must be at least {least}, got {flag.value}.")
     return ratios
 
@@ -224,8 +221,8 @@ def run() -> None:
     keep_compiled()
     model = load_model(cli.MODEL.value or "smollm2", cli.DTYPE.value or "float32")
     essays = [path.read_text(encoding="utf-8") for path in sorted(assets.fetch(assets.ESSAYS).glob("*.txt"))]
-    sizes = dict(documents=_DOCUMENTS.value, tokens=_DOCUMENT_TOKENS.value, count=_EXAMPLES.value)
-    examples = document_tasks(model.tokenizer, essays, seed=_SEED.value, tasks=tasks, **sizes)
+    sizes = dict(documents=_DOCUMENTS.value, tokens=_DOCUMENT_TOKENS.value, count=cli.EXAMPLES.value or _MOST)
+    examples = document_tasks(model.tokenizer, essays, seed=cli.TASK_SEED.value, tasks=tasks, **sizes)
     longest = max(len(example.context) + len(example.question) + len(example.answer) for example in examples)
     if longest > model.config.max_positions:
         raise ValueError(

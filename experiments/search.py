@@ -38,7 +38,7 @@ from experiments.evaluator import Evaluator
 from experiments.methods import METHODS_DIR, Method, check_method_names, load_method
 from models import Model
 
-for _name in ("model", "tasks", "dtype", "batch", "mesh", "output_dir", "overwrite"):
+for _name in ("model", "tasks", "examples", "task_seed", "dtype", "batch", "mesh", "output_dir", "overwrite"):
     flags.declare_key_flag(_name)
 _RATIO = flags.DEFINE_float("target_ratio", 8.0, "How many times smaller than the full cache.")
 _SELECT = flags.DEFINE_list(
@@ -46,8 +46,7 @@ _SELECT = flags.DEFINE_list(
 )
 _STORE = flags.DEFINE_list("store", ["fp8", "int8", "int4", "int2", "million", "gear"], "Methods that store them.")
 _LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a synthetic context.")
-_EXAMPLES = flags.DEFINE_integer("examples", 4, "Examples of each task that the last two compete on.")
-_SEED = flags.DEFINE_integer("task_seed", 1, "Of the synthetic tasks.")
+_MOST = 4  # examples of each task that the last two compete on, without --examples
 _INSTALL = flags.DEFINE_string("install", None, "Write the winner to configs/methods under this name.")
 
 
@@ -112,8 +111,9 @@ def run() -> None:
         raise ValueError("--output_dir says where results go; it is required.")
     if not 1 < _RATIO.value < math.inf:
         raise ValueError(f"--target_ratio must be above 1 and finite, got {_RATIO.value:g}.")
-    if _EXAMPLES.value < 1:
-        raise ValueError(f"--examples must be at least 1, got {_EXAMPLES.value}.")
+    count = _MOST if cli.EXAMPLES.value is None else cli.EXAMPLES.value
+    if count < 1:
+        raise ValueError(f"--examples must be at least 1, got {count}.")
     check_method_names(_SELECT.value, "--select")
     check_method_names(_STORE.value, "--store")
     if _INSTALL.value is not None and not _INSTALL.value.isidentifier():
@@ -125,9 +125,9 @@ def run() -> None:
         methods=("full",),
         tasks=task_sources.split(cli.TASKS.value or "synthetic"),
         length=_LENGTH.value,
-        examples=_EXAMPLES.value,
-        max_examples=_EXAMPLES.value,
-        seed=_SEED.value,
+        examples=count,
+        max_examples=count,
+        seed=cli.TASK_SEED.value,
         **{flag.name: flag.value for flag in (cli.DTYPE, cli.BATCH, cli.MESH) if flag.value is not None},
     )
     with evaluation.loaded(settings) as model:
@@ -181,7 +181,7 @@ def _compete(settings, model, full, left: list[Candidate], examples, file) -> Ca
         left = halve(left, losses)
         if len(left) == 1:
             return left[0]
-        count = min(2 * count, _EXAMPLES.value)
+        count = min(2 * count, settings.max_examples)
 
 
 def _write(winner: Candidate, tried: dict[str, Candidate], rows: list[results.Row]) -> None:
