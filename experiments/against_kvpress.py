@@ -205,8 +205,9 @@ def run() -> None:
             raise ValueError(f"--methods: both have {', '.join(PAIRS)}, got {name!r}.")
     keeps = cli.KEEP.value or _KEEP
     context = cli.only(cli.CONTEXT, _CONTEXT)
-    if cli.FOLLOWING.value < 2 or context < 2:
-        raise ValueError(f"--following and --context must be at least 2 tokens, got {cli.FOLLOWING.value} and {context}.")
+    following = cli.FOLLOWING.value
+    if following < 2 or context < 2:
+        raise ValueError(f"--following and --context must be at least 2 tokens, got {following} and {context}.")
     if min(int(context * keep + 1e-9) for keep in keeps) < 1:
         raise ValueError(f"--keep must leave at least one token of {context}, got {min(keeps)}.")
     if cli.OUTPUT_DIR.value is not None:
