@@ -59,6 +59,7 @@ TASKS = flags.DEFINE_string("tasks", None, "Names of generated tasks, and task f
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of the weights and of what they compute.")
 BATCH = flags.DEFINE_integer("batch", None, "Prompts at once.")
 MESH = flags.DEFINE_string("mesh", None, "Devices as named axes and sizes, such as data:2,seq:2,model:2.")
+RATIOS = define_numbers("ratios", float, "a fraction", "Parts of the tokens that are read again.")
 EXAMPLES = flags.DEFINE_integer("examples", None, "Examples of each task.")
 TASK_SEED = flags.DEFINE_integer("task_seed", 1, "Of the generated tasks.")
 FOLLOWING = flags.DEFINE_integer("following", 64, "Tokens of the text behind the context that are scored.")

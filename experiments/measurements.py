@@ -411,7 +411,7 @@ def demonstration(model: Model, tokens: int) -> Calibration:
 
 
 # They measure nothing of values.
-_OF_ATTENTION = ("d2o", "double_sparsity", "duoattention", "headkv", "prefixkv", "razorattention")
+OF_ATTENTION = frozenset(("d2o", "double_sparsity", "duoattention", "headkv", "prefixkv", "razorattention"))
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "criticalkv": output_projections,
     "cskv": weight_directions,
@@ -448,7 +448,7 @@ def measure(recipe: str, model: Model, settings: Settings = Settings()) -> Calib
             f"--tokens must be from 8 to the {model.config.max_positions} positions of {model.config.name}, got "
             f"{settings.tokens}."
         )
-    if model.config.latent_rank and recipe not in _OF_ATTENTION:
+    if model.config.latent_rank and recipe not in OF_ATTENTION:
         raise ValueError(
             f"--method: {recipe} compresses values apart from keys, and in the multi-head latent attention of "
             f"{model.config.name} the keys are the values."

@@ -35,9 +35,8 @@ from kvjax import methods, reuse
 from models import Model, assets, keep_compiled, load_model
 from models.decoder import bind, first_layers, layer_rope
 
-for _name in ("model", "tasks", "examples", "task_seed", "output_dir", "replace", "dtype"):
+for _name in ("model", "tasks", "ratios", "examples", "task_seed", "output_dir", "replace", "dtype"):
     flags.declare_key_flag(_name)
-_RATIOS = cli.define_numbers("ratios", float, "a fraction", "Parts of the tokens that cacheblend reads again.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 4, "Documents of an example.")
 _DOCUMENT_TOKENS = flags.DEFINE_integer("document_tokens", 64, "Tokens of a document.")
 _MOST = 32  # examples of each task, without --examples
@@ -196,7 +195,7 @@ def check_flags() -> tuple[float, ...]:
     Raises:
       ValueError: names the flag.
     """
-    ratios = tuple(dict.fromkeys(_RATIOS.value or _EVERY_RATIO))
+    ratios = tuple(dict.fromkeys(cli.RATIOS.value or _EVERY_RATIO))
     for ratio in ratios:
         if not 0 <= ratio <= 1:
             raise ValueError(f"--ratios must be from 0 to 1, got {ratio:g}.")

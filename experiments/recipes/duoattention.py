@@ -76,6 +76,10 @@ class MixedLayer:
         gate = jnp.repeat(self.gate, a.out.shape[2] // self.gate.shape[0])[:, None]
         return kvjax.Partial(gate * a.out + (1 - gate) * b.out, a.lse)
 
+    def choose(self, queries: kvjax.Queries, *, given=None, **how):
+        """See `LayerCache.choose`: nothing is chosen here."""
+        return given
+
     def append(self, *new, **how) -> MixedLayer:
         """Itself."""
         return self

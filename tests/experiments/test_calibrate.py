@@ -53,7 +53,7 @@ def test_recipes_about_values_refuse_latent_attention():
     params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)
     model = Model(config, params, None)
     assert len(calibrations.fingerprint(model)) == 16
-    for recipe in measurements.RECIPES.keys() - {"d2o", "duoattention", "headkv", "prefixkv", "razorattention"}:
+    for recipe in measurements.RECIPES.keys() - measurements.OF_ATTENTION:
         with pytest.raises(ValueError, match=f"{recipe} compresses values apart from keys, .* of latent the keys are"):
             measurements.measure(recipe, model, SMALL)
 

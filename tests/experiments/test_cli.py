@@ -30,6 +30,7 @@ def test_a_program_refuses_the_flags_that_its_help_does_not_list_and_no_others(n
     monkeypatch.setattr(program, "run", lambda: print("runs"))
     program.run.__module__ = f"experiments.{name}"
     values = {"keep": "0.5", "budget": "8", "read": "0.5", "context": "64", "batch": "2", "dtype": "float32"}
+    values |= {"examples": "2", "task_seed": "2", "following": "8", "ratios": "0.5"}
     values |= {"gin_file": f"{ROOT}/configs/runs/quickstart.gin"}
     accepted = 0
     for flag in shared:
@@ -40,7 +41,7 @@ def test_a_program_refuses_the_flags_that_its_help_does_not_list_and_no_others(n
             accepted += 1
         else:
             assert (code, err) == (2, f"error: --{flag} means nothing to this program.\n")
-    assert 1 <= accepted < len(shared)
+    assert accepted < len(shared) and (accepted or name == "figures")
 
 
 def test_a_flag_of_another_program_is_refused():
@@ -102,7 +103,7 @@ def test_an_interrupt_during_imports_is_one_line(when):
                 if name == {when!r}:
                     os.kill(os.getpid(), signal.SIGINT)
         sys.meta_path.insert(0, Interrupt())
-        sys.argv[:] = ["evaluate"]
+        sys.argv[:] = ["-m"]  # as it is while `python -m` looks for the program
         runpy.run_module("experiments.evaluate", run_name="__main__")
     """
     ran = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], cwd=ROOT, capture_output=True, text=True)
