@@ -107,6 +107,8 @@ def _unsupported(
     for x in (k,) if v is None else (k, v):
         if not isinstance(x, Packed) and (hasattr(x, "decode") or x.dtype not in (jnp.float32, jnp.bfloat16)):
             return f"takes float32, bfloat16 and packed codes, got {getattr(x, 'dtype', type(x).__name__)}"
+        if isinstance(x, Packed) and x.bits not in (2, 4, 8):
+            return f"takes codes of 2, 4 and 8 bits, got {x.bits}"
         if isinstance(x, Packed) and x.affine.dtype not in (jnp.float32, jnp.bfloat16):
             return f"takes scales in float32 or bfloat16, got {x.affine.dtype}"
     if k_pos.shape[2] == 0:
