@@ -9,6 +9,7 @@ import pytest
 
 import kvjax
 import models
+from models.decoder import layer_rope
 from tests.kvjax import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,8 +54,9 @@ def test_the_site_has_every_page():
 
 def test_every_python_example_is_run_by_a_test():
     """A page that is not here has examples that nobody runs."""
+    here = ("generating", "long_prompts", "retrieval", "reuse")
     extending = ("write_a_codec", "write_a_method", "write_a_kernel", "add_a_family")
-    run = {*EXAMPLES, *(f"docs/{name}.md" for name in extending)}
+    run = {*EXAMPLES, *(f"docs/{name}.md" for name in (*here, *extending))}
     pages = {path.relative_to(ROOT).as_posix() for path in PAGES if "```python" in path.read_text(encoding="utf-8")}
     assert pages == run
 
@@ -101,3 +103,47 @@ def test_mesh_example_runs_and_leaves_a_run(tmp_path, monkeypatch):
     exec(compile(MANY_CHIPS, "README.md", "exec"), names)
     assert len(names["run"].cache.layers[0].segments[-1].k.devices()) == 8
     assert (tmp_path / "out" / "run" / "kvjax_run.json").is_file()
+
+
+def _examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["long_prompts.md", "retrieval.md"])
+def test_methods_of_a_page_compose(page):
+    (code,) = _examples(page)
+    names = {"kvjax": kvjax}
+    exec(compile(code, page, "exec"), names)
+    assert "quantize" in names["method"].schedule.name
+
+
+def test_drafts_write_what_is_written_without_them_and_the_store_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drafting, storing = _examples("generating.md")
+    tokens, lengths = tiny_model.prompt(2, 24), jnp.int32([24, 13])
+    lm = kvjax.bind(tiny_model.bind(tiny_model.params()), kvjax.identity(), empty_cache=tiny_model.empty)
+    names = dict(jax=jax, kvjax=kvjax, lm=lm, tokens=tokens, lengths=lengths, ids=[1, 2, 3])
+    exec(compile(drafting.replace("200", "20"), "generating.md", "exec"), names)
+    plain = lm.generate(lm.prefill(tokens, lengths, room=20), 20)
+    assert names["out"].tokens.tolist() == plain.tokens.tolist()
+    reads = []
+    names["read"] = lambda tokens, lengths: reads.append(1) or lm.prefill(tokens, lengths, room=4)
+    for _ in range(2):
+        exec(compile(storing, "generating.md", "exec"), names)
+    assert len(reads) == 2  # once for the shapes, which jax remembers, and once for what is stored
+
+
+def test_caches_are_used_again():
+    (code,) = _examples("reuse.md")
+    step = tiny_model.bind(tiny_model.params())
+    lm = kvjax.bind(step, kvjax.identity(), empty_cache=tiny_model.empty)
+    prompt, lengths = tiny_model.prompt(1, 24), jnp.int32([24])
+    first, second = (lm.prefill(tiny_model.prompt(1, 60, seed=i), jnp.int32([60]), room=0).cache for i in (1, 2))
+    run = lm.prefill(tiny_model.prompt(2, 24), jnp.int32([24, 20]), room=8)
+    names = dict(kvjax=kvjax, lm=lm, step=step, prompt=prompt, lengths=lengths, first=first, second=second, run=run)
+    names |= dict(tokens=tiny_model.prompt(2, 24)[:, 3:6], positions=jnp.int32([[3, 4, 5]] * 2))
+    names["ropes"] = [layer_rope(tiny_model.CONFIG, i) for i in range(tiny_model.CONFIG.num_layers)]
+    exec(compile(code, "reuse.md", "exec"), names)
+    held = kvjax.inspection.held_positions(names["cache"])[0][0]
+    assert held.tolist() == [*range(40), *range(200, 260)]
+    assert names["forks"].cache.length.tolist() == [24, 24, 20]
