@@ -1,4 +1,4 @@
-"""The same token ids, weights and budgets through kvpress and through us: likelihood, divergence, bytes.
+"""Runs the same token ids, weights and budgets through kvpress and through us: likelihood, divergence, bytes.
 
     python -m experiments.against_kvpress --keep=0.5,0.25 --output_dir=out/against_kvpress
 

@@ -52,7 +52,7 @@ class Documents:
 
     @property
     def unedited(self) -> tuple[int, ...]:
-        """The same before the edit."""
+        """Returns the tokens of the context before the edit."""
         return (*self.context[: self.start], *self.before, *self.context[self.stop :])
 
 

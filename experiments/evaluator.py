@@ -198,7 +198,7 @@ class Evaluator:
         return self._bytes(self._full, slots, jnp.dtype(jnp.bfloat16))[0]
 
     def _bytes(self, method: Method, slots: int, dtype: jnp.dtype) -> tuple[int, int]:
-        """What a context takes, and what a decoding step reads of it."""
+        """Counts the bytes that a context takes, and those that a decoding step reads of it."""
         key = method.config, slots, dtype
         if key not in self._at_rest:
             tokens, lengths = jax.ShapeDtypeStruct((1, slots), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -35,7 +35,7 @@ _BLOCK = re.compile(r"^```\w*\n(?P<text>.*?)^```$", flags=re.DOTALL | re.MULTILI
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """What a mark says.
+    """Names the figure that a mark in a page stands for, and how it is made.
 
     Attributes:
       name: of the mark.

@@ -52,7 +52,7 @@ class How:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What one method wrote behind a batch of prompts.
+    """Holds the texts that one method wrote behind a batch of prompts.
 
     Attributes:
       ids: tokens of each text, without the stop token.

@@ -21,7 +21,7 @@ Press = Callable[[Any, float], Any]
 
 
 class Answer(NamedTuple):
-    """What a cache gave, and what it held behind the context."""
+    """Holds what was predicted from a cache, and the bytes of the cache."""
 
     log_probs: np.ndarray  # f64[n, V], of every token that follows a fed one
     cache_bytes: int  # of keys and values, masked ones included

@@ -1,4 +1,4 @@
-"""What a prompt loses that reads chosen blocks of its keys: likelihood of what follows, and how much was read.
+"""Measures what a prompt loses that reads chosen blocks of its keys: likelihood of what follows, and what was read.
 
     python -m experiments.long_prompts --model=smollm2 --context=4096
 
@@ -42,7 +42,7 @@ class Counted:
     counts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
     def __call__(self, q, k, v, pos, *, window=None, scale=None):
-        """See `PromptAttention`."""
+        """Counts, and attends as `PromptAttention` does."""
         how = dict(window=window, scale=scale)
         index = self.attention.blocks(q, k, pos, **how).index
         possible = index.shape[0] * index.shape[1] * index.shape[2] * (index.shape[2] + 1) // 2

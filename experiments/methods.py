@@ -25,7 +25,7 @@ Calibrate = Callable[[str, str | None], Mapping[str, jax.Array]]
 """`(recipe, path) -> arrays`."""
 
 READ = 0.125
-"""What a step of decoding may read where nothing says so."""
+"""Share of the context that a step of decoding may read, where nothing says so."""
 
 METHODS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "methods"
 
@@ -158,7 +158,7 @@ class Method:
 
     @property
     def reads_alone(self) -> bool:
-        """Whether it must read a prompt by itself: in chunks, in chosen blocks, or with something before it."""
+        """Tells whether it must read a prompt by itself: in chunks, in chosen blocks, or with something before it."""
         schedule = self.transform.schedule
         own = schedule.before, schedule.needs.prompt_attention
         return self.prefill_chunk is not None or any(x is not None for x in own)

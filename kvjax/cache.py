@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from kvjax import sharding
 from kvjax.rope import Rope
 from kvjax.segments import AnySegment, Queries, Ranks, Rewrite, Segment
-from kvjax.segments.indices import Chosen
+from kvjax.segments.indices import Chosen, bytes_of
 from kvjax.segments.moves import written_after
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine
@@ -216,7 +215,7 @@ def empty_cache(
 
 def nbytes(tree: Any) -> int:
     """Bytes of the physical leaves of a cache, or of the shapes `jax.eval_shape` promises for one."""
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    return bytes_of(tree)
 
 
 def bytes_read(cache: Cache, queries: int = 1) -> int:

@@ -102,7 +102,7 @@ def combine_by_owner(
     return Partial(out=merged(summed), lse=merged(m + jnp.log(total)))
 
 
-def spread_to_owned(x: jax.Array, owner: jax.Array, owners: int) -> Float[Array, "B T K*G ..."]:
+def spread_to_owned(x: jax.Array, owner: jax.Array, owners: int) -> Float[Array, "B T P*G ..."]:
     """[B, T, K * G, ...] -> [B, T, P * G, ...]: to each of P parts what belongs to its owner i32[B, P] of K."""
     B, T, N = x.shape[:3]
     grouped = x.reshape(B, T, owners, N // owners, *x.shape[3:])

@@ -22,13 +22,13 @@ class Basis(Protocol):
     selects: bool  # coordinates are some of the channels: of keys alone, or values would lose the others
     columns: Float[Array, "#B K H R"] | None  # of which an expanded vector is the weighted sum; None: structured
 
-    def coordinates(self, x: jax.Array) -> Float[Array, "B K n H"]:
+    def coordinates(self, x: jax.Array) -> Float[Array, "B K n R"]:
         """[B, K, n, H] -> [B, K, n, R], without the mean."""
 
-    def expand(self, c: jax.Array) -> Float[Array, " B #K n R"]:
+    def expand(self, c: jax.Array) -> Float[Array, "B K n H"]:
         """[B, K or 1, n, R] -> [B, K, n, H], without the mean."""
 
-    def coordinates_of_queries(self, q: jax.Array) -> Float[Array, "B K n H"]:
+    def coordinates_of_queries(self, q: jax.Array) -> Float[Array, "B K n R"]:
         """[B, K, n, H] -> [B, K, n, R], the transpose of `expand`: `<q, expand(c)> = <result, c>`."""
 
     def axes(self) -> Basis:

@@ -102,7 +102,7 @@ class BlockedSegment:
     def bytes_read(self, queries: int = 1) -> int:
         """Returns the bytes that attention reads for a call."""
         of_body = getattr(self.body, "bytes_read", lambda _: bytes_of(self.body))
-        return of_body(queries) + bytes_of(self.tail)
+        return of_body(queries) + bytes_of((self.bands, self.tail))
 
     def attend(self, queries: Queries, *, chosen: Chosen | None = None, **how) -> Partial:
         """See `AnySegment.attend`; of the body what is `chosen`, if anything is."""
@@ -138,7 +138,8 @@ class BlockedSegment:
 
     def edited(self, edit: Edit) -> BlockedSegment:
         """See `AnySegment.edited`. A block is written again when all of it is empty."""
-        return self.replace(body=self.body.edited(edit), tail=self.tail.edited(edit))
+        bands = tuple(band.edited(edit) for band in self.bands)
+        return self.replace(body=self.body.edited(edit), tail=self.tail.edited(edit), bands=bands)
 
     def append(self, k: jax.Array, v: jax.Array, pos: jax.Array, rope: Rope) -> BlockedSegment:
         """See `AnySegment.append`."""

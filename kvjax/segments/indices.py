@@ -233,7 +233,7 @@ def bytes_of(tree: Any) -> int:
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def by_kv_head(x: jax.Array, kv_heads: int) -> Float[Array, "B T N H"]:
+def by_kv_head(x: jax.Array, kv_heads: int) -> Float[Array, "B K T G H"]:
     """[B, T, N, H] -> [B, K, T, G, H]."""
     B, T, N, H = x.shape
     return x.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 1, 3, 4)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from kvjax.budget import Budget, budget_rows, budget_slots, check_budget
 from kvjax.cache import Cache, LayerCache
-from kvjax.observation import LayerObservation, Observation
+from kvjax.observation import Observation
 from kvjax.rope import Rope
 from kvjax.segments import AnySegment, BlockedSegment, LatentSegment, Segment
 from kvjax.segments.bases import Matrix
 from kvjax.segments.indices import Index
+from kvjax.segments.protocol import KeyRope
 from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.segments.selected import Reading, SelectedSegment
 from kvjax.transforms.base import CacheTransform
@@ -37,7 +38,7 @@ def select(
     dense_layers: Sequence[int] = (0, 1),
     choose_at: Sequence[int] | None = None,
     each: int = 8,
-    key_rope: str = "stored",
+    key_rope: KeyRope = "stored",
     encode: Callable[[Segment], AnySegment] | None = None,
 ) -> CacheTransform:
     """Stores all slots in pages and lets each query read `read` tokens of them, those whose pages an index ranks first.
@@ -125,10 +126,11 @@ def select(
         layers = []
         for i, (layer, seen) in enumerate(zip(cache.layers, observation.layers, strict=True)):
             how = reading(i, observation.prompt_slots)
-            layers.append(layer if how is None else compress_jit(layer, _rope(seen), indices[i], rows, how))
+            layers.append(layer if how is None else compress_jit(layer, seen.queries.rope, indices[i], rows, how))
         return cache.replace(layers=tuple(layers)), ()
 
-    needs = "vectors slots room" + " rotated" * (key_rope == "stored") + " whole aligned" * (choose_at is not None)
+    needs = "vectors slots room places" + " rotated" * (key_rope == "stored")
+    needs += " whole aligned" * (choose_at is not None)
     order = Order.of(needs=needs, loses="slots whole" + " rotated vectors" * (key_rope != "stored"))
     return CacheTransform(init, schedule=Schedule(acts_in=(), name="select", order=order))
 
@@ -164,7 +166,3 @@ def check_read(read: Budget) -> None:
         check_budget(read)
     except ValueError as error:
         raise ValueError(str(error).replace("budget", "read", 1)) from error
-
-
-def _rope(seen: LayerObservation) -> Rope:
-    return seen.queries.rope

@@ -90,6 +90,16 @@ def test_saq_quantizes_a_block_again_at_every_step_down():
         assert np.isnan(keys[row, head, len(k) :]).all()
 
 
+def test_bands_are_read_and_emptied_as_the_rest_is():
+    layer, _ = _stored(methods.saq((8, 4, 2), (1, 1), group=16, residual=16), lengths=LENGTHS)
+    cache = kvjax.Cache((layer,), jnp.int32(LENGTHS))
+    assert kvjax.bytes_read(cache) == kvjax.nbytes(layer)
+    odd = kvjax.reuse.without(cache, lambda pos: pos % 2 == 0)
+    for row, length in enumerate(LENGTHS):
+        held = kvjax.inspection.held_positions(odd, row)[0]
+        assert all(head.tolist() == list(range(1, length, 2)) for head in held)
+
+
 def test_vidkv():
     _, (keys, values) = _stored(methods.vidkv(0.5, group=16, residual=32), lengths=(T, T))
     for row, head in _heads():
