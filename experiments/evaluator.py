@@ -116,7 +116,8 @@ class Evaluator:
         start = time.perf_counter()
         if self._whole or method.reads_alone:
             tokens, lengths = reading.padded(asked.prompts, asked.slots), reading.row_lengths(asked.prompts)
-            run = self._prefill_alone(method, asked.room)(self._model.params, tokens, lengths)
+            room = max(asked.room, self._call_tokens)  # inside jit a call is refused by its width
+            run = self._prefill_alone(method, room)(self._model.params, tokens, lengths)
         else:
             how = dict(room=asked.room, call_tokens=self._call_tokens, slots=asked.slots)
             run = reading.compress(self._model, method, dense, asked.prompts, **how)

@@ -91,7 +91,8 @@ def test_a_search_on_a_mesh_finds_what_one_device_finds(tmp_path, monkeypatch):
         assert code == 0, err
         summary = json.loads((tmp_path / name / "summary.json").read_text())["methods"]
         found[name] = {method: entry["mean"]["nll"] for method, entry in summary.items()}
-    assert found["mesh"] == pytest.approx(found["one"], abs=1e-3)
+    assert {"full", "keydiff"} <= found["mesh"].keys() <= found["one"].keys()  # a mesh may round slots up
+    assert found["mesh"] == pytest.approx({name: found["one"][name] for name in found["mesh"]}, abs=1e-3)
 
 
 def test_search_refuses_what_it_cannot_do(tmp_path):
