@@ -7,6 +7,11 @@ The ceilings of the machine are measured in the same run, so that every figure s
 needs the extra `peer` (torch, transformers); without it its columns say so. The methods are compared at the longest
 length, where the prompt is read once for all of them: their prefill is that reading and the compression of each. About
 15 minutes on 2 cores.
+
+    python -m experiments.bench_decode --model=llama3_1_8b --random_weights --dtype=bfloat16 --batch=8 \
+        --mesh=data:2,model:4 --lengths=32768 --methods=int8,int4,snapkv_int4
+
+times the shape of a model with untrained weights, on several devices. There is no peer then.
 """
 
 from __future__ import annotations
@@ -16,34 +21,41 @@ from experiments import interrupts
 if __name__ == "__main__":
     interrupts.quit_in_one_line()  # the imports below take seconds
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 import kvjax
 from experiments import cli, reading
 from experiments.calibrations import Calibrations
+from experiments.ceilings import Ceilings, prefill_flops, processor, threads, weight_bytes
 from experiments.methods import READ, Method, check_method_names, load_method
 from experiments.report import human_bytes
+from experiments.shapes import read_model
 from experiments.stopwatch import in_turn, seconds
 from experiments.transformers_peer import TransformersPeer
+from kvjax import sharding
 from models import Model, load_model
 from models.assets import ESSAYS, fetch
-from models.config import DecoderConfig
 from models.decoder import bind
+from models.weights import abstract_params, param_axes, random_params
 
-for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "read", "output_dir"):
+_DECLARED = ("gin_file", "gin_bindings", "model", "methods", "keep", "read", "dtype", "batch", "mesh", "output_dir")
+for _name in _DECLARED:
     flags.declare_key_flag(_name)
+_RANDOM = flags.DEFINE_bool(
+    "random_weights", False, "Untrained weights in the shape of --model: a name in configs/models, or a config.json."
+)
 _LENGTHS = flags.DEFINE_list("lengths", ["512", "2048", "8192"], "Prompt lengths in tokens.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "Tokens decoded per repeat.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed repeats; the median is printed.")
@@ -61,14 +73,14 @@ class Speed:
 
     Attributes:
       name: of the method, or of the peer.
-      prompt_tokens: length of the prompt.
-      prefill_seconds: reading and compressing the prompt.
-      decode_tokens_per_second: greedy, one sequence.
+      prompt_tokens: length of each prompt.
+      prefill_seconds: reading and compressing the prompts.
+      decode_tokens_per_second: greedy, of all rows together.
       prefill_bound_seconds: the FLOPs of a causal prefill at the machine's GFLOP/s.
-      decode_bound_tokens_per_second: the bytes that a token must read, weights and cache, at its GB/s.
+      decode_bound_tokens_per_second: the bytes that a step must read, weights and caches, at its GB/s.
       cache_bytes: all arrays of the cache, room for the new tokens included; None for the peer.
-      read_bytes: what attention reads of them for a token.
-      tokens: what was decoded.
+      read_bytes: what attention reads of them in a step.
+      tokens: what was decoded in the first row.
     """
 
     name: str
@@ -82,67 +94,30 @@ class Speed:
     tokens: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches in the simplest programs, at best of several tries."""
-
-    gigabytes_per_second: float  # XLA's sum over 256 MB of float32
-    gigaflops_per_second: float  # XLA's product of two 2048 x 2048 float32 matrices
-
-    @classmethod
-    def measure(cls) -> Ceilings:
-        """Takes about a second."""
-        long, square = jnp.ones((64_000_000,)), jnp.ones((2048, 2048))
-
-        def best(f, x) -> float:
-            jax.block_until_ready(f(x))
-            return min(seconds(lambda: jax.block_until_ready(f(x)))[0] for _ in range(9))
-
-        read, product = best(jax.jit(jnp.sum), long), best(jax.jit(lambda a: a @ a), square)
-        return cls(4 * long.size / read / 1e9, 2 * 2048**3 / product / 1e9)
-
-
-def prefill_flops(config: DecoderConfig, tokens: int) -> int:
-    """Multiplications and additions of a causal prefill: matrices, attention, and the head of the last token."""
-    N, K, H, D, F = config.num_heads, config.num_kv_heads, config.head_dim, config.width, config.ffn_width
-    feed_forward = (3 if config.gated else 2) * D * (F * max(config.experts_per_token, 1) + config.shared_ffn_width)
-    matrices = D * (N + 2 * K) * H + N * H * D + feed_forward
-    if config.latent_rank:
-        C, P, R, V = config.still_channels, config.rotated, config.latent_rank, config.value_channels
-        matrices = D * (N * (C + P) + H) + N * R * (C + V) + N * V * D + feed_forward
-    attention = 2 * N * H * (tokens + 1) / 2  # per query: its logits and its mix, over half the keys on average
-    return int(2 * (config.num_layers * tokens * (matrices + attention) + D * config.vocab_size))
-
-
-def weight_bytes(model: Model) -> int:
-    """Bytes of weights that one token reads: all but an embedding of which it needs a single row."""
-    unread = 0 if model.params.head is None else model.params.embed.nbytes
-    return kvjax.nbytes(model.params) - unread
-
-
 class Ours:
     """Our decoder with one method, compiled as two programs: a prefill, and a loop of which the cache is donated.
 
     With `prompt`, what `reading.read` returned, the first program only compresses it; reading counts as it took.
     """
 
-    def __init__(self, model: Model, method: Method, ids: Sequence[int], new_tokens: int, prompt=None):
-        config, T = model.config, len(ids)
+    def __init__(self, model: Model, method: Method, rows: Sequence[Sequence[int]], new_tokens: int, prompt=None):
+        config, lengths = model.config, reading.row_lengths(rows)
 
         def lm(params):
             return kvjax.bind(bind(params, config), method.transform)
 
         def compress(params, out):
-            return reading.compress(dataclasses.replace(model, params=params), method, out, [ids], room=new_tokens)
+            return reading.compress(dataclasses.replace(model, params=params), method, out, rows, room=new_tokens)
 
         def read(params, tokens):
-            return lm(params).prefill(tokens, jnp.array([T]), room=new_tokens, chunk=method.prefill_chunk)
+            return lm(params).prefill(tokens, lengths, room=new_tokens, chunk=method.prefill_chunk)
 
         def write(params, run):
-            return lm(params).generate(run, new_tokens)
+            done = lm(params).generate(run, new_tokens)
+            return done._replace(tokens=sharding.constrain(done.tokens, None, None))  # every host has them
 
         shared = prompt is not None and not method.reads_alone
-        self._params, self._prompt = model.params, prompt[0] if shared else jnp.asarray([ids])
+        self._params, self._prompt = model.params, prompt[0] if shared else reading.padded(rows)
         self._read, self._write = jax.jit(compress if shared else read), jax.jit(write, donate_argnums=1)
         self._seconds_before = prompt[1] if shared else 0.0
         run = jax.eval_shape(self._read, self._params, self._prompt)
@@ -150,23 +125,46 @@ class Ours:
         self.read_bytes = kvjax.bytes_read(run.cache)
 
     def __call__(self) -> tuple[float, float, tuple[int, ...]]:
-        """Seconds of a prefill, seconds of the decoding, the tokens."""
+        """Seconds of a prefill, seconds of the decoding, the tokens of the first row."""
         prefill, run = seconds(lambda: jax.block_until_ready(self._read(self._params, self._prompt)))
         decode, done = seconds(lambda: jax.block_until_ready(self._write(self._params, run)))
-        return self._seconds_before + prefill, decode, tuple(done.tokens[0].tolist())
+        return self._seconds_before + prefill, decode, tuple(jax.device_get(done.tokens)[0].tolist())
+
+
+@contextlib.contextmanager
+def loaded(name: str, dtype: str, random_weights: bool, mesh: str | None) -> Iterator[Model]:
+    """The model, on its mesh, in whose scope all that follows runs; with random weights it has no tokenizer."""
+    devices = None if mesh is None else sharding.make_mesh(mesh)
+    with contextlib.nullcontext() if devices is None else sharding.use_mesh(devices):
+        shardings = None if devices is None else functools.partial(sharding.shardings, mesh=devices)
+        if not random_weights:
+            yield load_model(name, dtype, shardings=shardings)
+            return
+        config = read_model(name, None)
+        placed = shardings and shardings(param_axes(config), abstract_params(config, dtype))
+        draw = jax.jit(functools.partial(random_params, config, dtype=jnp.dtype(dtype)), out_shardings=placed)
+        yield Model(config, draw(jax.random.key(0)), None)
 
 
 def read_prompt(model: Model, lengths: Sequence[int], new_tokens: int) -> tuple[list[int], list[int]]:
-    """Token ids of essays, and the lengths, cut to what the model was trained for."""
+    """Token ids of essays, or any without a tokenizer, and the lengths, cut to what the model was trained for."""
     longest = model.config.max_positions - new_tokens
     if longest < 1:
         raise ValueError(f"--new_tokens must be below the model's {model.config.max_positions}, got {new_tokens}.")
     lengths = sorted({min(length, longest) for length in lengths})
+    if model.tokenizer is None:
+        return np.random.default_rng(0).integers(model.config.vocab_size, size=lengths[-1]).tolist(), lengths
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(fetch(ESSAYS).glob("*.txt")))
     ids = [*model.tokenizer.opening, *model.tokenizer.encode(text[: 16 * lengths[-1]])]
     if len(ids) < lengths[-1]:
         raise ValueError(f"--lengths must be at most {len(ids)}, the tokens of the text, got {lengths[-1]}.")
     return list(ids[: lengths[-1]]), lengths
+
+
+def rows_of(ids: Sequence[int], batch: int) -> list[list[int]]:
+    """As many rows of the same tokens, each from another place on."""
+    starts = [row * len(ids) // batch for row in range(batch)]
+    return [[*ids[start:], *ids[:start]] for start in starts]
 
 
 def bench(
@@ -179,17 +177,25 @@ def bench(
     *,
     new_tokens: int,
     repeats: int,
+    batch: int = 1,
+    whole: bool = False,
 ) -> Iterator[list[Speed]]:
-    """Yields, per length, the full cache and the peer; then all methods, the full cache first, at the longest."""
-    groups = [(n, {methods[0].name: Ours(model, methods[0], ids[:n], new_tokens)}) for n in lengths]
+    """Yields, per length, the full cache and the peer; then all methods, the full cache first, at the longest.
+
+    With `whole`, for a mesh, every method reads the prompts by itself, as one program.
+    """
+    rows = {length: rows_of(ids[:length], batch) for length in lengths}
+    groups = [(n, {methods[0].name: Ours(model, methods[0], rows[n], new_tokens)}) for n in lengths]
     if len(methods) > 1:
         groups.append((lengths[-1], None))
     for index, (length, candidates) in enumerate(groups):
         if candidates is None:  # read once for all of them
-            needs = reading.shared_needs(methods)
-            reading.read(model, [ids[:length]], needs)  # compiles
-            prompt = reading.read(model, [ids[:length]], needs)
-            candidates = {m.name: Ours(model, m, ids[:length], new_tokens, prompt) for m in methods}
+            prompt = None
+            if not whole:
+                needs = reading.shared_needs(methods)
+                reading.read(model, rows[length], needs)  # compiles
+                prompt = reading.read(model, rows[length], needs)
+            candidates = {m.name: Ours(model, m, rows[length], new_tokens, prompt) for m in methods}
         full_bytes = candidates[methods[0].name].read_bytes
         if peer is not None and index < len(lengths):
             candidates = candidates | {_PEER: functools.partial(peer, ids[:length], new_tokens)}
@@ -202,9 +208,10 @@ def bench(
                     name,
                     length,
                     prefill_seconds=prefill,
-                    decode_tokens_per_second=new_tokens / decode,
-                    prefill_bound_seconds=prefill_flops(model.config, length) / ceilings.gigaflops_per_second / 1e9,
-                    decode_bound_tokens_per_second=ceilings.gigabytes_per_second * 1e9 / read,
+                    decode_tokens_per_second=batch * new_tokens / decode,
+                    prefill_bound_seconds=batch * prefill_flops(model.config, length)
+                    / (ceilings.gigaflops_per_second * 1e9),
+                    decode_bound_tokens_per_second=batch * ceilings.gigabytes_per_second * 1e9 / read,
                     cache_bytes=size,
                     read_bytes=read_bytes,
                     tokens=tokens,
@@ -240,45 +247,53 @@ def table(speeds: Sequence[Speed], base: str | None) -> str:
 def run() -> None:
     """The program."""
     lengths = _read_lengths()
-    for flag in (_NEW_TOKENS, _REPEATS):
-        if flag.value < 1:
-            raise ValueError(f"--{flag.name} must be at least 1, got {flag.value}.")
+    batch = 1 if cli.BATCH.value is None else cli.BATCH.value
+    for name, value in (("new_tokens", _NEW_TOKENS.value), ("repeats", _REPEATS.value), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
     names = _COMPRESSED if cli.METHODS.value is None else cli.METHODS.value
-    keep = cli.only(cli.KEEP, _COMPRESSED_KEEP)
     check_method_names(names, paths=True)
+    if _RANDOM.value and cli.MODEL.value is None:
+        raise ValueError("--random_weights needs the shape of a --model.")
     if cli.OUTPUT_DIR.value is not None:
         pathlib.Path(cli.OUTPUT_DIR.value).mkdir(parents=True, exist_ok=True)
-    model = load_model(cli.MODEL.value or "smollm2")
-    configs = dict(
-        **cli.configs(),
-        calibrate=Calibrations(model),
-        tokenizer=model.tokenizer,
-    )
-    read = cli.only(cli.READ, READ)
-    methods = [load_method(name, budget=keep, read=read, **configs) for name in dict.fromkeys(["full", *names])]
+    dtype, mesh = cli.DTYPE.value or "float32", cli.MESH.value
+    with loaded(cli.MODEL.value or "smollm2", dtype, _RANDOM.value, mesh) as model:
+        _bench(model, lengths, names, batch, dtype)
+
+
+def _bench(model: Model, lengths: Sequence[int], names: Sequence[str], batch: int, dtype: str) -> None:
+    mesh = cli.MESH.value
+    measured = {} if model.tokenizer is None else dict(calibrate=Calibrations(model), tokenizer=model.tokenizer)
+    how = dict(budget=cli.only(cli.KEEP, _COMPRESSED_KEEP), read=cli.only(cli.READ, READ), **cli.configs(), **measured)
+    methods = [load_method(name, **how) for name in dict.fromkeys(["full", *names])]
     cli.check_reached(method.config for method in methods)
     ids, lengths = read_prompt(model, lengths, _NEW_TOKENS.value)
-    threads = _threads()
-    try:
-        peer = TransformersPeer(model, threads)
-    except ImportError as error:
-        peer = None
-        print(f"No peer: {error}. Install the extra `peer` to compare.")
-    except ValueError as error:  # another family
-        peer = None
-        print(f"No peer: {error}")
+    cores = threads()
+    peer = None
+    if batch > 1 or dtype != "float32" or mesh is not None or model.tokenizer is None:
+        print("No peer: it is compared on one device, with one prompt, in float32, on the weights of a checkpoint.")
+    else:
+        peer = _peer(model, cores)
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
-    ceilings = Ceilings.measure()
+    ceilings = Ceilings.measure(dtype, jax.device_count() if mesh else 1)
+    settings = ", ".join(
+        [
+            f"{model.config.name}{'' if model.tokenizer else ' (random weights)'}, {dtype}",
+            *([f"{batch} rows"] if batch > 1 else []),
+            *([f"mesh {mesh} of {jax.devices()[0].device_kind}"] if mesh else []),
+        ]
+    )
     print(
-        f"{model.config.name}, float32, {_processor()}, {threads} threads, "
+        f"{settings}, {processor()}, {cores} threads, "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}\n"
         f"machine: {ceilings.gigabytes_per_second:.1f} GB/s memory read, "
-        f"{ceilings.gigaflops_per_second:.0f} GFLOP/s float32; a token reads {weight_bytes(model) / 1e6:.0f} MB of "
+        f"{ceilings.gigaflops_per_second:.0f} GFLOP/s {dtype}; a step reads {weight_bytes(model) / 1e6:.0f} MB of "
         f"weights\n\n{_header(_PEER)}"
     )
     parts = []
-    settings = dict(new_tokens=_NEW_TOKENS.value, repeats=_REPEATS.value)
-    for speeds in bench(model, ids, lengths, methods, peer, ceilings, **settings):
+    how = dict(new_tokens=_NEW_TOKENS.value, repeats=_REPEATS.value, batch=batch, whole=mesh is not None)
+    for speeds in bench(model, ids, lengths, methods, peer, ceilings, **how):
         parts.append(speeds)
         if len(parts) > len(lengths):
             print(f"\n{_header('full')}\n{table(speeds, 'full')}", flush=True)
@@ -289,14 +304,20 @@ def run() -> None:
         print(f"\nBoth decoded {'the same' if same else 'DIFFERENT'} tokens at every length.")
     print(
         f"\n{_PEER}, full: speed relative to it in this run; medians of {_REPEATS.value} runs in turn.\n"
-        "of peak: FLOPs of a causal prefill over time and peak. bound: tokens/s if a token cost no more than reading\n"
+        "of peak: FLOPs of a causal prefill over time and peak. bound: tokens/s if a step cost no more than reading\n"
         "weights and what attention reads of the cache once at that bandwidth."
     )
     if cli.OUTPUT_DIR.value is not None:
         report = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "processor": _processor(),
-            "threads": threads,
+            "model": model.config.name,
+            "random_weights": model.tokenizer is None,
+            "dtype": dtype,
+            "batch": batch,
+            "mesh": mesh,
+            "device": jax.devices()[0].device_kind,
+            "processor": processor(),
+            "threads": cores,
             "versions": versions,
             "ceilings": dataclasses.asdict(ceilings),
             "weight_bytes": weight_bytes(model),
@@ -304,6 +325,16 @@ def run() -> None:
         }
         path = pathlib.Path(cli.OUTPUT_DIR.value, "bench.json")
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _peer(model: Model, cores: int) -> TransformersPeer | None:
+    try:
+        return TransformersPeer(model, cores)
+    except ImportError as error:
+        print(f"No peer: {error}. Install the extra `peer` to compare.")
+    except ValueError as error:  # another family
+        print(f"No peer: {error}")
+    return None
 
 
 def _read_lengths() -> list[int]:
@@ -316,26 +347,11 @@ def _read_lengths() -> list[int]:
     return lengths
 
 
-def _threads() -> int:
-    """Cores that this process may use: as many threads as XLA starts."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it, or its family."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

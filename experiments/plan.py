@@ -29,11 +29,10 @@ from experiments import cli, pictures
 from experiments.methods import READ, load_method
 from experiments.planner import Plan, Planner, Setting
 from experiments.report import human_bytes
-from experiments.suggestions import there_are
+from experiments.shapes import model_names, read_model
 from experiments.tpu_compiler import GENERATIONS, V4, Generation, compile_only_devices
 from kvjax import sharding
 from models.config import DecoderConfig
-from models.families import read_config
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "context", "batch", "mesh", "output_dir", "json"):
     flags.declare_key_flag(_name)
@@ -46,35 +45,8 @@ _CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens of a chunk of the prompt.")
 _ROOM = flags.DEFINE_integer("room", 1024, "Tokens to make room for behind the prompt.")
 _LARGEST = flags.DEFINE_bool("largest", True, "Look for the largest context that fits.")
 
-MODELS_DIR = pathlib.Path(__file__).parent.parent / "configs" / "models"
 _CHIPS = {generation.name: generation for generation in (*GENERATIONS, V4)}
 _EXAMPLES = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v6e:16x16", "v5p:2x2x1", "v5p:8x8x8", "v4:2x2x1", "tpu7x:2x2x1")
-
-
-def model_names() -> list[str]:
-    """Names of the files in configs/models."""
-    return sorted(path.stem for path in MODELS_DIR.glob("*.json"))
-
-
-def read_model(name: str, context: int) -> DecoderConfig:
-    """The shape of a model: a name of `model_names()`, or the path of a config.json or of the directory it is in.
-
-    Raises:
-      ValueError: there is no such model, with those there are; or a config that the decoder does not follow.
-    """
-    path = pathlib.Path(name).expanduser()
-    if name in model_names():
-        path = MODELS_DIR / f"{name}.json"
-    elif path.is_dir():
-        path /= "config.json"
-    if not path.is_file():
-        known = there_are(name, model_names())
-        raise ValueError(f"--model: no shape {name!r}, and no path of a config.json; {known}")
-    try:
-        fields = json.loads(path.read_text("utf-8-sig"))
-        return read_config(path.stem if name in model_names() else name, fields, context)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--model: {path} cannot be used: {error}") from error
 
 
 def read_topology(name: str) -> tuple[Generation, int]:

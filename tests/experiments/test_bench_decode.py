@@ -103,6 +103,8 @@ def test_the_table_says_that_the_peer_is_missing(finished):
         ("--new_tokens=0", "--new_tokens must be at least 1, got 0"),
         ("--new_tokens=256", "--new_tokens must be below the model's 256, got 256"),
         ("--repeats=0", "--repeats must be at least 1, got 0"),
+        ("--batch=0", "--batch must be at least 1, got 0"),
+        ("--mesh=data:3", "mesh data:3 has 3 places, but there are 8 devices"),
         ("--keep=0", "--keep must be in (0, 1], got 0.0"),
         ("--methods=magic", "unknown method 'magic'"),
         ("--model=/nowhere", "'/nowhere' does not exist"),
@@ -112,6 +114,27 @@ def test_bad_input_is_one_line(checkpoint, flag, says):
     code, out, err = bench(*([] if flag.startswith("--model") else [f"--model={checkpoint}"]), flag)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_untrained_weights_write_the_same_on_a_mesh(checkpoint, tmp_path):
+    """Two rows of a shape, on one device and on eight."""
+    reports = []
+    for index, more in enumerate(([], ["--mesh=data:2,seq:2,model:2"])):
+        flags = [f"--model={checkpoint}", "--random_weights", "--lengths=80", "--new_tokens=4", "--repeats=1", *more]
+        code, out, err = bench(*flags, "--methods=int4", "--batch=2", f"--output_dir={tmp_path}/{index}")
+        assert code == 0 and "No peer" in out, err
+        reports.append(json.loads((tmp_path / str(index) / "bench.json").read_text()))
+    alone, split = ([(s["name"], s["prompt_tokens"], s["tokens"]) for s in report["speeds"]] for report in reports)
+    assert alone == split and [name for name, *_ in alone] == ["full", "full", "int4"]
+    assert all(len(tokens) == 4 for *_, tokens in alone)
+    for report in reports:
+        full = report["speeds"][0]
+        assert full["cache_bytes"] == 2 * (2 * 2 * (80 + 4) * (2 * 32 * 4 + 4) + 4)
+        bound = 2 * report["ceilings"]["gigabytes_per_second"] * 1e9
+        assert full["decode_bound_tokens_per_second"] == pytest.approx(
+            bound / (report["weight_bytes"] + full["read_bytes"])
+        )
 
 
 def test_flops_of_a_prefill_are_those_of_its_products(checkpoint):
@@ -175,6 +198,6 @@ def test_the_peer_is_the_same_model(checkpoint):
     )
     # Two float32 implementations of two layers, logits of order 1.
     np.testing.assert_allclose(peer.logits(ids), logits[0, -1], atol=1e-4)
-    ours = program.Ours(model, program.load_method("full", budget=0.5), ids, NEW_TOKENS)
+    ours = program.Ours(model, program.load_method("full", budget=0.5), [ids], NEW_TOKENS)
     assert peer(ids, NEW_TOKENS)[2] == ours()[2]
     assert ours.cache_bytes == kvjax.nbytes(prompt_cache(model.config, 1)) + 2 * 2 * (100 + NEW_TOKENS) * 260

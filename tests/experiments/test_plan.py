@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import plan, planner
+from experiments import plan, planner, shapes
 from experiments.planner import Plan, Program, collectives, largest_context, memory_wanted
 from tests.experiments import in_process
 
@@ -46,13 +46,13 @@ def test_the_largest_context_is_where_bytes_end(capacity, tokens):
 
 
 def test_models_are_names_or_paths(tmp_path):
-    config = plan.read_model("llama3_1_8b", 1024)
+    config = shapes.read_model("llama3_1_8b", 1024)
     assert (config.num_layers, config.num_kv_heads, config.head_dim) == (32, 8, 128)
-    fields = json.loads((plan.MODELS_DIR / "qwen3_8b.json").read_text())
+    fields = json.loads((shapes.MODELS_DIR / "qwen3_8b.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 3}))
-    assert plan.read_model(str(tmp_path), 1024).num_layers == 3
-    for name in plan.model_names():
-        assert plan.read_model(name, 4096).num_layers > 20
+    assert shapes.read_model(str(tmp_path), 1024).num_layers == 3
+    for name in shapes.model_names():
+        assert shapes.read_model(name, 4096).num_layers > 20
 
 
 def test_bad_input_is_one_line_that_names_the_flag(tmp_path):
@@ -74,7 +74,7 @@ def test_bad_input_is_one_line_that_names_the_flag(tmp_path):
 
 @pytest.mark.tpu_compile
 def test_a_plan_is_printed_drawn_and_written(tmp_path):
-    fields = json.loads((plan.MODELS_DIR / "llama3_1_8b.json").read_text())
+    fields = json.loads((shapes.MODELS_DIR / "llama3_1_8b.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 1, "vocab_size": 1024}))
     flags = [f"--model={tmp_path}", "--context=2048", "--topology=v5e:2x2", "--mesh=seq:2,model:2", "--methods=int4"]
     code, out, err = in_process.call(plan, *flags, f"--output_dir={tmp_path / 'out'}")

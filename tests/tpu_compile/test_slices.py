@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import kvjax
-from experiments import plan, planner
+from experiments import planner, shapes
 from experiments.methods import load_method
 from experiments.tpu_compiler import compile_only_devices
 from kvjax import sharding
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.tpu_compile
 )
 def test_a_step_over_millions_of_tokens_reads_its_own_shard(devices, topology, mesh, method, context):
     """Two of 32 layers: every layer is the same program, and what is asserted is per layer."""
-    config = dataclasses.replace(plan.read_model("llama3_1_8b", context), num_layers=2)
+    config = dataclasses.replace(shapes.read_model("llama3_1_8b", context), num_layers=2)
     grid = sharding.make_mesh(mesh, compile_only_devices(topology))
     of, method = planner.Planner(planner.Setting(config, context, 1, grid)), load_method(method, budget=0.25)
     with sharding.use_mesh(grid):
@@ -76,7 +76,7 @@ def test_layers_are_ordered_one_after_the_other(devices):
 def test_shapes_of_a_plan_are_those_of_published_models():
     sizes = {"llama3_1_8b": 8.03, "llama3_1_70b": 70.55, "llama3_1_405b": 405.85, "qwen3_8b": 8.19}
     for name, billions in sizes.items():
-        fields = json.loads((plan.MODELS_DIR / f"{name}.json").read_text())
+        fields = json.loads((shapes.MODELS_DIR / f"{name}.json").read_text())
         d, f, n = fields["hidden_size"], fields["intermediate_size"], fields["num_hidden_layers"]
         h = fields.get("head_dim", d // fields["num_attention_heads"])
         heads = fields["num_attention_heads"] + 2 * fields["num_key_value_heads"]
