@@ -48,6 +48,26 @@ def test_program_saves_what_its_method_runs_with(recipe, checkpoint, model, tmp_
     assert calibrate(*given, "--replace")[0] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", measurements.RECIPES)
+def test_a_mesh_of_devices_measures_the_same(recipe, checkpoint, model, tmp_path):
+    folder = tmp_path / "made"
+    given = (f"--method={recipe}", f"--model={checkpoint}", f"--output_dir={folder}", "--texts=2", "--tokens=64")
+    code, out, err = calibrate(*given, "--mesh=data:1,seq:4,model:2")
+    assert code == 0, err
+    split = calibrations.load(folder, recipe, model)  # on a mesh the model has the same fingerprint
+    alone = measurements.measure(recipe, model, SMALL)
+    assert split.keys() == alone.keys()
+    for name, x in alone.items():
+        size = float(jnp.abs(x).max())
+        # Directions of equal variance may be any of their span; codebooks start from draws that sums in another order
+        # may shift, and end in another optimum close by.
+        if name.endswith(("axes", "inverse", "basis", "codebook")) or "_levels" in name:
+            assert split[name].shape == x.shape and split[name].dtype == x.dtype
+        else:
+            np.testing.assert_allclose(split[name], x, rtol=1e-3, atol=1e-4 * size, err_msg=name)
+
+
 def test_recipes_about_values_refuse_latent_attention():
     config = read_config("latent", CHECKPOINTS["deepseek_v2"]["config"])
     params = build_params(config, weights(CHECKPOINTS["deepseek_v2"]["shapes"]).__getitem__, jnp.float32)

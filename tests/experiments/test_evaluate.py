@@ -73,7 +73,7 @@ def task_file(tmp_path_factory):
 
 # One method of every kind of cache, of what is collected for it, and of when it acts; the conformance suite runs all.
 METHODS = (
-    *("full", "int4", "snapkv_int4", "h2o_chunked", "streamingllm", "adakv_snapkv", "kvzip", "xkv"),
+    *("full", "int4", "snapkv_int4", "h2o_chunked", "adakv_snapkv", "kvzip"),
 )
 
 

@@ -72,10 +72,14 @@ def test_bad_input_is_one_line_that_names_the_flag(tmp_path):
         assert code == 2 and wanted in err and len(err.splitlines()) == 1, err
 
 
+# One narrow layer with the heads of 8B.
+NARROW = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
+
+
 @pytest.mark.tpu_compile
 def test_a_plan_is_printed_drawn_and_written(tmp_path):
     fields = json.loads((shapes.MODELS_DIR / "llama3_1_8b.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 1, "vocab_size": 1024}))
+    (tmp_path / "config.json").write_text(json.dumps(fields | NARROW))
     flags = [f"--model={tmp_path}", "--context=2048", "--topology=v5e:2x2", "--mesh=seq:2,model:2", "--methods=int4"]
     code, out, err = in_process.call(plan, *flags, f"--output_dir={tmp_path / 'out'}")
     assert code == 0, err
@@ -83,8 +87,8 @@ def test_a_plan_is_printed_drawn_and_written(tmp_path):
     (row,) = written["methods"]
     assert (tmp_path / "out" / "plan.png").stat().st_size > 10_000
     assert "int4" in out and "yes" in out and "all-reduce" in out
-    # Whole weights: 4096 x (6144 + 4096 + 3 x 14336) and two tables of 1,024 rows, over two devices, in bfloat16.
-    assert row["weight_bytes"] == pytest.approx(2 * (4096 * (6144 + 4096 + 3 * 14336) + 2 * 1024 * 4096) / 2, rel=0.001)
+    # Whole weights: 1024 x (6144 + 4096 + 3 x 2048) and two tables of 1,024 rows, over two devices, in bfloat16.
+    assert row["weight_bytes"] == pytest.approx(2 * (1024 * (6144 + 4096 + 3 * 2048) + 2 * 1024 * 1024) / 2, rel=0.001)
     for program in ("decode", "prefill"):
         assert row[program]["compile_seconds"] > 0
     given = row["weight_bytes"] + row["cache_bytes"]

@@ -238,8 +238,14 @@ def test_codes_may_begin_without_slots():
 SLOTWISE = [name for name in CODECS if name not in BLOCKS]
 
 
-@pytest.mark.parametrize("codec", SLOTWISE)
-@pytest.mark.parametrize("layout", [Rows(), Ring(3)])
+@pytest.mark.parametrize(
+    "layout, codec",
+    [
+        pytest.param(layout, codec, marks=() if index % 2 == at else pytest.mark.slow)
+        for at, layout in enumerate([Rows(), Ring(3)])
+        for index, codec in enumerate(SLOTWISE)
+    ],
+)
 def test_tokens_one_by_one_are_stored_as_tokens_at_once(codec, layout):
     k, v = jnp.float32(np.random.default_rng(7).normal(size=(2, B, K, 13, H)))
     pos = jnp.where(jnp.arange(13) < jnp.array([[13], [5]]), jnp.array([[60], [40]]) + jnp.arange(13), -1)

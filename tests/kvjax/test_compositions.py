@@ -83,7 +83,6 @@ ONCE = {
     ("evict", "same_tokens"),
     ("evict", "ring"),
     ("project", "cast"),
-    ("cast", "evict"),
     ("reindex", "evict"),
     ("reindex", "quantize"),
     *((first, "quantize_slots") for first in ("evict", "merge", "ring", "paged", "pooled", "split", "share_basis")),
@@ -98,8 +97,6 @@ FAST = {
     ("evict", "project"),
     ("evict", "ring"),
     ("cast", "evict"),
-    ("ring", "quantize_slots"),
-    ("paged", "quantize_slots"),
     ("split", "turboquant"),
     ("quantize_slots", "evict"),
 }

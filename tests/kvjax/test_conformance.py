@@ -36,9 +36,7 @@ FAST = [
     "h2o_chunked",  # statistics of slots; at every call
     "adakv_snapkv",  # pages of heads
     "kvzip_int4",  # packed pages that layers share; the prompt is read twice
-    "every_4_window_attention",
     "duoattention",  # heads apart
-    "cskv",  # joint coordinates in blocks
     "xkv",  # a basis that layers share
     "quest",  # pages that queries choose
 ]

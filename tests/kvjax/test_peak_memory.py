@@ -38,7 +38,7 @@ def _peak(build, layers: int) -> int:
         lambda data: methods.snapkv(0.25, window=16),
         lambda data: methods.kivi(4, group=16, residual=32),
         pytest.param(lambda data: methods.adakv_snapkv(0.25, window=16), marks=pytest.mark.slow),
-        lambda data: methods.matryoshka_pca(data("matryoshka_pca", None), 8, 8),
+        pytest.param(lambda data: methods.matryoshka_pca(data("matryoshka_pca", None), 8, 8), marks=pytest.mark.slow),
         lambda data: methods.duoattention(data("duoattention", None), sinks=4, recent=64),
         pytest.param(lambda data: methods.h2o(0.25), marks=pytest.mark.slow),
         pytest.param(lambda data: methods.d2o(0.25, whole=()), marks=pytest.mark.slow),

@@ -249,7 +249,7 @@ def test_a_fraction_of_recent_tokens_leaves_the_sinks_their_place(budget, sinks,
     [
         lambda: methods.keydiff(0.25),
         lambda: methods.kvmerger(0.25, whole=()),
-        lambda: methods.kvmerger(kvjax.Tokens(1), whole=()),
+        pytest.param(lambda: methods.kvmerger(kvjax.Tokens(1), whole=()), marks=pytest.mark.slow),
         lambda: methods.d2o(0.25, whole=()),
     ],
     ids=["keydiff", "kvmerger", "kvmerger_1", "d2o"],

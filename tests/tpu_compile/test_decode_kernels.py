@@ -91,12 +91,11 @@ def nbytes(tree) -> int:
 
 
 def _cases():
-    """Every kernel for every generation; what it is compiled for otherwise, for one of them each."""
-    for name in ("dense", "int4", "ragged", "lowrank"):
-        yield from ((name, topology) for topology in TOPOLOGIES)
-    yield from zip(("int8", "int2", "int2-token", "joint"), TOPOLOGIES)
-    yield from zip(["unrotated int4", "unrotated int2-token"] * 2, TOPOLOGIES)
-    yield from zip(["run"] * 4 + ["unrotated"] * 4 + ["packed pages"] * 4 + ["mixed"] * 4, TOPOLOGIES * 4)
+    """Every kernel for every generation; in `make test` two of them, and of the others one for each generation."""
+    for index, name in enumerate(PROGRAMS):
+        for topology in TOPOLOGIES:
+            fast = name in ("dense", "int4") or topology == TOPOLOGIES[index % len(TOPOLOGIES)]
+            yield pytest.param(name, topology, marks=() if fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name, topology", list(_cases()))
@@ -112,7 +111,7 @@ def test_bytes_are_read_as_they_are_stored(compiled, name, topology):
     assert largest_result(text) < 0.02 * nbytes(args)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES[::3])
+@pytest.mark.parametrize("topology", [TOPOLOGIES[0], pytest.param(TOPOLOGIES[3], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SMALL)
 def test_64_channels(compiled, name, topology):
     function, args = SMALL[name]
