@@ -39,13 +39,14 @@ import kvjax
 from experiments import cli, reading
 from experiments.calibrations import Calibrations
 from experiments.ceilings import Ceilings, prefill_flops, processor, threads, weight_bytes
+from experiments.loading import on_mesh
 from experiments.methods import READ, Method, check_method_names, load_method
 from experiments.report import human_bytes
 from experiments.shapes import read_model
 from experiments.stopwatch import in_turn, seconds
 from experiments.transformers_peer import TransformersPeer
 from kvjax import sharding
-from models import Model, load_model
+from models import Model
 from models.assets import ESSAYS, fetch
 from models.decoder import bind
 from models.weights import abstract_params, param_axes, random_params
@@ -134,14 +135,13 @@ class Ours:
 @contextlib.contextmanager
 def loaded(name: str, dtype: str, random_weights: bool, mesh: str | None) -> Iterator[Model]:
     """The model, on its mesh, in whose scope all that follows runs; with random weights it has no tokenizer."""
-    devices = None if mesh is None else sharding.make_mesh(mesh)
-    with contextlib.nullcontext() if devices is None else sharding.use_mesh(devices):
-        shardings = None if devices is None else functools.partial(sharding.shardings, mesh=devices)
+    with on_mesh(mesh) as load:
         if not random_weights:
-            yield load_model(name, dtype, shardings=shardings)
+            yield load(name, dtype)
             return
         config = read_model(name, None)
-        placed = shardings and shardings(param_axes(config), abstract_params(config, dtype))
+        named, shapes = param_axes(config), abstract_params(config, dtype)
+        placed = None if mesh is None else sharding.shardings(named, shapes, jax.sharding.get_mesh())
         draw = jax.jit(functools.partial(random_params, config, dtype=jnp.dtype(dtype)), out_shardings=placed)
         yield Model(config, draw(jax.random.key(0)), None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +14,10 @@ import jax.numpy as jnp
 from experiments import results, tasks
 from experiments.benchmarks import sources as task_sources
 from experiments.evaluator import Asked, Evaluator, Score
+from experiments.loading import on_mesh
 from experiments.methods import Method, check_method_names, method_names
-from kvjax import sharding
 from kvjax.budget import budget_slots
-from models import Model, load_model
+from models import Model
 
 _ROUNDING = 0.5  # of a token: what rounding the shares of heads adds to the mean at most
 _DTYPES = ("float32", "bfloat16")
@@ -121,10 +120,8 @@ class Settings:
 @contextlib.contextmanager
 def loaded(settings: Settings) -> Iterator[Model]:
     """Loads the model of an evaluation, on its mesh, in whose scope all that follows then runs."""
-    mesh = None if settings.mesh is None else sharding.make_mesh(settings.mesh)
-    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
-        shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
-        yield load_model(settings.model, settings.dtype, int8=settings.int8_weights, shardings=shardings)
+    with on_mesh(settings.mesh) as load:
+        yield load(settings.model, settings.dtype, int8=settings.int8_weights)
 
 
 def load_examples(settings: Settings, model: Model) -> list[tasks.Example]:

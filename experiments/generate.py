@@ -15,22 +15,20 @@ from experiments import interrupts
 if __name__ == "__main__":
     interrupts.quit_in_one_line()  # the imports below take seconds
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import jax
 from absl import flags
 
 import kvjax
 from experiments import cli
 from experiments.calibrations import Calibrations
 from experiments.generation import PIECE, How, Writer, Written, batches, read_prompts
+from experiments.loading import on_mesh
 from experiments.methods import READ, Method, check_method_names, load_method
 from experiments.report import human_bytes
-from kvjax import sharding
-from models import Model, load_model
+from models import Model
 
 for _name in ("gin_file", "gin_bindings", "model", "methods", "keep", "budget", "read", "dtype", "batch", "mesh"):
     flags.declare_key_flag(_name)
@@ -82,9 +80,8 @@ def run() -> None:
         raise ValueError("--keep and --budget say the same thing in two ways; pass one of them.")
     names = list(dict.fromkeys(cli.METHODS.value or ["full"]))
     check_method_names(names, paths=True)
-    mesh = None if cli.MESH.value is None else sharding.make_mesh(cli.MESH.value)
-    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
-        _write(texts, batch, names, mesh)
+    with on_mesh(cli.MESH.value) as load:
+        _write(texts, batch, names, functools.partial(load, dtype=cli.DTYPE.value or "float32"))
 
 
 def _texts() -> list[str]:
@@ -97,9 +94,7 @@ def _texts() -> list[str]:
     return [_PROMPT.value]
 
 
-def _write(texts: Sequence[str], batch: int, names: Sequence[str], mesh: jax.sharding.Mesh | None) -> None:
-    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
-    load = functools.partial(load_model, dtype=cli.DTYPE.value or "float32", shardings=shardings)
+def _write(texts: Sequence[str], batch: int, names: Sequence[str], load: Callable[..., Model]) -> None:
     model = load(cli.MODEL.value or "smollm2")
     methods = _methods(model, names)
     cli.check_reached(method.config for method in methods)

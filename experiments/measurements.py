@@ -470,9 +470,9 @@ def _texts(model: Model, settings: Settings) -> list[jax.Array]:
 
 
 def _read(model: Model, tokens: jax.Array, needs: kvjax.Needs = kvjax.Needs()) -> kvjax.StepOutput:
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     step = bind(model.params, model.config)
-    return step(tokens, positions, prompt_cache(model.config, 1), needs=needs, last_only=True)
+    return step(tokens, positions, prompt_cache(model.config, len(tokens)), needs=needs, last_only=True)
 
 
 def _progress(items: Sequence, unit: str = "text") -> Iterator:

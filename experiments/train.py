@@ -15,7 +15,6 @@ from experiments import interrupts
 if __name__ == "__main__":
     interrupts.quit_in_one_line()  # the imports below take seconds
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -34,6 +33,7 @@ import tqdm
 from absl import flags
 
 from experiments import bindings, calibrations, cli, pictures
+from experiments.loading import on_mesh
 from experiments.optimizers import learning_rates, optimizer
 from experiments.output_folder import output_folder
 from experiments.recipes import Frozen, Recipe
@@ -41,7 +41,7 @@ from experiments.report import human_bytes
 from experiments.training_folder import TrainingFolder
 from experiments.training_text import Batch, Batches, TrainingText
 from kvjax import nbytes, sharding
-from models import Model, load_model
+from models import Model
 
 _STEPS = flags.DEFINE_integer("steps", None, "Training steps.")
 _RESUME = flags.DEFINE_bool("resume", False, "Go on from the last complete checkpoint in output_dir.")
@@ -258,19 +258,16 @@ def run() -> None:
     _, config = read_training()
     cli.check_reached([config])
     training, config = read_training()  # gin forgot it meanwhile
-    mesh = None if training.mesh is None else sharding.make_mesh(training.mesh)
-    path = output_folder("training", fill=_RESUME.value)
-    with contextlib.nullcontext() if mesh is None else sharding.use_mesh(mesh):
-        _run(training, config, path, mesh)
+    with on_mesh(training.mesh) as load:
+        path = output_folder("training", fill=_RESUME.value)
+        _run(training, config, path, load(training.model, training.dtype))
 
 
 def _without_steps(config: str) -> str:
     return "".join(line for line in config.splitlines(keepends=True) if not line.startswith("Training.steps = "))
 
 
-def _run(training: Training, config: str, path: pathlib.Path, mesh: jax.sharding.Mesh | None) -> None:
-    shardings = None if mesh is None else functools.partial(sharding.shardings, mesh=mesh)
-    model = load_model(training.model, training.dtype, shardings=shardings)
+def _run(training: Training, config: str, path: pathlib.Path, model: Model) -> None:
     about = {"configuration": _without_steps(config), "steps": training.steps}
     about["model"] = f"{model.config.name}, fingerprint {calibrations.fingerprint(model)}"
     trainer = Trainer(training, model)
