@@ -188,8 +188,8 @@ class BlockedSegment:
         tile = math.lcm(*(8 // math.gcd(8, n) for n in rows))
         extra = sharding.whole(S + -(-tokens // block) * block, block, batch=B, kv_heads=K, tile=tile) - S
         if S == 0:
-            none = self.tail.replace(replicated=False).first(0).resize(extra)
-            return self.replace(body=self.body.encode_like(none))
+            none = self.tail.replace(replicated=False).first(0).resize(block)  # not `extra` dense slots, to be encoded
+            return self.replace(body=self.body.encode_like(none).resize(extra))
         return self.replace(body=self.body.resize(S + extra))
 
     def _entries_of_a_block(self) -> list[int]:
@@ -242,8 +242,12 @@ class BlockedSegment:
         free = jnp.all(self.body.pos.reshape(B, K, S // block, block) < 0, axis=-1)
         order = jnp.argmin(~free, axis=-1)[..., None] if most == 1 else jnp.argsort(~free, axis=-1, stable=True)
 
-        body, named = self.body, blocks.axes()
-        for j in range(most):
+        named = blocks.axes()
+
+        def write(j, body):
             fresh = cut_slots(blocks, named, most * block, j * block, block, block)
-            body = write_slots(body, fresh, order[..., min(j, S // block - 1)] * block, j < flushes)
-        return body
+            at = jax.lax.dynamic_index_in_dim(order, jnp.minimum(j, S // block - 1), axis=-1, keepdims=False)
+            return write_slots(body, fresh, at * block, j < flushes)
+
+        # A loop of its own for one block would be a second one around a decoding step's.
+        return write(0, self.body) if most == 1 else jax.lax.fori_loop(0, most, write, self.body)

@@ -147,6 +147,23 @@ def test_odd_rings_and_packed_pages_are_not_copied(devices, name):
     assert programs.decode.memory_analysis().temp_size_in_bytes < 0.01 * cache + 2**22 < 0.03 * cache
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4", "kivi2", "duoattention"])
+def test_a_prompt_in_chunks_is_stored_compressed_from_the_first_one_on(devices, name):
+    """Twice as long a prompt takes what its compressed cache takes, and at most two layers of an exact chunk."""
+    config = dataclasses.replace(MODELS["llama_8b"], num_layers=2, vocab_size=1024, width=512, ffn_width=512)
+    method = load_method(name, budget=0.5, calibrate=calibrate(config), tokenizer=Words())
+    method, peaks, caches = dataclasses.replace(method, prefill_chunk=512), [], []
+    for prompt in (32768, 65536):
+        programs = compile_for(devices("v5e:2x2"), config, method, prompt, programs=("prefill",))
+        memory = programs.prefill.memory_analysis()
+        peaks.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+        caches.append(kvjax.nbytes(programs.run.cache))
+    exact = 2 * 512 * 8 * 128 * 2 * 2  # two layers of a chunk: 8 heads of 128 channels, keys and values in bfloat16
+    assert peaks[1] - peaks[0] < caches[1] - caches[0] + exact
+    assert caches[1] - caches[0] < 0.6 * 2 * 32768 * 8 * 128 * 2 * 2  # of the dense slots
+
+
 def test_merging_a_few_slots_copies_nothing(devices):
     """Up to eight, as a decoding step gives up: room is made in tiles of eight."""
     at = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices("v5e:2x2")))
