@@ -8,6 +8,7 @@ import pytest
 import kvjax
 from kvjax import methods
 from kvjax.calibration import product_codebook
+from kvjax.segments.bases import Matrix
 from tests.kvjax import table_decoder
 from tests.pallas_kernels.test_product_quantize import nearest
 from tests.quick_jit import quick_jit
@@ -107,3 +108,35 @@ def test_more_iterations_fit_better_and_more_centroids_fit_all():
 
     assert error(16, 12) < 0.95 * error(16, 0)
     assert error(200, 0) < 1e-12  # every vector is a seed
+
+
+def test_coordinates_of_a_projection_may_have_a_codebook():
+    """Keys and values are the nearest centroids of their coordinates, expanded."""
+    rng = np.random.default_rng(3)
+    tokens = table_decoder.distinct_tokens(1, 32)
+    rank, bases = 4, []
+    for _ in range(L):
+        axes = np.linalg.qr(rng.normal(size=(2, TABLES.k.shape[2], H, H)))[0][..., :rank]
+        bases.append(jnp.float32(axes))
+    books = jnp.float32(rng.normal(size=(L, 2, rank // 2, 16, 2)))
+    project = kvjax.project([tuple(Matrix(axes[None]) for axes in of_layer) for of_layer in bases])
+    coded = kvjax.product_quantize([tuple(books[layer]) for layer in range(L)], residual=RESIDUAL, of="coordinates")
+    run = quick_jit(
+        lambda prompt, cache: kvjax.prefill(STEP, kvjax.chain(project, coded), prompt, jnp.array([32]), cache, room=1)
+    )(jnp.int32(tokens), table_decoder.empty(1))
+    for layer in range(L):
+        dense = run.cache.layers[layer].segments[-1].dense()
+        order = np.argsort(np.where(np.asarray(dense.pos[0]) < 0, 10**6, dense.pos[0]), axis=-1)[:, :32, None]
+        k = table_decoder.turn(TABLES.k[layer, tokens[0]].swapaxes(0, 1).astype(np.float64), np.arange(32))
+        v = TABLES.v[layer, tokens[0]].swapaxes(0, 1).astype(np.float64)
+        for x, axes, book, held in zip((k, v), bases[layer], books[layer], (dense.k, dense.v)):
+            coordinates, book = x @ np.asarray(axes, np.float64), np.asarray(book, np.float64)
+            code = nearest(coordinates[None], book)[0]
+            coordinates = book[np.arange(len(book)), code].reshape(coordinates.shape)
+            expected = coordinates @ np.asarray(axes, np.float64).swapaxes(-1, -2)
+            np.testing.assert_allclose(np.take_along_axis(np.asarray(held[0]), order, axis=1), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="product_quantize cannot follow project: it needs all channels"):
+        kvjax.chain(project, kvjax.product_quantize([tuple(books[layer]) for layer in range(L)], residual=RESIDUAL))
+    with pytest.raises(ValueError, match="codebooks must be of the channels of k, 8, got 2 x 2"):
+        wrong = kvjax.chain(kvjax.identity(), coded)
+        kvjax.prefill(STEP, wrong, jnp.int32(tokens), jnp.array([32]), table_decoder.empty(1), room=1)
