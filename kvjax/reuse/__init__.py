@@ -8,6 +8,7 @@ from kvjax.reuse.ape import ape
 from kvjax.reuse.cacheblend import cacheblend, staleness
 from kvjax.reuse.material import detached, joined, moved, tempered, without
 from kvjax.reuse.pie import pie
+from kvjax.reuse.prepacking import packed_rows, prepacking
 from kvjax.reuse.rewriting import rewrite, rewritten
 from kvjax.reuse.rows import cache_rows, taken_rows
 
@@ -17,6 +18,7 @@ __all__ = [
     "detached",
     "joined",
     "moved",
+    "packed_rows",
     "rewrite",
     "rewritten",
     "taken_rows",
@@ -26,5 +28,6 @@ __all__ = [
     "ape",
     "cacheblend",
     "pie",
+    "prepacking",
     "staleness",
 ]
