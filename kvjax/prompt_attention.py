@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.logits import Scale
-from pallas_kernels.partial import Partial, fold
+from pallas_kernels.partial import Partial, combine, fold
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -19,17 +19,27 @@ class Blocks(NamedTuple):
 
     index: Int32[Array, "B N I P"]  # ascending blocks of keys; -1, behind them: no further one
     cut: Int32[Array, "B N I"]  # blocks that were chosen and found no place among the P
+    columns: Int32[Array, "B N C"] | None = None  # ascending keys that all queries behind them read; -1, last: none
 
 
 class Choice(Protocol):
     """Chooses blocks of keys. Hashable by its numbers: decoders are compiled for one."""
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, pos: jax.Array, *, block: int, window: int | None, scale: Scale | None
-    ) -> jax.Array:
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        pos: jax.Array,
+        *,
+        block: int,
+        window: int | None,
+        scale: Scale | None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Returns f32[B, N, I, I]: what every block of keys is worth to a block of queries; -inf: it is not read.
 
-        What it returns of blocks that lie ahead or hold padding alone does not matter.
+        What it returns of blocks that lie ahead or hold padding alone does not matter. A pair of that and i32[B, N, C]
+        names single keys beside the blocks, see `Blocks.columns`. With `PromptAttention.patterns` it is called with
+        one more keyword, `patterns` i32[N], the layer's.
 
         Args:
           q: [B, I * block, N, H], rotated.
@@ -46,7 +56,8 @@ class PromptAttention(NamedTuple):
 
     Query t of head n sees the keys at or before t that lie in the blocks `Blocks.index[b, n, t // block]`. The choice
     always holds the block of the query itself, so every query sees itself. Blocks are read one after the other and
-    merged, as many of them as the head that reads most needs: what is not chosen costs no arithmetic.
+    merged, as many of them as the head that reads most needs: what is not chosen costs no arithmetic. Columns, where a
+    choice has some, are gathered and read in the same way, but not where a chosen block holds them.
 
     A prompt of no more than one block, a question and generated tokens read everything. So do the last tokens in the
     last layer, where only they go on. Where a prompt comes in chunks, a chunk chooses among its own blocks and reads
@@ -57,20 +68,41 @@ class PromptAttention(NamedTuple):
       block: tokens of a block.
       most: fraction of the blocks of a prompt, at least 2, that a block of queries may read: P of them, those that are
         worth most. 1.0: all, and nothing is cut; below, the work is bounded, and `Blocks.cut` counts what was lost.
+      patterns: for every layer, a number of each query head that the choice is told. None: it is told none.
     """
 
     choose: Choice
     block: int = 128
     most: float = 1.0
+    patterns: tuple[tuple[int, ...], ...] | None = None
+
+    def of_layer(self, layer: jax.Array, heads: int) -> Int32[Array, " N"]:
+        """Returns the patterns of a layer's query heads.
+
+        Raises:
+          ValueError: there are more or fewer heads.
+        """
+        if len(self.patterns[0]) != heads:
+            raise ValueError(f"patterns must be of the layer's {heads} query heads, got {len(self.patterns[0])}.")
+        return jnp.take(jnp.int32(self.patterns), layer, axis=0)
 
     def blocks(
-        self, q: jax.Array, k: jax.Array, pos: jax.Array, *, window: int | None = None, scale: Scale | None = None
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        pos: jax.Array,
+        patterns: Int32[Array, " N"] | None = None,
+        *,
+        window: int | None = None,
+        scale: Scale | None = None,
     ) -> Blocks:
         """Chooses for a prompt: see `Choice` for the arguments, with any number of tokens."""
         T = q.shape[1]
         q, k, pos = _whole(q, 1, self.block), _whole(k, 2, self.block), _whole(pos, 1, self.block, fill=-1)
         count = pos.shape[1] // self.block
-        worth = self.choose(q, k, pos, block=self.block, window=window, scale=scale)
+        told = {} if patterns is None else {"patterns": patterns}
+        found = self.choose(q, k, pos, block=self.block, window=window, scale=scale, **told)
+        worth, columns = found if isinstance(found, tuple) else (found, None)
         there = pos[:, :: self.block] >= 0  # [B, I]
         at = jnp.arange(count)
         own = at[:, None] == at
@@ -80,16 +112,17 @@ class PromptAttention(NamedTuple):
         best, index = jax.lax.top_k(worth, places)
         index = jnp.sort(jnp.where(best > -jnp.inf, index, count), axis=-1)
         cut = jnp.sum(worth > -jnp.inf, axis=-1) - jnp.sum(index < count, axis=-1)
-        return Blocks(jnp.where(index < count, index, -1).astype(jnp.int32), cut.astype(jnp.int32))
+        return Blocks(jnp.where(index < count, index, -1).astype(jnp.int32), cut.astype(jnp.int32), columns)
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, *, window=None, scale=None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pos: jax.Array, patterns=None, *, window=None, scale=None
     ) -> Partial:
-        """Attends as `prefill_attention` does, over the chosen blocks."""
+        """Attends as `prefill_attention` does, over the chosen blocks and columns."""
+        how = dict(window=window, scale=scale)
         if q.shape[1] <= self.block:
-            return prefill_attention(q, k, v, pos, window=window, scale=scale)
-        chosen = self.blocks(q, k, pos, window=window, scale=scale)
-        return attend_blocks(q, k, v, pos, chosen.index, block=self.block, window=window, scale=scale)
+            return prefill_attention(q, k, v, pos, **how)
+        chosen = self.blocks(q, k, pos, patterns, **how)
+        return attend_blocks(q, k, v, pos, chosen.index, chosen.columns, block=self.block, **how)
 
 
 def attend_blocks(
@@ -98,12 +131,13 @@ def attend_blocks(
     v: Float[Array, "B K T H"],
     pos: Int32[Array, "B T"],
     index: Int32[Array, "B N I P"],
+    columns: Int32[Array, "B N C"] | None = None,
     *,
     block: int,
     window: int | None = None,
     scale: Scale | None = None,
 ) -> Partial:
-    """Computes causal attention of a prompt over some blocks of its keys.
+    """Computes causal attention of a prompt over some blocks of its keys, and over single keys beside them.
 
     Args:
       q: [B, T, N, H], rotated.
@@ -111,6 +145,7 @@ def attend_blocks(
       v: [B, K, T, H].
       pos: i32[B, T], increasing, -1 = padding, which comes last.
       index: i32[B, N, I, P], blocks of keys for each of the I blocks of queries; -1, behind them: no further one.
+      columns: i32[B, N, C], ascending keys that all later queries of a head read; -1, behind them: no further one.
       block: tokens of a block; I = ceil(T / block).
       window: tokens a query looks back over, itself included; None: all.
       scale: see `prefill_attention`.
@@ -122,12 +157,16 @@ def attend_blocks(
     q, k, v = _whole(q, 1, block), _whole(k, 2, block), _whole(v, 2, block)
     pos = _whole(pos, 1, block, fill=-1)
     count = pos.shape[1] // block
+    flat_k, flat_v, flat_pos = k, v, pos[:, None]
     in_blocks = lambda x: x.reshape(B, x.shape[1], count, block, -1)  # [B, K, I, block, H]
     k, v, k_pos = in_blocks(k), in_blocks(v), in_blocks(pos[:, None])
     queries = lambda x: jnp.moveaxis(x.reshape(B, count, block, *x.shape[2:]), 1, 0)
 
+    if columns is not None:
+        columns = _whole(columns, 2, block, fill=-1)
+
     def attend(of):
-        q, q_pos, index = of  # [B, block, N, H], [B, block], [B, N, P]
+        q, q_pos, index, own = of  # [B, block, N, H], [B, block], [B, N, P], i32[]
 
         def part(turn):
             at = jax.lax.dynamic_index_in_dim(index, turn, axis=2, keepdims=False)  # [B, N]
@@ -138,9 +177,27 @@ def attend_blocks(
             slot_pos = jnp.where(at[..., None] < 0, -1, slot_pos)
             return decode_attention(q, take(k, by_head), take(v, by_head), q_pos, slot_pos, window=window, scale=scale)
 
-        return fold(part, jnp.max(jnp.sum(index >= 0, axis=-1)))
+        of_blocks = fold(part, jnp.max(jnp.sum(index >= 0, axis=-1)))
+        if columns is None:
+            return of_blocks
+        beside = (columns >= 0) & (columns < own * block)  # those behind lie in no block that is read
+        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
+        chosen = jnp.zeros((B, N, count + 1), bool).at[rows, heads, jnp.where(index < 0, count, index)].set(True)
+        alone = beside & ~jnp.take_along_axis(chosen, jnp.maximum(columns, 0) // block, axis=-1)
 
-    parts = jax.lax.map(attend, (queries(q), queries(pos), jnp.moveaxis(index, 2, 0)))
+        def column_part(turn):
+            tile = lambda x: jax.lax.dynamic_slice_in_dim(x, turn * block, block, axis=2)  # [B, N, block]
+            at, slot_there = jnp.maximum(tile(columns), 0), tile(alone)
+            by_head = at.reshape(B, K, N // K * block, 1)
+            take = lambda x: jnp.take_along_axis(x, by_head, axis=2).reshape(B, N, block, x.shape[-1])
+            slot_pos = jnp.take_along_axis(flat_pos, at.reshape(B, 1, -1), axis=2).reshape(B, N, block)
+            slot_pos = jnp.where(slot_there, slot_pos, -1)
+            return decode_attention(q, take(flat_k), take(flat_v), q_pos, slot_pos, window=window, scale=scale)
+
+        tiles = -(-jnp.max(jnp.sum(beside, axis=-1)) // block)
+        return combine([of_blocks, fold(column_part, tiles)])
+
+    parts = jax.lax.map(attend, (queries(q), queries(pos), jnp.moveaxis(index, 2, 0), jnp.arange(count)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * block, *x.shape[3:])[:, :T], parts)
 
 

@@ -370,6 +370,7 @@ def attend_new(
     pos: Int32[Array, "B T"],
     *,
     prompt: Any = None,
+    layer: jax.Array | None = None,
     **how: Any,
 ) -> Partial:
     """`prefill_attention`; on a mesh each shard has queries of some of the tokens.
@@ -382,6 +383,7 @@ def attend_new(
       v: [B, K, T, H].
       pos: i32[B, T], increasing, -1 = padding, which comes last.
       prompt: attends in place of `prefill_attention`, see `kvjax.PromptAttention`.
+      layer: i32[], the index of the layer, for a `prompt` whose heads have patterns.
       **how: window and scale.
 
     Raises:
@@ -390,8 +392,9 @@ def attend_new(
     Source: Liu et al., Ring Attention with Blockwise Transformers (2023), arXiv:2310.01889.
     """
     attend = prefill_attention if prompt is None else prompt
+    patterns = () if getattr(prompt, "patterns", None) is None else (prompt.of_layer(layer, q.shape[2]),)
     if _active() is None:
-        return attend(q, k, v, pos, **how)
+        return attend(q, k, v, pos, *patterns, **how)
     split = layout({"batch": q.shape[0], "kv_heads": k.shape[1], "tokens": q.shape[1]})
     batch, heads, tokens = (split[name] or None for name in ("batch", "kv_heads", "tokens"))
     parts = shards(split["tokens"])
@@ -401,11 +404,11 @@ def attend_new(
             "rules that do not split tokens."
         )
 
-    def one_shard(q, k, v, pos):
+    def one_shard(q, k, v, pos, *patterns):
         if parts > 1 and parts * q.shape[1] <= _GATHERED:
             gather = lambda x, axis: jax.lax.all_gather(x, tokens, axis=axis, tiled=True)
             return _attend_blocks(q, gather(k, 2), gather(v, 2), pos, gather(pos, 1), **how)
-        merged = attend(q, k, v, pos, **how)
+        merged = attend(q, k, v, pos, *patterns, **how)
 
         def turn(_, carry):
             merged, (k, v, k_pos) = carry
@@ -416,8 +419,9 @@ def attend_new(
         return jax.lax.fori_loop(1, parts, turn, (merged, (k, v, pos)))[0] if parts > 1 else merged
 
     in_specs = (P(batch, tokens, heads), P(batch, heads, tokens), P(batch, heads, tokens), P(batch, tokens))
+    in_specs += (P(heads),) * len(patterns)
     out_specs = Partial(P(batch, tokens, heads), P(batch, tokens, heads))
-    return over_shards(one_shard, in_specs, out_specs)(q, k, v, pos)
+    return over_shards(one_shard, in_specs, out_specs)(q, k, v, pos, *patterns)
 
 
 def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, q_pos: jax.Array, k_pos: jax.Array, **how) -> Partial:

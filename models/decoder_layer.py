@@ -88,7 +88,7 @@ def run_layer(
     """Adds attention and feed-forward, each normalised before, to the residual stream; see `models.decoder.layer`."""
     normed = norm(x, weights.attn_norm, weights.attn_norm_bias, config)
     attended, cache, queries, lse, chosen = _attention(
-        weights, normed, positions, cache, shared, chosen, config, kind, needs, last
+        weights, normed, positions, cache, shared, index, chosen, config, kind, needs, last
     )
     observed = observe(queries, lse, needs, index, inputs=x, window=kind.window, scale=kind.scale)
     x = x if last is None else take_last(x, positions, last)
@@ -107,6 +107,7 @@ def _attention(
     positions: jax.Array,
     cache: LayerCache,
     shared,
+    index: jax.Array,
     chosen: Chosen | None,
     config: DecoderConfig,
     kind: Kind,
@@ -124,7 +125,7 @@ def _attention(
     queries = Queries(q, positions, rope, ahead=jnp.arange(T)[None])
     if last is None:
         rotated = queries.rotated, rotate(k, positions[:, None], rope)
-        own = sharding.attend_new(*rotated, v, positions, prompt=needs.prompt_attention, **how)
+        own = sharding.attend_new(*rotated, v, positions, prompt=needs.prompt_attention, layer=index, **how)
         chosen = cache.choose(queries, window=kind.window, given=chosen)
         attended = cache.attend(queries, shared=shared, new=own, chosen=chosen, **how)
         cache = cache.append(k, v, positions, rope, after=attended)

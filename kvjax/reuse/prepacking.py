@@ -187,7 +187,13 @@ def _by_row(spec) -> bool:
 
 @functools.partial(jax.jit, static_argnames="needs")
 def _seen(
-    first: LayerObservation, last: LayerObservation, row: jax.Array, place: jax.Array, lengths: jax.Array, *, needs: Needs
+    first: LayerObservation,
+    last: LayerObservation,
+    row: Int32[Array, " P"],
+    place: Int32[Array, "P T-1"],
+    lengths: Int32[Array, " P"],
+    *,
+    needs: Needs,
 ) -> LayerObservation:
     """Returns what a layer would have reported of a padded batch, from what it saw in rows and of the last tokens."""
     if not (needs.queries or needs.moments_from):
