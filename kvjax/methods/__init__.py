@@ -40,6 +40,7 @@ from kvjax.methods.lookm import lookm
 from kvjax.methods.matryoshka import matryoshka_pca, matryoshka_trained
 from kvjax.methods.mikv import mikv
 from kvjax.methods.million import million
+from kvjax.methods.minference import minference
 from kvjax.methods.minicache import minicache
 from kvjax.methods.mpcache import mpcache
 from kvjax.methods.mpcache_static import mpcache_static
@@ -73,6 +74,7 @@ from kvjax.methods.windowkv import windowkv
 from kvjax.methods.xattention import xattention
 from kvjax.methods.xkv import xkv
 from kvjax.methods.zipcache import zipcache
+from kvjax.methods.zipvl import zipvl
 
 __all__ = [
     "adakv_expected",
@@ -119,6 +121,7 @@ __all__ = [
     "matryoshka_trained",
     "mikv",
     "million",
+    "minference",
     "minicache",
     "mpcache",
     "mpcache_static",
@@ -152,4 +155,5 @@ __all__ = [
     "turboquant",
     "xkv",
     "zipcache",
+    "zipvl",
 ]
