@@ -21,6 +21,7 @@ from models.assets import cache_dir
 
 _LAYER_AXIS = {"rates": None, "key_ranks": 1, "value_ranks": 1}  # of all others it is the first
 _LAYER_AXIS |= {f"{name}_levels{bits}": None for name in ("key", "value") for bits in (2, 3, 4)}
+_LAYER_AXIS |= {"candidates": None, "pattern": None}  # of all layers: local ones read a prompt like the others
 _VERSION = "v3"  # of what recipes measure: older ones are measured again
 
 TRAINED = {

@@ -23,6 +23,8 @@ from kvjax.calibration import (
     retrieval_scores,
     weighted_components,
 )
+from kvjax.methods.minference import pattern
+from kvjax.prompt_attention import PromptAttention, attend_blocks, keys_read
 from kvjax.rope import re_rotate
 from kvjax.segments.segment import unrotated
 from models import Model
@@ -221,6 +223,59 @@ def retrieval_heads(model: Model, settings: Settings) -> Calibration:
     return {"retrieval": jnp.mean(jnp.stack(found), axis=0)}
 
 
+def attention_patterns(model: Model, settings: Settings, share: float = 0.3, block: int = 64) -> Calibration:
+    """MInference's search: the pattern of each query head that holds most attention among those of equal FLOPs.
+
+    Candidates of each kind are tried at several sizes. Of those that read at most `share` of the keys which the head's
+    dense prompt reads (as they cost here, with diagonals in whole blocks), the one with the highest recall is taken:
+    the mean over queries of the probability that dense attention gives to what is read. Where none is cheap enough the
+    cheapest is.
+
+    Args:
+      model: measured.
+      settings: up to two texts are read; sizes of candidates follow from their tokens.
+      share: of the keys that dense attention reads in whole blocks.
+      block: tokens of a block, at most an eighth of a text.
+
+    Returns:
+      `candidates` f32[C, 3], see `kvjax.methods.minference`; `pattern` f32[L, N]; `recall` and `read` f32[L, N], of
+      the pattern that was taken.
+    """
+    T, block = settings.tokens, max(1, min(block, settings.tokens // 8))
+    parts = lambda *shares: [max(1, round(x * T)) for x in shares]
+    shapes = [(0, min(block, T), near) for near in parts(1 / 16, 1 / 8, 3 / 16, 1 / 4)]
+    shapes += [(1, max(30, c), max(50, d)) for c in parts(1 / 32, 1 / 8, 1 / 4) for d in parts(1 / 20, 1 / 8, 1 / 4)]
+    shapes += [(2, -(-count // block), 0) for count in parts(1 / 8, 3 / 16, 1 / 4, 3 / 8)]
+    shapes = list(dict.fromkeys(shapes))
+
+    @jax.jit
+    def of_layer(segment, seen):
+        q, pos, how = seen.queries.rotated, seen.queries.pos, dict(window=seen.window, scale=seen.scale)
+        count = -(-q.shape[1] // block)
+        possible = block * count * (count + 1) / 2
+        found = []
+        for shape in shapes:
+            attention = PromptAttention(pattern(*shape), block)
+            chosen = attention.blocks(q, segment.k, pos, **how)
+            index, columns = chosen.index, chosen.columns
+            lse = attend_blocks(q, segment.k, segment.v, pos, index, columns, block=block, **how).lse
+            recall = jnp.mean(jnp.exp(jnp.minimum(lse - seen.lse, 0.0)), axis=(0, 1))
+            read = jnp.mean(jnp.sum(keys_read(chosen, block), axis=-1), axis=0) / possible
+            found.append(jnp.stack([recall, read]))
+        return jnp.stack(found)  # [C, 2, N]
+
+    texts, total = _texts(model, settings)[:2], 0.0
+    for tokens in _progress(texts):
+        out = _read(model, tokens, kvjax.Needs(queries=kvjax.ALL))
+        total = total + jnp.stack([of_layer(x.segments[0], seen) for x, seen in zip(out.cache.layers, out.layers)])
+    recall, read = jnp.moveaxis(total / len(texts), 2, 0)  # [L, C, N]
+    worth = jnp.where(read <= share, recall, -jnp.where(jnp.min(read, axis=1, keepdims=True) == read, 1.0, jnp.inf))
+    best = jnp.argmax(worth, axis=1)
+    taken = lambda x: jnp.take_along_axis(x, best[:, None], axis=1)[:, 0]
+    named = {"candidates": jnp.float32(shapes), "pattern": best.astype(jnp.float32)}
+    return named | {"recall": taken(recall), "read": taken(read)}
+
+
 def layer_variance(model: Model, settings: Settings) -> Calibration:
     """How unevenly the heads of each layer spread their attention over text: `variance`, f32[L]."""
     found, variance = [], jax.jit(attention_variance)
@@ -411,7 +466,9 @@ def demonstration(model: Model, tokens: int) -> Calibration:
 
 
 # They measure nothing of values.
-OF_ATTENTION = frozenset(("d2o", "double_sparsity", "duoattention", "headkv", "prefixkv", "razorattention"))
+OF_ATTENTION = frozenset(
+    ("d2o", "double_sparsity", "duoattention", "headkv", "minference", "prefixkv", "razorattention")
+)
 RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "criticalkv": output_projections,
     "cskv": weight_directions,
@@ -425,6 +482,7 @@ RECIPES: dict[str, Callable[[Model, Settings], Calibration]] = {
     "kvsharer": layer_sharing,
     "matryoshka_pca": principal_components_and_ranks,
     "million": codebooks,
+    "minference": attention_patterns,
     "palu": grouped_components,
     "prefixkv": layer_coverage,
     "razorattention": head_types,

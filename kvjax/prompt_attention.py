@@ -180,10 +180,7 @@ def attend_blocks(
         of_blocks = fold(part, jnp.max(jnp.sum(index >= 0, axis=-1)))
         if columns is None:
             return of_blocks
-        beside = (columns >= 0) & (columns < own * block)  # those behind lie in no block that is read
-        rows, heads = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
-        chosen = jnp.zeros((B, N, count + 1), bool).at[rows, heads, jnp.where(index < 0, count, index)].set(True)
-        alone = beside & ~jnp.take_along_axis(chosen, jnp.maximum(columns, 0) // block, axis=-1)
+        before, alone = _beside(columns, index, own, block, count)
 
         def column_part(turn):
             tile = lambda x: jax.lax.dynamic_slice_in_dim(x, turn * block, block, axis=2)  # [B, N, block]
@@ -194,11 +191,32 @@ def attend_blocks(
             slot_pos = jnp.where(slot_there, slot_pos, -1)
             return decode_attention(q, take(flat_k), take(flat_v), q_pos, slot_pos, window=window, scale=scale)
 
-        tiles = -(-jnp.max(jnp.sum(beside, axis=-1)) // block)
+        tiles = -(-jnp.max(jnp.sum(before, axis=-1)) // block)
         return combine([of_blocks, fold(column_part, tiles)])
 
     parts = jax.lax.map(attend, (queries(q), queries(pos), jnp.moveaxis(index, 2, 0), jnp.arange(count)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * block, *x.shape[3:])[:, :T], parts)
+
+
+def keys_read(chosen: Blocks, block: int) -> Int32[Array, "B N I"]:
+    """Counts the keys that every block of queries reads, with those of its own block that lie ahead of some of them."""
+    read = jnp.sum(chosen.index >= 0, axis=-1) * block
+    if chosen.columns is None:
+        return read
+    count = read.shape[2]
+    alone = lambda index, own: jnp.sum(_beside(chosen.columns, index, own, block, count)[1], axis=-1)
+    return read + jax.vmap(alone, in_axes=(2, 0), out_axes=2)(chosen.index, jnp.arange(count))
+
+
+def _beside(
+    columns: jax.Array, index: jax.Array, own: jax.Array, block: int, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns bool[B, N, C]: the columns before a block of queries, and those of them that none of its blocks holds."""
+    B, N, _ = columns.shape
+    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
+    read = jnp.zeros((B, N, count + 1), bool).at[rows, heads, jnp.where(index < 0, count, index)].set(True)
+    before = (columns >= 0) & (columns < own * block)  # those behind lie in no block that is read
+    return before, before & ~jnp.take_along_axis(read, jnp.maximum(columns, 0) // block, axis=-1)
 
 
 def _whole(x: jax.Array, axis: int, block: int, fill: int = 0) -> jax.Array:

@@ -58,6 +58,9 @@ def calibrate(config: DecoderConfig):
             return {"coverage": jnp.linspace(0.0, 1.0, 257) ** (1 / (1 + jnp.arange(L)[:, None]))}
         if recipe == "double_sparsity":
             return {"strength": jnp.float32(rng.uniform(size=(L, K, H)))}
+        if recipe == "minference":  # all three kinds in every layer
+            kinds = jnp.float32([[0, 2, 4], [1, 30, 50], [2, 1, 0]])
+            return {"candidates": kinds, "pattern": jnp.float32(np.arange(L * config.num_heads).reshape(L, -1) % 3)}
         if recipe == "headkv":
             return {"retrieval": jnp.float32(rng.uniform(size=(L, K)))}
         if recipe == "criticalkv":

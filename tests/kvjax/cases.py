@@ -427,6 +427,12 @@ CASES = [
         "videoxl2.first = 2",
         exact=("videoxl2.previous = 16",),
     ),
+    _config(
+        "minference",
+        grows(),
+        "minference.block = 4",
+        exact=("minference.calibration = None",),
+    ),
     _config("int8", kivi(8, 8, 8), "kivi.group = 8", "kivi.residual = 8"),
     _config("int4", kivi(4, 16, 16), "kivi.group = 16", "kivi.residual = 16"),
     _config("int2", kivi(2, 8, 16), "kivi.group = 8", "kivi.residual = 16"),
@@ -677,6 +683,15 @@ CASES = [
         zipcache(4, 2, 8, 8, 8),
         "zipcache.group = 8",
         "zipcache.residual = 8",
+        budget=8,
+    ),
+    _config(
+        "zipvl",
+        zipcache(4, 2, 8, 8, 8),
+        "zipvl.tau = 0.6",
+        "zipvl.probes = 6",
+        "zipvl.group = 8",
+        "zipvl.residual = 8",
         budget=8,
     ),
     _config(
@@ -932,6 +947,7 @@ METHODS = {
     "matryoshka_trained": "matryoshka_trained",
     "mikv": "mikv",
     "million": "million",
+    "minference": "minference",
     "minicache": "minicache",
     "mpcache": "mpcache",
     "mpcache_static": "mpcache_static",
@@ -965,5 +981,6 @@ METHODS = {
     "xattention": "xattention",
     "xkv": "xkv",
     "zipcache": "zipcache",
+    "zipvl": "zipvl",
 }
 """The case that stands for each public method."""

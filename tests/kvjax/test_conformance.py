@@ -22,7 +22,7 @@ FREES_IN_DECODE = [name for name, t in TRANSFORMS.items() if t.schedule.frees_in
 _NAMED = (
     *("adakv", "alisa", "attention_gate", "cake", "cskv", "duo", "gear", "int", "kivi", "kqsvd", "kvquant", "kvzip"),
     *("matryoshka", "mikv", "million", "mustafar", "olive", "palu", "qjl", "qserve", "razor", "saq", "vidkv", "xkv"),
-    "zipcache",
+    *("zipcache", "zipvl"),
 )
 SELECTING = ["quest", "snapkv_quest", "mpcache", "tidaldecode", "retrieval_attention", "double_sparsity", "sparq"]
 SELECTING += ["shadowkv", "rekv"]
