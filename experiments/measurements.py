@@ -223,7 +223,7 @@ def retrieval_heads(model: Model, settings: Settings) -> Calibration:
     return {"retrieval": jnp.mean(jnp.stack(found), axis=0)}
 
 
-def attention_patterns(model: Model, settings: Settings, share: float = 0.3, block: int = 64) -> Calibration:
+def attention_patterns(model: Model, settings: Settings, share: float = 0.4, block: int = 64) -> Calibration:
     """MInference's search: the pattern of each query head that holds most attention among those of equal FLOPs.
 
     Candidates of each kind are tried at several sizes. Of those that read at most `share` of the keys which the head's

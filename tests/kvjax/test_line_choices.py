@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import line_choices, methods
+from kvjax import line_choices, methods, sharding
 from kvjax.block_choices import Antidiagonals
 from kvjax.line_choices import ByPattern, Corner, Important, Lines, PooledBlocks
 from kvjax.methods.minference import pattern
@@ -173,3 +173,14 @@ def test_the_saliency_of_the_prompt_decides_what_has_more_bits():
 def test_impossible_numbers_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_mesh_that_splits_heads_gives_each_its_pattern():
+    q, k, v, pos = _drawn()
+    prompt = PromptAttention(ByPattern((Corner(5, 6), PooledBlocks(2))), BLOCK, patterns=((0, 1, 1, 0), (1, 1, 0, 1)))
+    run = lambda *arrays: sharding.attend_new(*arrays, prompt=prompt, layer=jnp.int32(1))
+    expected = _run(run, q, k, v, pos)
+    with sharding.use_mesh(jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))):
+        got = _run(run, q, k, v, pos)
+    assert len(got.out.devices()) == 2
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), got, expected)
