@@ -69,7 +69,7 @@ class Lines:
         real, at = (pos >= 0)[:, None], jnp.arange(T)
         received = jnp.where(real, without_rounding(jnp.sum(p, axis=2)), -jnp.inf)
         columns = ascending(_strongest(received, self.columns))
-        apart = q_pos[:, None, :, None] - at  # key of a query at each distance
+        apart = (q_pos - pos[:, :1])[:, None, :, None] - at  # the key that lies at each distance from a query
         by_distance = jnp.take_along_axis(p, jnp.maximum(jnp.broadcast_to(apart, p.shape), 0), axis=-1)
         diagonal = without_rounding(jnp.sum(jnp.where(apart >= 0, by_distance, 0.0), axis=2))
         chosen = _strongest(jnp.where(real, diagonal, -jnp.inf), self.diagonals)

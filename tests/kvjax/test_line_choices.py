@@ -79,9 +79,12 @@ def test_a_prompt_reads_what_its_paper_says_once_and_a_row_does_not_depend_on_ot
     alone = _run(attention, q[1:, :n], k[1:, :, :n], v[1:, :, :n], pos[1:, :n])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1:, :n], y, **CLOSE), together, alone)
     assert np.all(np.isneginf(together.lse[1, n:])) and not np.any(together.out[1, n:])
+    later = _run(attention, q, k, v, jnp.where(pos < 0, -1, pos + 100))  # behind what was read before
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), later, together)
 
 
-@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 5])
 def test_everything_chosen_is_dense_attention(window):
     drawn = _drawn()
     expected = prefill_attention(*drawn, window=window)
@@ -110,6 +113,7 @@ def test_a_column_is_read_once_wherever_it_lies():
     np.testing.assert_allclose(got.out[0], _over_keys(q[0], k[0], v[0], seen), **CLOSE)
 
 
+@pytest.mark.slow
 def test_every_head_of_every_layer_has_its_own_pattern():
     q, k, v, pos = _drawn()
     choices = Corner(5, 6), Antidiagonals(2, 0.3), Lines(8, 5, probes=7)
@@ -124,6 +128,7 @@ def test_every_head_of_every_layer_has_its_own_pattern():
         mixed.of_layer(0, 5)
 
 
+@pytest.mark.slow
 def test_a_calibration_names_the_pattern_of_each_head_of_a_decoder():
     tokens, step = tiny_model.prompt(1, 40), tiny_model.bind(tiny_model.params())
     L, N = tiny_model.CONFIG.num_layers, tiny_model.CONFIG.num_heads
@@ -139,6 +144,7 @@ def test_a_calibration_names_the_pattern_of_each_head_of_a_decoder():
         read(build(first_alone[:1]))
 
 
+@pytest.mark.slow
 def test_the_saliency_of_the_prompt_decides_what_has_more_bits():
     """The tokens that a layer's prompt reads and those it stores with more bits are the most salient, in one order."""
     q, k, _, pos = _drawn()
@@ -175,6 +181,7 @@ def test_impossible_numbers_are_refused(build, message):
         build()
 
 
+@pytest.mark.slow
 def test_a_mesh_that_splits_heads_gives_each_its_pattern():
     q, k, v, pos = _drawn()
     prompt = PromptAttention(ByPattern((Corner(5, 6), PooledBlocks(2))), BLOCK, patterns=((0, 1, 1, 0), (1, 1, 0, 1)))
