@@ -13,6 +13,7 @@ from kvjax.reuse import packed_rows, prepacking
 from kvjax.reuse.prepacking import OwnPrompt
 from pallas_kernels.prefill_attention import prefill_attention
 from tests.kvjax import tiny_model
+from tests.quick_jit import quick_jit
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 LENGTHS = (13, 1, 6, 9, 3, 14)
@@ -45,13 +46,16 @@ def test_a_token_sees_its_own_prompt_alone(window):
     rng, parts, C = np.random.default_rng(1), (4, 6, 1), 13
     q, k, v = (jnp.float32(rng.normal(size=shape)) for shape in ((1, C, 4, 8), (1, 2, C, 8), (1, 2, C, 8)))
     pos = jnp.int32([[*(t for n in parts for t in range(n)), -1, -1]])
-    got, at = OwnPrompt()(q, k, v, pos, window=window), 0
-    for n in parts:
-        own = slice(at, at + n)
-        expected = prefill_attention(q[:, own], k[:, :, own], v[:, :, own], jnp.arange(n)[None], window=window)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[:, own], y, **CLOSE), got, expected)
-        at += n
-    assert np.all(np.isneginf(got.lse[:, at:])) and not np.any(got.out[:, at:])
+    spans = [slice(start, start + n) for start, n in zip(np.cumsum([0, *parts]), parts)]
+
+    def both(q, k, v, pos):
+        alone = lambda own: prefill_attention(q[:, own], k[:, :, own], v[:, :, own], pos[:, own], window=window)
+        return OwnPrompt()(q, k, v, pos, window=window), [alone(own) for own in spans]
+
+    got, expected = quick_jit(both)(q, k, v, pos)
+    for own, alone in zip(spans, expected):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[:, own], y, **CLOSE), got, alone)
+    assert np.all(np.isneginf(got.lse[:, sum(parts) :])) and not np.any(got.out[:, sum(parts) :])
 
 
 @pytest.mark.parametrize(
