@@ -332,3 +332,13 @@ def test_layers_with_a_window_are_left_out_of_what_a_method_gets(model, monkeypa
     # All layers alike: the method gets them all.
     for local in ((), (0, 1, 2, 3)):
         assert of(dataclasses.replace(windows, local_layers=local)) is given
+
+
+@pytest.mark.slow
+def test_patterns_hold_most_attention_of_those_that_are_cheap_enough(model):
+    free, cheap = (measurements.attention_patterns(model, SMALL, share=share) for share in (2.0, 0.6))
+    assert free["pattern"].shape == (model.config.num_layers, model.config.num_heads)
+    assert jnp.all(free["recall"] >= cheap["recall"]) and jnp.any(free["recall"] > cheap["recall"])
+    assert jnp.all(cheap["read"] <= 0.6) and jnp.any(free["read"] > 0.6)
+    least = measurements.attention_patterns(model, SMALL, share=0.0)
+    assert jnp.all(least["read"] <= cheap["read"])  # where none is cheap enough, the cheapest
