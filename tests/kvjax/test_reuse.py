@@ -22,7 +22,7 @@ TRANSFORMS = {name: case.build() for name, case in BY_NAME.items()}
 ROPES = [layer_rope(tiny_model.CONFIG, index) for index in range(tiny_model.CONFIG.num_layers)]
 _RINGS = ("streamingllm", "duoattention", "razorattention")
 _BASES = ("mikv", "think", "matryoshka", "kqsvd", "turboquant")
-_CODES = ("int", "kivi", "gear", "fp8", "million", "alisa")
+_CODES = ("int", "kivi", "gear", "fp8", "million", "alisa", "zipcache", "zipvl")
 
 
 def _why_not_moved(name):
@@ -40,7 +40,7 @@ MERGED = ("razorattention", "merge_counted_int4")  # slots that count for severa
 NOT_BEHIND = {
     "kvzip": "reads the prompt again",
     "kvzip_int4": "reads the prompt again",
-    "mikv": "slots that each row has of its own",
+    **dict.fromkeys(("mikv", "zipcache", "zipvl"), "slots that each row has of its own"),
 }
 
 
