@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.block_attention import block_attention
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.logits import Scale
 from pallas_kernels.partial import Partial, combine, fold
@@ -156,46 +157,32 @@ def attend_blocks(
     (B, T, N, _), K = q.shape, k.shape[1]
     q, k, v = _whole(q, 1, block), _whole(k, 2, block), _whole(v, 2, block)
     pos = _whole(pos, 1, block, fill=-1)
+    how = dict(window=window, scale=scale)
+    of_blocks = block_attention(q, k, v, pos, index, block=block, **how)
+    trimmed = lambda part: jax.tree.map(lambda x: x[:, :T], part)
+    if columns is None:
+        return trimmed(of_blocks)
     count = pos.shape[1] // block
-    flat_k, flat_v, flat_pos = k, v, pos[:, None]
-    in_blocks = lambda x: x.reshape(B, x.shape[1], count, block, -1)  # [B, K, I, block, H]
-    k, v, k_pos = in_blocks(k), in_blocks(v), in_blocks(pos[:, None])
+    columns = _whole(columns, 2, block, fill=-1)
     queries = lambda x: jnp.moveaxis(x.reshape(B, count, block, *x.shape[2:]), 1, 0)
-
-    if columns is not None:
-        columns = _whole(columns, 2, block, fill=-1)
 
     def attend(of):
         q, q_pos, index, own = of  # [B, block, N, H], [B, block], [B, N, P], i32[]
-
-        def part(turn):
-            at = jax.lax.dynamic_index_in_dim(index, turn, axis=2, keepdims=False)  # [B, N]
-            read = jnp.maximum(at, 0)
-            by_head = read.reshape(B, K, N // K, 1, 1)
-            take = lambda x, by: jnp.take_along_axis(x, by, axis=2).reshape(B, N, block, x.shape[-1])
-            slot_pos = take(k_pos, read.reshape(B, 1, N, 1, 1))[..., 0]
-            slot_pos = jnp.where(at[..., None] < 0, -1, slot_pos)
-            return decode_attention(q, take(k, by_head), take(v, by_head), q_pos, slot_pos, window=window, scale=scale)
-
-        of_blocks = fold(part, jnp.max(jnp.sum(index >= 0, axis=-1)))
-        if columns is None:
-            return of_blocks
         before, alone = _beside(columns, index, own, block, count)
 
-        def column_part(turn):
+        def part(turn):
             tile = lambda x: jax.lax.dynamic_slice_in_dim(x, turn * block, block, axis=2)  # [B, N, block]
             at, slot_there = jnp.maximum(tile(columns), 0), tile(alone)
             by_head = at.reshape(B, K, N // K * block, 1)
             take = lambda x: jnp.take_along_axis(x, by_head, axis=2).reshape(B, N, block, x.shape[-1])
-            slot_pos = jnp.take_along_axis(flat_pos, at.reshape(B, 1, -1), axis=2).reshape(B, N, block)
-            slot_pos = jnp.where(slot_there, slot_pos, -1)
-            return decode_attention(q, take(flat_k), take(flat_v), q_pos, slot_pos, window=window, scale=scale)
+            slot_pos = jnp.take_along_axis(pos[:, None], at.reshape(B, 1, -1), axis=2).reshape(B, N, block)
+            return decode_attention(q, take(k), take(v), q_pos, jnp.where(slot_there, slot_pos, -1), **how)
 
-        tiles = -(-jnp.max(jnp.sum(before, axis=-1)) // block)
-        return combine([of_blocks, fold(column_part, tiles)])
+        return fold(part, -(-jnp.max(jnp.sum(before, axis=-1)) // block))
 
     parts = jax.lax.map(attend, (queries(q), queries(pos), jnp.moveaxis(index, 2, 0), jnp.arange(count)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * block, *x.shape[3:])[:, :T], parts)
+    of_columns = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, count * block, *x.shape[3:]), parts)
+    return trimmed(combine([of_blocks, of_columns]))
 
 
 def keys_read(chosen: Blocks, block: int) -> Int32[Array, "B N I"]:

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.tpu_compiler import GENERATIONS, compile_for
 from pallas_kernels.attention_mass import attention_mass
+from pallas_kernels.block_attention import block_attention
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.quantize_pack import quantize_pack
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.tpu_compile
 
 MODELS = {"smollm2": (3, 3, 64), "llama_8b": (8, 4, 128)}  # K, G, H
 TOPOLOGIES = [generation.topology for generation in GENERATIONS]
+SLOW_BUT_ONE = [TOPOLOGIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TOPOLOGIES[1:])]
 
 
 def _abstract(dtype, *shape):
@@ -86,3 +88,17 @@ def test_odd_lengths_compile(devices, T, S):
     _compile(device, prefill_attention, at(2, T, 6, 64), at(2, 2, T, 64), at(2, 2, T, 64), pos(2, T))
     how = dict(bits=8, group=32, axis="token", scale_dtype="bfloat16")
     _compile(device, quantize_pack, at(2, 2, 4 * S, 64), _abstract(jnp.bool_, 2, 2, 4 * S), **how)
+
+
+@pytest.mark.parametrize("topology", SLOW_BUT_ONE)
+def test_block_attention(devices, topology):
+    """At 131,072 tokens, of which a quarter of the blocks may be read: a table of 32 MiB stays in HBM."""
+    K, G, H = MODELS["llama_8b"]
+    T, blocks = 131072, 1024
+    q, k = _abstract(jnp.bfloat16, 1, T, K * G, H), _abstract(jnp.bfloat16, 1, K, T, H)
+    index = _abstract(jnp.int32, 1, K * G, blocks, blocks // 4)
+    arrays = q, k, k, _abstract(jnp.int32, 1, T), index
+    text, memory = _compile(devices(topology), block_attention, *arrays, block=128)
+    assert not any(shape.count(T) > 1 for shape in _buffers(text))
+    # Results are laid out anew where a model has [T, N * H]; beside them the table, with how many there are.
+    assert memory.temp_size_in_bytes < q.size * 4 + 6 * index.size * 4
