@@ -7,7 +7,7 @@ papers as short compositions, `bind` joins a decoder and a method: `prefill`, `e
 from kvjax import codecs, inspection, methods, reuse, scores, sharding
 from kvjax.bound import BoundMethod, bind
 from kvjax.budget import Budget, Fraction, Tokens
-from kvjax.cache import Cache, LayerCache, bytes_read, empty_cache, kept_tokens, nbytes
+from kvjax.cache import Cache, LayerCache, bytes_on_host, bytes_read, empty_cache, kept_tokens, nbytes
 from kvjax.cache_store import CacheStore, Entry
 from kvjax.drafters import DraftModel, Jacobi, NGram
 from kvjax.drafts import Draft, commit, peek, truncate
@@ -106,6 +106,7 @@ __all__ = [
     "CacheStore",
     "Entry",
     "LayerCache",
+    "bytes_on_host",
     "bytes_read",
     "empty_cache",
     "inspection",

@@ -231,6 +231,16 @@ def bytes_read(cache: Cache, queries: int = 1) -> int:
     return sum(getattr(s, "bytes_read", lambda _: nbytes(s))(queries) for s in segments_read(cache))
 
 
+def bytes_on_host(cache: Cache) -> int:
+    """Bytes of a cache that are kept in host memory (`select(hosted=True)`); `nbytes` counts them, too.
+
+    Args:
+      cache: whole, or as `jax.eval_shape` promises it.
+    """
+    segments = [*(s for layer in cache.layers for s in layer.segments), *cache.shared.values()]
+    return sum(getattr(s, "bytes_on_host", lambda: 0)() for s in segments)
+
+
 def segments_read(cache: Cache) -> list[AnySegment]:
     """The segments that a call reads: one that layers share as often as it is read, a pool once."""
     views = [view for layer in cache.layers for view in layer.segments]

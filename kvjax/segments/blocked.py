@@ -104,6 +104,10 @@ class BlockedSegment:
         of_body = getattr(self.body, "bytes_read", lambda _: bytes_of(self.body))
         return of_body(queries) + bytes_of((self.bands, self.tail))
 
+    def bytes_on_host(self) -> int:
+        """Returns the bytes that are kept in host memory."""
+        return getattr(self.body, "bytes_on_host", lambda: 0)()
+
     def attend(self, queries: Queries, *, chosen: Chosen | None = None, **how) -> Partial:
         """See `AnySegment.attend`; of the body what is `chosen`, if anything is."""
         of_body = {} if chosen is None else {"chosen": chosen}

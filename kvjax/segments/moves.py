@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, rename, slot_axis
+from kvjax.segments.hosted import in_host_memory, write_hosted_windows
 from kvjax.segments.slots import keep_highest
 from pallas_kernels.slot_write import takes_slot, write_slot
 from pallas_kernels.tpu_tiles import LANES, SUBLANES
@@ -266,6 +267,8 @@ def write_windows(
       axis: of the slots.
     """
     B, K = start.shape
+    if in_host_memory(old):
+        return write_hosted_windows(old, new, start, on, axis)
     # On a TPU these make a matrix without a copy.
     fills_tiles = axis == 2 and old.ndim == 4 and old.shape[2] % SUBLANES == 0 and old.shape[3] % LANES == 0
     if fills_tiles and B * K <= _UNROLL:

@@ -13,6 +13,7 @@ from kvjax import sharding
 from kvjax.axes import OF_SLOTS, P, heads_alike, slot_axis
 from kvjax.rope import Rope, rotate
 from kvjax.segments.edits import Edit
+from kvjax.segments.hosted import in_host_memory, is_hosted, taken_windows, to_device, to_host
 from kvjax.segments.indices import Chosen, Index, bytes_of
 from kvjax.segments.protocol import AnySegment, KeyRope, Queries, Ranks
 from kvjax.segments.segment import Segment
@@ -35,6 +36,7 @@ class Reading(NamedTuple):
       recent: those of the tokens less than this before the query, too.
       each: calls of at most so many queries choose for each of them; longer ones read everything.
       source: see `Source`.
+      hosted: what is stored lies in host memory, and chosen pages are copied from there.
     """
 
     page: int
@@ -43,6 +45,7 @@ class Reading(NamedTuple):
     recent: int = 0
     each: int = 1
     source: Source = "own"
+    hosted: bool = False
 
 
 @struct.dataclass
@@ -189,7 +192,7 @@ class SelectedSegment:
         """
         how = dict(window=window, scale=scale)
         if chosen is None or chosen.pages is None or self.reading.source == "whole":
-            return self.stored.attend(queries, **how)
+            return to_device(self.stored).attend(queries, **how)
         pages, valid = chosen
 
         def one(t):
@@ -216,6 +219,9 @@ class SelectedSegment:
             axis = slot_axis(spec)
             if axis < 0:
                 return x
+            if in_host_memory(x):
+                size = x.shape[axis] // count
+                return taken_windows(x, pages * size, size, axis)
             x = jnp.moveaxis(x, axis, 2)  # [B, K or 1, E, ...]
             heads, rest = x.shape[1], x.shape[3:]
             rows = jnp.arange(B * heads).reshape(B, heads, 1) * count + pages
@@ -246,7 +252,7 @@ class SelectedSegment:
         """
         if not self.reads_all(queries.pos.shape[1]):
             raise TypeError("Slots that are read page by page have no attention mass of queries that read only some.")
-        return self.stored.mass(queries, lse, **how)
+        return to_device(self.stored).mass(queries, lse, **how)
 
     def bytes_read(self, queries: int = 1) -> int:
         """Returns the bytes that attention reads for a call: pages as often as they are chosen."""
@@ -269,14 +275,14 @@ class SelectedSegment:
         return bytes_of(spans) + self.index.bytes_read(self.summary, keys)
 
     def _keys(self) -> jax.Array:
-        slots = self.stored.dense()
+        slots = self.dense()
         return slots.k if slots.key_rope == "stored" else rotate(slots.k, slots.pos, self.rope)
 
     # --- rewriting and writing --------------------------------------------------------------------------------------
 
     def dense(self) -> Segment:
         """See `AnySegment.dense`."""
-        return self.stored.dense()
+        return to_device(self.stored).dense()
 
     def map_dense(self, body, tail) -> SelectedSegment:
         """See `AnySegment.map_dense`; what stores the slots must cut between pages.
@@ -284,7 +290,7 @@ class SelectedSegment:
         Raises:
           ValueError: blocks of the new codes lie across pages.
         """
-        stored = self.stored.map_dense(body, body)
+        stored = to_device(self.stored).map_dense(body, body)
         pages, block = self.pages, getattr(stored, "block", 1)
         entries = [x.shape[a] % pages for x, a in _slot_axes(stored)]
         if self.reading.page % block or any(entries):
@@ -292,11 +298,11 @@ class SelectedSegment:
                 f"pages of {self.reading.page} tokens must hold whole blocks of the codes, which have {block} tokens: "
                 "choose a page that is a multiple of groups and words."
             )
-        return self.replace(stored=stored)
+        return self.replace(stored=stored).placed()
 
     def resize(self, slots: int) -> SelectedSegment:
         """See `Segment.resize`."""
-        stored = self.stored.resize(slots)
+        stored = to_device(self.stored).resize(slots)
         before, after = self.pos.shape[2], stored.pos.shape[2]
 
         def pad(x, spec):
@@ -312,7 +318,18 @@ class SelectedSegment:
         more = after // self.reading.page - self.pages
         extra = ((0, 0), (0, 0), (0, more), (0, 0))
         span = None if self.span is None else jnp.pad(self.span, extra, constant_values=-1)
-        return self.replace(stored=stored, summary=summary, span=span)
+        return self.replace(stored=stored, summary=summary, span=span).placed()
+
+    def placed(self) -> SelectedSegment:
+        """The same with its slots in the memory that they are kept in."""
+        return self.replace(stored=to_host(self.stored)) if self.reading.hosted else self
+
+    def bytes_on_host(self) -> int:
+        """Returns the bytes that are kept in host memory."""
+        if not self.reading.hosted:
+            return 0
+        parts = zip(jax.tree.leaves(self.stored), jax.tree.leaves(is_hosted(self.stored)))
+        return sum(bytes_of(x) for x, hosted in parts if hosted)
 
 
 def _spans(pos: jax.Array) -> jax.Array:

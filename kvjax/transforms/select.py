@@ -13,7 +13,7 @@ from kvjax.observation import Observation
 from kvjax.rope import Rope
 from kvjax.segments import AnySegment, BlockedSegment, LatentSegment, Segment
 from kvjax.segments.bases import Matrix
-from kvjax.segments.indices import Index
+from kvjax.segments.indices import Exact, Index
 from kvjax.segments.protocol import KeyRope
 from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.segments.selected import Reading, SelectedSegment
@@ -40,6 +40,7 @@ def select(
     each: int = 8,
     key_rope: KeyRope = "stored",
     encode: Callable[[Segment], AnySegment] | None = None,
+    hosted: bool = False,
 ) -> CacheTransform:
     """Stores all slots in pages and lets each query read `read` tokens of them, those whose pages an index ranks first.
 
@@ -60,6 +61,8 @@ def select(
       each: calls of at most so many tokens choose for each; longer ones read everything.
       key_rope: "at_attend" stores un-rotated keys, as low-rank keys need them.
       encode: from dense slots to how pages are stored; None: as they are.
+      hosted: pages are kept in host memory (`pinned_host`) and only chosen ones are copied to the device; new tokens,
+        summaries and positions stay there. Calls of more than `each` tokens copy a layer's pages whole.
 
     Raises:
       ValueError: a number is impossible (at build); indices or layers do not fit the cache (at `init`).
@@ -81,11 +84,12 @@ def select(
         """How a layer is read; None: it stays as it is."""
         of_all = isinstance(read, float) and read == 1
         count = None if of_all else max(1, pages_of(budget_slots(read, tokens)))
-        how = Reading(page, count, sinks, recent, each)
+        how = Reading(page, count, sinks, recent, each, hosted=hosted)
         if choose_at is not None:
             if layer < min(choose_at):
                 return None
-            return how._replace(source="whole" if layer in choose_at else "given")
+            whole = layer in choose_at  # and stays on the device
+            return how._replace(source="whole" if whole else "given", hosted=hosted and not whole)
         return None if layer in dense_layers else how
 
     def pages_of(tokens):
@@ -105,16 +109,21 @@ def select(
             pages = SelectedSegment.of(slots, index, how, rope=rope if key_rope == "at_attend" else None, rows=rows)
             return pages if encode is None else pages.replace(stored=encode(slots))
 
-        return layer.with_tail(BlockedSegment.from_dense(slots, body, block))
+        blocks = BlockedSegment.from_dense(slots, body, block)
+        return layer.with_tail(blocks.replace(body=blocks.body.placed()))
 
     compress_jit = jax.jit(compress, static_argnums=4)
 
     def init(cache: Cache, observation: Observation):
+        if hosted and not jax.sharding.get_abstract_mesh().empty:
+            raise ValueError("hosted must be False on a mesh: shards of pages in host memory are not supported.")
         if observation.phase == "begin":
             return cache, ()
         indices = index if isinstance(index, (list, tuple)) else [index] * len(cache.layers)
         if len(indices) != len(cache.layers):
             raise ValueError(f"index must be one for each of the {len(cache.layers)} layers, got {len(indices)}.")
+        if hosted and choose_at is None and any(isinstance(x, Exact) for x in indices):
+            raise ValueError("index must not be Exact where hosted is True: at every step it reads all keys.")
         last = max(choose_at or dense_layers or (0,))
         if choose_at is not None and last >= len(cache.layers):
             raise ValueError(f"choose_at must name some of the {len(cache.layers)} layers, got {list(choose_at)}.")
