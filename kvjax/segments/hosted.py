@@ -45,17 +45,15 @@ def taken_windows(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.A
       axis: of the slots.
     """
     B, K, n = start.shape
-    shape = (1, 1, *(size if a == axis else x.shape[a] for a in range(2, x.ndim)))
+    heads, entries = x.shape[1], x.shape[axis]
+    first = (jnp.arange(B * heads).reshape(B, heads, 1) * entries + start).reshape(-1)
+    lines, others = _lines(x, axis)
 
-    def one(i):
-        row, head = i // (K * n), i // n % K
-        at = [row, head if x.shape[1] > 1 else 0, *(0,) * (x.ndim - 2)]
-        at[axis] = start.reshape(-1)[i]
-        return jax.device_put(jax.lax.dynamic_slice(x, _indices(at), shape), _DEVICE)[0, 0]
+    def one(at):
+        return jax.device_put(jax.lax.dynamic_slice_in_dim(lines, at, size, axis=0), _DEVICE)
 
-    windows = jax.lax.map(one, jnp.arange(B * K * n)).reshape(B, K, n, *shape[2:])
-    windows = jnp.moveaxis(windows, 2, axis)  # the windows, then the entries of each
-    return windows.reshape(B, K, *(n * size if a == axis else x.shape[a] for a in range(2, x.ndim)))
+    windows = jax.lax.map(one, first).reshape(B, K, n * size, *others)
+    return jnp.moveaxis(windows, 2, axis)
 
 
 def write_hosted_windows(old: jax.Array, new: jax.Array, start: jax.Array, on: jax.Array, axis: int) -> jax.Array:
@@ -69,19 +67,23 @@ def write_hosted_windows(old: jax.Array, new: jax.Array, start: jax.Array, on: j
       axis: of the slots.
     """
     B, K = start.shape
+    size, entries = new.shape[axis], old.shape[axis]
+    first = (jnp.arange(B * K).reshape(B, K) * entries + start).reshape(-1)
+    (lines, _), (fresh, _) = _lines(old, axis), _lines(new, axis)
+    fresh = fresh.reshape(B * K, size, *fresh.shape[1:])
 
-    def one(i, old):
-        row, head = i // K, i % K
-        at = [row, head, *(0,) * (old.ndim - 2)]
-        at[axis] = start[row, head]
-        shape = (1, 1, *new.shape[2:])
-        fresh = jax.lax.dynamic_slice(new, (row, head, *(0,) * (new.ndim - 2)), shape)
-        held = jax.device_put(jax.lax.dynamic_slice(old, _indices(at), shape), _DEVICE)
-        fresh = jax.device_put(jnp.where(on[row, head], fresh, held), _HOST)
-        return jax.lax.dynamic_update_slice(old, fresh, _indices(at))
+    def one(i, lines):
+        held = jax.device_put(jax.lax.dynamic_slice_in_dim(lines, first[i], size, axis=0), _DEVICE)
+        window = jax.device_put(jnp.where(on.reshape(-1)[i], fresh[i], held), _HOST)
+        return jax.lax.dynamic_update_slice_in_dim(lines, window, first[i], axis=0)
 
-    return jax.lax.fori_loop(0, B * K, one, old)
+    lines = jax.lax.fori_loop(0, B * K, one, lines)
+    moved = jnp.moveaxis(old, axis, 2) if axis != 2 else old
+    lines = lines.reshape(moved.shape)
+    return jnp.moveaxis(lines, 2, axis) if axis != 2 else lines
 
 
-def _indices(at: list) -> list[jax.Array]:
-    return [jnp.asarray(i, jnp.int32) for i in at]
+def _lines(x: jax.Array, axis: int) -> tuple[jax.Array, tuple[int, ...]]:
+    """[B K S, ...], and the shape of what an entry is: XLA:TPU slices host memory along one axis."""
+    x = x if axis == 2 else jnp.moveaxis(x, axis, 2)
+    return x.reshape(-1, *x.shape[3:]), x.shape[3:]

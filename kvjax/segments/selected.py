@@ -210,7 +210,7 @@ class SelectedSegment:
 
     def taken(self, pages: jax.Array, valid: jax.Array) -> AnySegment:
         """Gathers pages i32[B, K, n] of every row and head, as they are stored; empty where bool[B, K, n] is false."""
-        segment, count = self.stored, self.pages
+        segment, count = self.placed().stored, self.pages
         if getattr(segment, "joint", False):  # heads read other pages of coordinates that they share
             segment = segment.replace(joint=False)
         B, K, _ = pages.shape
