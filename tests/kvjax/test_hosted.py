@@ -7,6 +7,7 @@ import pytest
 
 import kvjax
 from kvjax import indices
+from tests.kvjax import tiny_model
 from tests.kvjax.slot_arrays import ROPE, H, K, T, seen_of, slots_cache
 from tests.quick_jit import quick_jit
 
@@ -56,6 +57,21 @@ def test_hosted_pages_give_what_pages_on_the_device_give_in_a_scan(bits):
     on_host = [x.nbytes for x in jax.tree.leaves(cache) if x.sharding.memory_kind == "pinned_host"]
     assert kvjax.bytes_on_host(cache) == sum(on_host) > 0
     assert kvjax.bytes_on_host(jax.eval_shape(lambda: cache)) == sum(on_host)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_decoder_generates_the_same_tokens(bits):
+    def tokens(hosted):
+        def program(params, prompt):
+            step, method = tiny_model.bind(params), _method(hosted, bits)
+            run = kvjax.prefill(step, method, prompt, jnp.array([60, 41]), tiny_model.empty(2), room=20)
+            how = dict(max_new_tokens=20, sampler=kvjax.Greedy(), key=jax.random.key(0))
+            return kvjax.generate(step, method, run, **how).tokens
+
+        return quick_jit(program)(tiny_model.params(), tiny_model.prompt(2, 60))
+
+    np.testing.assert_array_equal(tokens(True), tokens(False))
 
 
 def test_an_index_that_reads_all_keys_is_refused():
