@@ -264,4 +264,4 @@ def kept_tokens(cache: Cache) -> Float32[Array, " B"]:
         sum(jnp.sum(s.pos >= 0, axis=(1, 2)) for s in layer.segments) / layer.segments[-1].pos.shape[1]
         for layer in cache.inlined().layers
     ]
-    return jnp.mean(jnp.stack(per_layer), axis=0)
+    return jnp.sum(jnp.stack(per_layer), axis=0) / len(per_layer)  # whole where all layers keep as many

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int32
 from kvjax import query_window, sharding
 from kvjax.budget import budget_slots
 from kvjax.cache import Cache
-from kvjax.limits import Limits, Room, check_positions, check_tokens, limits_of, longest_row, readable
+from kvjax.limits import Limits, Room, check_positions, check_tokens, check_whole, limits_of, longest_row, readable
 from kvjax.observation import ALL, LayerObservation, Needs, Observation
 from kvjax.reread import reread
 from kvjax.sampling import Sampler, row_keys
@@ -416,11 +416,11 @@ def generate(
       stop_tokens: a row ends with any of these.
 
     Raises:
-      ValueError: `max_new_tokens` is below 0, or more than the cache has room or the decoder positions for; where
-        only values can tell that, see `kvjax.limits`.
+      TypeError: `max_new_tokens` is no whole number.
+      ValueError: it is below 0, or more than the cache has room or the decoder positions for; where only values can
+        tell that, see `kvjax.limits`.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+    check_whole("max_new_tokens", max_new_tokens, 0)
     run.room.check_method(transform.schedule.described)
     run = run._replace(room=run.room.after(max_new_tokens))
     B = run.logits.shape[0]

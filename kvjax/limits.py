@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import operator
 from typing import Any, NamedTuple
 
@@ -26,6 +27,18 @@ class Limits(NamedTuple):
 
     vocab_size: int | None = None  # ids are below it
     positions: int | None = None  # tokens a row may have, prompt and answer together
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Checks a number of tokens.
+
+    Raises:
+      TypeError: it is no whole number; ValueError: it is below `least`. Both name it.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number of tokens, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def limits_of(step: Any) -> Limits:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax.limits import check_whole
 from kvjax.sampling import Greedy, Sampler
 from models.chat_frame import ChatFrame
 from models.loader import Model
@@ -98,12 +99,11 @@ class Conversation:
         Raises:
           ValueError: nothing was read, the question is empty, `max_new_tokens` is below 1, or there is no room for
             both.
-          TypeError: the question is no text.
+          TypeError: the question is no text, or `max_new_tokens` no whole number.
         """
         run = self._context()
         question = _text("question", question)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        check_whole("max_new_tokens", max_new_tokens, 1)
         used = self.length - int(run.prompt[0])
         before = self._frame.between if used else self._frame.within
         ids = self._model.tokenizer.encode(before + question + self._frame.after)
@@ -190,9 +190,10 @@ def answer(
       max_new_tokens: the most tokens of the answer.
       chunk: see `Conversation`.
     """
+    check_whole("max_new_tokens", max_new_tokens, 1)
     frame = ChatFrame.of(model.tokenizer)
     tokens = len(model.tokenizer.encode(frame.within + _text("question", question) + frame.after))
-    conversation = Conversation(model, method, room=padded_length(tokens + max(max_new_tokens, 1)), chunk=chunk)
+    conversation = Conversation(model, method, room=padded_length(tokens + max_new_tokens), chunk=chunk)
     conversation.read(context)
     return conversation.ask(question, max_new_tokens=max_new_tokens)
 

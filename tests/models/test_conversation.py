@@ -165,6 +165,7 @@ def test_keys_draw_other_answers_and_the_same_key_the_same():
         (lambda: _read().read(None), TypeError, "context must be a text, got NoneType"),
         (lambda: _read().ask(""), ValueError, "question must have some text, got ''"),
         (lambda: _read().ask("?", max_new_tokens=0), ValueError, "max_new_tokens must be at least 1, got 0"),
+        (lambda: _read().ask("?", max_new_tokens=1.5), TypeError, "max_new_tokens must be a whole number of tokens"),
         (
             lambda: _read().read(CONTEXT * 6),
             ValueError,
