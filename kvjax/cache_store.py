@@ -147,6 +147,34 @@ class CacheStore:
             os.utime(file)
         return jax.tree.unflatten(tree, found)._replace(room=room)
 
+    def longest(self, model: str, tokens: Any, method: str, *, every: int) -> tuple[str, int] | None:
+        """Finds the entry of the longest beginning of some tokens: what of them need not be read again.
+
+        Prompts that begin alike share it where each was put after every chunk of so many tokens. For methods that act
+        at a prompt's end the cache of a beginning is that of a prompt which ended there.
+
+        Args:
+          model: as of `key`.
+          tokens: i32[B, T], or a list of ids.
+          method: as of `key`.
+          every: tokens of a chunk: beginnings of so many, twice as many ..., and the whole, are looked for.
+
+        Returns:
+          The key, and how many of the tokens it is of; None: there is no such entry.
+
+        Raises:
+          ValueError: every is below 1.
+        """
+        if every < 1:
+            raise ValueError(f"every must be at least 1 token, got {every}.")
+        tokens = np.asarray(tokens)
+        count = tokens.shape[-1]
+        for size in dict.fromkeys([count, *range(count // every * every, 0, -every)] if count else ()):
+            key = self.key(model, tokens[..., :size], method)
+            if self._file(key).is_file():
+                return key, size
+        return None
+
     def list(self) -> list[Entry]:
         """Returns what is there, the longest unused first."""
         found = []

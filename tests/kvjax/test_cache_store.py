@@ -62,6 +62,37 @@ def test_what_was_put_comes_back_and_codes_take_the_bytes_of_codes(tmp_path):
         store.get(_key("packed"), _shapes(_run(tokens=64)))
 
 
+def test_prompts_that_begin_alike_share_the_longest_beginning_that_was_put(tmp_path):
+    store, ids = kvjax.CacheStore(tmp_path), list(range(20))
+    assert store.longest("m", ids, "full", every=8) is None
+    for size in (8, 16):
+        store.put(store.key("m", ids[:size], "full"), _small(float(size)))
+    for prompt, found in ((ids, 16), (ids[:15], 8), (ids[:8] + [90] * 12, 8), ([90] + ids, None), (ids[:7], None)):
+        at = store.longest("m", prompt, "full", every=8)
+        assert at == (found and (store.key("m", prompt[:found], "full"), found))
+    assert store.longest("m", ids, "int4", every=8) is None and store.longest("m", [], "full", every=8) is None
+    key = store.key("m", ids, "full")
+    store.put(key, _small(20.0))
+    assert store.longest("m", jnp.int32(ids), "full", every=8) == (key, 20)
+    with pytest.raises(ValueError, match="every must be at least 1 token, got 0"):
+        store.longest("m", ids, "full", every=0)
+
+
+def test_a_beginning_goes_on_as_the_whole_prompt(tmp_path):
+    """Codes from the first chunk on: read 32 of 48 tokens, put, got, and the rest read from there."""
+    packed = kvjax.from_first_chunk(kvjax.quantize(4, key_group=16, value_group=4, residual=16))
+    tokens = jnp.int32(table_decoder.distinct_tokens(1, 48))
+    store, key = kvjax.CacheStore(tmp_path), kvjax.CacheStore.key("tables", tokens[:, :32], "packed")
+    read = lambda tokens, room: kvjax.prefill(
+        STEP, packed, tokens, jnp.array([tokens.shape[1]]), table_decoder.empty(1), room=room, call_tokens=16, chunk=16
+    )
+    begun = read(tokens[:, :32], 17)
+    store.put(key, begun)
+    assert store.longest("tables", tokens, "packed", every=16) == (key, 32)
+    run, _ = kvjax.extend(STEP, packed, store.get(key, _shapes(begun)), tokens[:, 32:], jnp.array([16]))
+    np.testing.assert_allclose(run.logits, read(tokens, 1).logits, atol=1e-5)
+
+
 def test_those_unused_for_longest_are_evicted_first(tmp_path):
     store, run = kvjax.CacheStore(tmp_path), _small(0.0)
     for index, name in enumerate("abc"):
