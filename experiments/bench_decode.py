@@ -134,7 +134,7 @@ class Ours:
 
 @contextlib.contextmanager
 def loaded(name: str, dtype: str, random_weights: bool, mesh: str | None) -> Iterator[Model]:
-    """The model, on its mesh, in whose scope all that follows runs; with random weights it has no tokenizer."""
+    """Loads the model onto its mesh, in whose scope all that follows runs; with random weights it has no tokenizer."""
     with on_mesh(mesh) as load:
         if not random_weights:
             yield load(name, dtype)
@@ -162,7 +162,7 @@ def read_prompt(model: Model, lengths: Sequence[int], new_tokens: int) -> tuple[
 
 
 def rows_of(ids: Sequence[int], batch: int) -> list[list[int]]:
-    """As many rows of the same tokens, each from another place on."""
+    """Makes rows of the same tokens, each from another place on."""
     starts = [row * len(ids) // batch for row in range(batch)]
     return [[*ids[start:], *ids[:start]] for start in starts]
 

@@ -1,4 +1,4 @@
-"""What limits prefill and decoding: the machine's bandwidth and products, and what a model asks of them."""
+"""Measures what limits prefill and decoding, and counts what a model asks of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches in the simplest programs, at best of several tries."""
+    """Holds what the machine reaches in the simplest programs, at best of several tries."""
 
     gigabytes_per_second: float  # XLA's sum over 256 MB of float32
     gigaflops_per_second: float  # XLA's product of two 2048 x 2048 matrices

@@ -30,7 +30,7 @@ _MUCH_MB = 1792  # from which programs are freed within a module,
 _MORE_MB = 384  # and how much more than after the last time
 # `make test` compiles more than it computes; `make test-all` optimises as users do.
 _QUICK = {"jax_disable_most_optimizations": True}
-# XLA's older code generator for fusions takes half the time to compile; in several parts it only takes more.
+# XLA's older code generator for fusions compiles faster, and in one part takes less of two cores that are busy.
 _QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 _PEAKS = pytest.StashKey[list]()
 _FREED_TO = pytest.StashKey[int]()  # what a process held when programs were freed last

@@ -42,6 +42,9 @@ class Index(Protocol):
     A score says in which order pages are read, no more.
     """
 
+    reads_keys: bool
+    """Whether a score needs all keys, as `Exact` does."""
+
     def summarise(
         self, keys: Float[Array, "B K P page H"], raw: jax.Array, occupied: Bool[Array, "B K P page 1"]
     ) -> Any:
@@ -69,6 +72,8 @@ class Index(Protocol):
 @struct.dataclass
 class _OfPages:
     """What most indices have in common: all of a summary is read, and lies page by page."""
+
+    reads_keys = False
 
     agree: Agree = struct.field(pytree_node=False, default="max")
 
@@ -173,6 +178,8 @@ class Labels(_OfPages):
 @struct.dataclass
 class Exact(_OfPages):
     """Scores a page by its token that gives most: every key is read, which is the best that an index can do."""
+
+    reads_keys = True
 
     def summarise(self, keys, raw, occupied):
         """See `Index.summarise`: nothing."""

@@ -13,7 +13,7 @@ from kvjax.observation import Observation
 from kvjax.rope import Rope
 from kvjax.segments import AnySegment, BlockedSegment, LatentSegment, Segment
 from kvjax.segments.bases import Matrix
-from kvjax.segments.indices import Exact, Index
+from kvjax.segments.indices import Index
 from kvjax.segments.protocol import KeyRope
 from kvjax.segments.segment import dense_tail, unrotated
 from kvjax.segments.selected import Reading, SelectedSegment
@@ -122,7 +122,7 @@ def select(
         indices = index if isinstance(index, (list, tuple)) else [index] * len(cache.layers)
         if len(indices) != len(cache.layers):
             raise ValueError(f"index must be one for each of the {len(cache.layers)} layers, got {len(indices)}.")
-        if hosted and choose_at is None and any(isinstance(x, Exact) for x in indices):
+        if hosted and choose_at is None and any(x.reads_keys for x in indices):
             raise ValueError("index must not be Exact where hosted is True: at every step it reads all keys.")
         last = max(choose_at or dense_layers or (0,))
         if choose_at is not None and last >= len(cache.layers):
